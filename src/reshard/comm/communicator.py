@@ -1,0 +1,48 @@
+"""The protocol between ranks."""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+
+@runtime_checkable
+class Communicator(Protocol):
+    """A group of ranks of its own; its traffic never meets training's collectives.
+
+    Every method except `send` and `recv` is collective: each rank calls it, in the same order. Each raises CommunicationError when a
+    rank is gone or a time limit is over.
+    """
+
+    @property
+    def rank(self) -> int:
+        """This process's global rank."""
+        ...
+
+    @property
+    def world_size(self) -> int:
+        """The number of ranks."""
+        ...
+
+    def all_gather(self, data: bytes) -> list[bytes]:
+        """Every rank's bytes (of any lengths), in rank order."""
+        ...
+
+    def broadcast(self, data: bytes, source: int = 0) -> bytes:
+        """The bytes of one rank, on every rank; what the others pass is ignored."""
+        ...
+
+    def barrier(self) -> None:
+        """Returns when every rank has called it."""
+        ...
+
+    def send(self, data: bytes | memoryview, target: int) -> None:
+        """Give bytes to another rank; blocks at most until they are received. Pairs arrive in order."""
+        ...
+
+    def recv(self, source: int) -> bytes:
+        """Wait for the next bytes of another rank."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the group. Not collective."""
+        ...

@@ -1,0 +1,1 @@
+"""Adapters: the only rooms that import a training framework (besides `training` and `integrations`)."""

@@ -1,0 +1,92 @@
+"""What an adapter does for the rest: capture a state, prepare one to be filled, and install what was loaded. Imports no framework."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from reshard.catalog import Catalog
+from reshard.comm import Communicator
+from reshard.state import ParameterGroup, State
+
+
+class Destination(Protocol):
+    """A state that a load fills.
+
+    Attributes:
+        state: the tensors to fill. Their memory is the model's own parameters and buffers, and optimizer slots that may not belong to the
+            optimizer yet: nothing is installed before `install`.
+    """
+
+    @property
+    def state(self) -> State: ...
+
+    def install(self, groups: Sequence[ParameterGroup]) -> None:
+        """Give the filled slots and these hyper-parameters to the optimizers. Called once, after the tensors were filled.
+
+        Args:
+            groups: the checkpoint's hyper-parameters for all parameters of the run, as merged over its ranks; empty when it has none.
+        """
+        ...
+
+
+class Adapter(Protocol):
+    """What a framework looks like from outside. Every method is local: none communicates (`communicator` apart)."""
+
+    @property
+    def framework(self) -> str:
+        """`torch`, `mindspore` or `numpy`."""
+        ...
+
+    def capture(self, model: Any, optimizer: Any, *, global_step: int | None) -> State:
+        """What this rank holds, to be saved.
+
+        Args:
+            model: a module, a list or a dictionary of them, or None.
+            optimizer: an optimizer, a list or a dictionary of them, or None.
+            global_step: the step count that `global_step` is to hold; parameters whose optimizer counts differently get a `step` slot
+                besides. None: the largest count of this rank's parameters.
+
+        Raises:
+            CaptureError: something that can't be saved (a `Partial` placement, an unknown dtype), naming the tensor.
+        """
+        ...
+
+    def prepare(self, model: Any, optimizer: Any, catalog: Catalog, groups: Sequence[ParameterGroup]) -> Destination:
+        """The same state as memory to be filled; creates the slots that a fresh optimizer lacks, without stepping it, changing a weight or
+        drawing a random number.
+
+        Args:
+            model: as in `capture`.
+            optimizer: as in `capture`.
+            catalog: what the checkpoint holds: which slots, of which shape and dtype.
+            groups: the checkpoint's hyper-parameters; a parameter that they call unstepped gets no slot.
+
+        Raises:
+            CaptureError: as in `capture`.
+        """
+        ...
+
+    def random_states(self) -> Mapping[str, Any]:
+        """The states of every random generator of this process (Python, numpy, framework): trees that the extras can hold."""
+        ...
+
+    def restore_random_states(self, states: Mapping[str, Any]) -> None:
+        """Give the generators these states."""
+        ...
+
+    def reseed(self, seed: int) -> None:
+        """Seed every generator of this process (64 bits)."""
+        ...
+
+    def to_value(self, value: Any) -> Any:
+        """A tree with the framework's tensors in it, as the extras can hold it (`reshard.format.extra.FrameworkArray`)."""
+        ...
+
+    def from_value(self, value: Any) -> Any:
+        """The inverse of `to_value`."""
+        ...
+
+    def communicator(self) -> Communicator:
+        """A communicator over the ranks of the run, of its own. Collective."""
+        ...

@@ -1,0 +1,137 @@
+"""The protocol of a storage, by what saving and loading need of it.
+
+Paths are absolute strings with `/`. Every failure is a StorageError (NoSpaceError for a full one) that names the path and keeps the
+operating system's words; a method that may find nothing says so by its return value.
+"""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Protocol
+
+join = posixpath.join
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What a directory lists.
+
+    Attributes:
+        name: the last part of the path.
+        is_directory: whether it is a directory (a symbolic link counts as what it leads to).
+        size: bytes of a file; 0 for a directory.
+        modified: seconds since the epoch.
+    """
+
+    name: str
+    is_directory: bool
+    size: int
+    modified: float
+
+
+class ReadableFile(Protocol):
+    """An open file. Use from several threads is safe."""
+
+    path: str
+    size: int
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill a buffer (contiguous bytes) from an offset. Raises StorageError when the file ends before it is full."""
+        ...
+
+    def close(self) -> None: ...
+
+    def __enter__(self) -> ReadableFile: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
+
+
+class WritableFile(Protocol):
+    """A new file that is being written; bytes never written are zero."""
+
+    path: str
+
+    def write_at(self, offset: int, data: memoryview) -> None:
+        """Write all bytes of a contiguous buffer at an offset."""
+        ...
+
+    def sync(self) -> None:
+        """Make what was written durable (data, not the name: that is `sync_directory`)."""
+        ...
+
+    def close(self) -> None: ...
+
+    def __enter__(self) -> WritableFile: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
+
+
+class Lock(Protocol):
+    """A lock that is held. It ends with `release` or with the process, whichever is first."""
+
+    def release(self) -> None: ...
+
+
+class Storage(Protocol):
+    """A place for files."""
+
+    def stat(self, path: str) -> Entry | None:
+        """What is there, or None."""
+        ...
+
+    def list(self, path: str) -> Sequence[Entry]:
+        """What a directory holds, sorted by name. Raises StorageError when it isn't a directory."""
+        ...
+
+    def open_read(self, path: str) -> ReadableFile: ...
+
+    def read_bytes(self, path: str) -> bytes:
+        """A small file, whole."""
+        ...
+
+    def create(self, path: str, size: int) -> WritableFile:
+        """A new file of this final size in bytes. Raises StorageError when the path exists."""
+        ...
+
+    def write_bytes(self, path: str, data: bytes) -> None:
+        """A new small file, written and durable (data, not the name)."""
+        ...
+
+    def make_directory(self, path: str) -> None:
+        """A directory with its parents; fine when it exists."""
+        ...
+
+    def sync_directory(self, path: str) -> None:
+        """Make the names in a directory durable."""
+        ...
+
+    def rename(self, source: str, target: str) -> None:
+        """Give a file or directory another name, atomically. Raises StorageError when the target exists."""
+        ...
+
+    def replace(self, source: str, target: str) -> None:
+        """Put a file in the place of another (or of none), atomically."""
+        ...
+
+    def exchange(self, first: str, second: str) -> bool:
+        """Swap two directories in one atomic step; False (and nothing done) where that isn't possible."""
+        ...
+
+    def remove(self, path: str) -> None:
+        """Remove a file."""
+        ...
+
+    def remove_tree(self, path: str) -> None:
+        """Remove a directory with all it holds; fine when it is gone."""
+        ...
+
+    def free_bytes(self, path: str) -> int | None:
+        """Bytes that can still be written below an existing directory, or None when that isn't known."""
+        ...
+
+    def lock(self, path: str, owner: str) -> Lock | str:
+        """Take the lock of this name (a file, made if needed) for `owner`, or return who holds it."""
+        ...
