@@ -1,0 +1,88 @@
+"""A cluster whose ranks are threads of one process: for tests, and for plans that are tried before they are run."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import defaultdict
+
+from reshard.errors import CommunicationError
+
+# A simulated rank that waits this long (seconds) waits for one that will never come: real work between two collectives of a test takes
+# milliseconds, on a loaded machine seconds.
+DEFAULT_TIMEOUT = 60.0
+
+
+class SimulatedCluster:
+    """The common ground of N ranks; `communicator(rank)` gives each its own end."""
+
+    def __init__(self, world_size: int, timeout: float = DEFAULT_TIMEOUT) -> None:
+        self.world_size = world_size
+        self.timeout = timeout
+        self.collectives = 0
+        self._board: list[bytes] = [b""] * world_size
+        self._barrier = threading.Barrier(world_size)
+        self._queues: defaultdict[tuple[int, int], queue.SimpleQueue[bytes]] = defaultdict(queue.SimpleQueue)
+        self._lock = threading.Lock()
+
+    def communicator(self, rank: int) -> SimulatedCommunicator:
+        """The end of one rank."""
+        return SimulatedCommunicator(self, rank)
+
+    def abort(self) -> None:
+        """Wake every rank that waits in a collective with a CommunicationError: a rank has died."""
+        self._barrier.abort()
+
+    def _meet(self, rank: int) -> None:
+        try:
+            self._barrier.wait(self.timeout)
+        except threading.BrokenBarrierError:
+            raise CommunicationError(
+                "a rank is gone: the others can't go on",
+                rank=rank,
+                expected=f"{self.world_size} ranks within {self.timeout:g} s",
+                fix="look at the rank that failed first",
+            ) from None
+
+    def _exchange(self, rank: int, data: bytes) -> list[bytes]:
+        self._board[rank] = data
+        self._meet(rank)
+        result = list(self._board)
+        if rank == 0:
+            self.collectives += 1
+        self._meet(rank)  # nobody may write the next round on the board before everybody has read this one
+        return result
+
+    def _queue(self, source: int, target: int) -> queue.SimpleQueue[bytes]:
+        with self._lock:
+            return self._queues[source, target]
+
+
+class SimulatedCommunicator:
+    """One rank's end of a simulated cluster."""
+
+    def __init__(self, cluster: SimulatedCluster, rank: int) -> None:
+        self._cluster = cluster
+        self.rank = rank
+        self.world_size = cluster.world_size
+
+    def all_gather(self, data: bytes) -> list[bytes]:
+        return self._cluster._exchange(self.rank, bytes(data))
+
+    def broadcast(self, data: bytes, source: int = 0) -> bytes:
+        return self._cluster._exchange(self.rank, bytes(data) if self.rank == source else b"")[source]
+
+    def barrier(self) -> None:
+        self._cluster._exchange(self.rank, b"")
+
+    def send(self, data: bytes | memoryview, target: int) -> None:
+        self._cluster._queue(self.rank, target).put(bytes(data))
+
+    def recv(self, source: int) -> bytes:
+        try:
+            return self._cluster._queue(source, self.rank).get(timeout=self._cluster.timeout)
+        except queue.Empty:
+            raise CommunicationError("a rank sent nothing", rank=self.rank, expected=f"bytes from rank {source} within {self._cluster.timeout:g} s") from None
+
+    def close(self) -> None:
+        return None

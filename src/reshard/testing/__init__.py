@@ -1,0 +1,26 @@
+"""For your own tests: a simulated cluster, faulty storage, and a numpy oracle that says what each rank must hold."""
+
+from reshard.testing.cluster import run_ranks, run_ranks_settled
+from reshard.testing.oracle import (
+    differences,
+    every_placement,
+    mesh_of,
+    part_by_array_split,
+    slice_of,
+    split,
+    state_on_rank,
+    tensor_on_rank,
+)
+
+__all__ = [
+    "differences",
+    "every_placement",
+    "mesh_of",
+    "part_by_array_split",
+    "run_ranks",
+    "run_ranks_settled",
+    "slice_of",
+    "split",
+    "state_on_rank",
+    "tensor_on_rank",
+]
