@@ -1,0 +1,1 @@
+"""A checkpoint becomes a state: resolve, plan, read, report."""

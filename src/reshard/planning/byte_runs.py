@@ -1,0 +1,81 @@
+"""From a region of a stored tensor to byte ranges of its file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from reshard.geometry import Region
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A box of a stored tensor together with the byte run that covers it.
+
+    Attributes:
+        region: the box, in the stored tensor's own coordinates.
+        offset: where the run begins, in bytes from the first byte of the stored tensor.
+        nbytes: the length of the run; more than the box's own bytes when the box isn't contiguous.
+    """
+
+    region: Region
+    offset: int
+    nbytes: int
+
+
+def strides_of(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    """The strides in bytes of a C-ordered array."""
+    strides, step = [], itemsize
+    for extent in reversed(shape):
+        strides.append(step)
+        step *= extent
+    return tuple(reversed(strides))
+
+
+def plan_blocks(shape: tuple[int, ...], region: Region, itemsize: int, *, block_bytes: int, gap_bytes: int) -> Iterator[Block]:
+    """Cut a region into boxes, each covered by one byte run.
+
+    The boxes are disjoint, in file order, and together are the region. A run crosses no gap of more than `gap_bytes` between needed bytes,
+    and is at most `block_bytes` long (or one element).
+
+    Args:
+        shape: the shape of the stored tensor, in C order.
+        region: the box that is needed, in the stored tensor's own coordinates.
+        itemsize: bytes per element.
+        block_bytes: the longest run.
+        gap_bytes: the widest gap that is read over.
+    """
+    if region.is_empty:
+        return
+    strides = strides_of(shape, itemsize)
+    yield from _cut(region, strides, itemsize, block_bytes, gap_bytes)
+
+
+def _cover(extents: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> int:
+    return sum((n - 1) * stride for n, stride in zip(extents, strides, strict=True)) + itemsize
+
+
+def _widest_gap(extents: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> int:
+    widest = 0
+    for d, n in enumerate(extents):
+        if n > 1:
+            widest = max(widest, strides[d] - _cover(extents[d + 1 :], strides[d + 1 :], itemsize))
+    return widest
+
+
+def _cut(region: Region, strides: tuple[int, ...], itemsize: int, block_bytes: int, gap_bytes: int) -> Iterator[Block]:
+    extents = region.shape
+    cover = _cover(extents, strides, itemsize)
+    if (cover <= block_bytes and _widest_gap(extents, strides, itemsize) <= gap_bytes) or region.size == 1:
+        offset = sum(o * stride for o, stride in zip(region.offset, strides, strict=True))
+        yield Block(region, offset, cover)
+        return
+    d = next(i for i, n in enumerate(extents) if n > 1)
+    inner = _cover(extents[d + 1 :], strides[d + 1 :], itemsize)
+    crossable = strides[d] - inner <= gap_bytes and _widest_gap(extents[d + 1 :], strides[d + 1 :], itemsize) <= gap_bytes
+    step = max(1, (block_bytes - inner) // strides[d] + 1) if crossable else 1
+    for first in range(0, extents[d], step):
+        count = min(step, extents[d] - first)
+        offset = (*region.offset[:d], region.offset[d] + first, *region.offset[d + 1 :])
+        piece = Region(offset, (*extents[:d], count, *extents[d + 1 :]))
+        yield from _cut(piece, strides, itemsize, block_bytes, gap_bytes)
