@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import msgspec
 import numpy as np
 
-from reshard import errors
 from reshard.catalog import Catalog
 from reshard.comm import Communicator
-from reshard.errors import CommunicationError, ReshardError
+from reshard.comm.together import attempt, settle
 from reshard.format.common import CommonInfo
 from reshard.format.names import tensor_name
 from reshard.geometry import Region
@@ -26,13 +24,9 @@ from reshard.sources.native import Headers
 from reshard.state import GLOBAL_STEP, Kind, Shard, State, TensorKey
 from reshard.storage import Storage
 
-T = TypeVar("T")
-
-
-class _Plan(msgspec.Struct, array_like=True):
+class _Findings(msgspec.Struct, array_like=True):
     """What a rank tells the others before it reads."""
 
-    failure: tuple[str, str] | None
     restored: bytes = b""
     missing: list[tuple[str, str | None, str]] = []
     mismatched: list[tuple[tuple[str, str | None, str], str, str, str]] = []
@@ -42,7 +36,6 @@ class _Plan(msgspec.Struct, array_like=True):
 class _Outcome(msgspec.Struct, array_like=True):
     """What a rank tells the others after it has read."""
 
-    failure: tuple[str, str] | None
     bytes_needed: int = 0
     bytes_read: int = 0
     seconds: dict[str, float] = {}
@@ -107,25 +100,14 @@ def load_tensors(
         filled = (GLOBAL_STEP,) if GLOBAL_STEP in planned.missing and common is not None and common.global_step is not None else ()
         return planned, filled
 
-    planned, failure = _attempt(plan, comm.rank)
-    mine = _Plan(failure)
-    if planned is not None:
-        found = np.zeros(len(keys), bool)
-        wanted = set(planned[0].restored) | {m.key for m in planned[0].mismatched}
-        found[[i for i, key in enumerate(keys) if key in wanted]] = True
-        mine = _Plan(
-            None,
-            np.packbits(found).tobytes(),
-            [_key_out(key) for key in planned[0].missing if key not in planned[1]],
-            [(_key_out(m.key), m.field, m.stored, m.wanted) for m in planned[0].mismatched],
-            has_random,
-        )
-    plans = [msgspec.msgpack.decode(data, type=_Plan) for data in comm.all_gather(msgspec.msgpack.encode(mine))]
-    raise_failures([p.failure for p in plans], "the load failed before anything was changed", catalog.directory)
-    assert planned is not None
+    planned, error = attempt(plan)
+    payload = msgspec.msgpack.encode(_findings(planned, keys, has_random=has_random)) if planned is not None else b""
+    payloads = settle(comm, error, payload, what="the load failed; nothing was changed")
+    assert planned is not None  # settle raises when any rank has no plan
     read, filled = planned
+    findings = [msgspec.msgpack.decode(data, type=_Findings) for data in payloads]
 
-    misfits, present = _merge(plans, keys, kinds)
+    misfits, present = _merge(findings, keys, kinds)
     apply_strictness(strictness, misfits, directory=catalog.directory, has_optimizer=any(k.kind is Kind.OPTIMIZER for k in keys))
 
     planning = time.perf_counter() - started
@@ -138,51 +120,25 @@ def load_tensors(
         return nbytes
 
     started = time.perf_counter()
-    nbytes, failure = _attempt(execute, comm.rank)
-    seconds = {"plan": planning, "read": time.perf_counter() - started}
-    outcome = _Outcome(failure, read.nbytes, nbytes or 0, seconds)
-    outcomes = [msgspec.msgpack.decode(data, type=_Outcome) for data in comm.all_gather(msgspec.msgpack.encode(outcome))]
-    raise_failures(
-        [o.failure for o in outcomes], "the load failed while it was reading; the run's tensors are partly overwritten", catalog.directory
-    )
+    nbytes, error = attempt(execute)
+    outcome = _Outcome(read.nbytes, nbytes or 0, {"plan": planning, "read": time.perf_counter() - started})
+    payloads = settle(comm, error, msgspec.msgpack.encode(outcome), what="the load broke off; tensors of the run are partly overwritten")
+    outcomes = [msgspec.msgpack.decode(data, type=_Outcome) for data in payloads]
     ranks = tuple(RankReport(rank, o.bytes_needed, o.bytes_read, o.seconds) for rank, o in enumerate(outcomes))
     mismatched = {m.key for m in misfits.mismatched}
     restored = tuple(key for key in present if key not in mismatched)
-    return TensorsLoaded(restored, filled, misfits, ranks, all(p.has_random for p in plans))
+    return TensorsLoaded(restored, filled, misfits, ranks, all(f.has_random for f in findings))
 
 
-def raise_failures(failures: Sequence[tuple[str, str] | None], what: str, directory: str) -> None:
-    """Raise the same error on every rank when any of them failed.
-
-    Args:
-        failures: for each rank None, or the name of its error's class and its text.
-        what: what failed, for when the ranks' errors differ.
-        directory: the checkpoint.
-
-    Raises:
-        ReshardError: of the class that the first failed rank met.
-    """
-    failed = [(rank, failure) for rank, failure in enumerate(failures) if failure is not None]
-    if not failed:
-        return
-    (rank, (name, text)), *others = failed
-    kind = getattr(errors, name, ReshardError)
-    if not (isinstance(kind, type) and issubclass(kind, ReshardError)):
-        kind = ReshardError
-    also = f"{what}: on rank {rank}" + (f", and on {len(others)} more ({', '.join(str(r) for r, _ in others[:8])})" if others else "")
-    raise kind(f"{text}\n  ({also})" if len(failures) > 1 else text, file=None if directory in text else directory)
-
-
-def _attempt(work: Callable[[], T], rank: int) -> tuple[T | None, tuple[str, str] | None]:
-    """The result of some work, or its failure as data for the other ranks. A failure must not keep a rank from the next collective."""
-    try:
-        return work(), None
-    except CommunicationError:
-        raise
-    except ReshardError as error:
-        return None, (type(error).__name__, str(error))
-    except Exception as error:  # noqa: BLE001 - the other ranks must hear of it, whatever it is
-        return None, ("ReshardError", f"{type(error).__name__}: {error}")
+def _findings(planned: tuple[ReadPlan, tuple[TensorKey, ...]], keys: Sequence[TensorKey], *, has_random: bool) -> _Findings:
+    plan, filled = planned
+    present = set(plan.restored) | {mismatch.key for mismatch in plan.mismatched}
+    return _Findings(
+        np.packbits(np.array([key in present for key in keys], bool)).tobytes(),
+        [_key_out(key) for key in plan.missing if key not in filled],
+        [(_key_out(mismatch.key), mismatch.field, mismatch.stored, mismatch.wanted) for mismatch in plan.mismatched],
+        has_random,
+    )
 
 
 def _fill(shard: Shard, value: int | None) -> None:
@@ -190,12 +146,14 @@ def _fill(shard: Shard, value: int | None) -> None:
     shard.memory.write(Region.whole(memory.shape), np.full(memory.shape, value, memory.dtype))
 
 
-def _merge(plans: Sequence[_Plan], keys: Sequence[TensorKey], kinds: frozenset[Kind]) -> tuple[Misfits, list[TensorKey]]:
+def _merge(findings: Sequence[_Findings], keys: Sequence[TensorKey], kinds: frozenset[Kind]) -> tuple[Misfits, list[TensorKey]]:
     found = np.zeros(len(keys), bool)
-    for plan in plans:
-        found |= np.unpackbits(np.frombuffer(plan.restored, np.uint8), count=len(keys)).astype(bool)
-    missing = sorted({_key_in(key) for plan in plans for key in plan.missing}, key=_order)
-    mismatched = {_key_in(key): Mismatch(_key_in(key), field, stored, wanted) for p in plans for key, field, stored, wanted in p.mismatched}
+    for finding in findings:
+        found |= np.unpackbits(np.frombuffer(finding.restored, np.uint8), count=len(keys)).astype(bool)
+    missing = sorted({_key_in(key) for finding in findings for key in finding.missing}, key=_order)
+    mismatched = {
+        _key_in(key): Mismatch(_key_in(key), field, stored, wanted) for finding in findings for key, field, stored, wanted in finding.mismatched
+    }
     present = [key for key, is_found in zip(keys, found, strict=True) if is_found]
     unexpected = [key for key, is_found in zip(keys, found, strict=True) if not is_found and key.kind in kinds]
     return Misfits(tuple(missing), tuple(unexpected), tuple(mismatched[key] for key in sorted(mismatched, key=_order))), present

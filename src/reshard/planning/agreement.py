@@ -115,6 +115,14 @@ def digest(encoded: bytes) -> bytes:
     return hashlib.blake2b(encoded, digest_size=16).digest()
 
 
+def place_of(state: State, rank: int) -> str:
+    """A name for a rank's place in a strategy: two runs give a rank the same one only if it holds the same regions of the same model tensors,
+    on the same meshes. Per-rank values come back to the same place only.
+    """
+    model = {key: tensor for key, tensor in state.tensors.items() if key.kind is Kind.MODEL}
+    return digest(encode(describe(State(tensors=model), rank))).hex()
+
+
 def check_agreement(descriptions: Sequence[RankDescription]) -> None:
     """Hold the ranks' descriptions against each other.
 

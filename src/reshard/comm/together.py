@@ -1,0 +1,98 @@
+"""Local work on every rank that either all survive or all hear fail."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import msgspec
+
+from reshard import errors
+from reshard.comm.communicator import Communicator
+from reshard.errors import CommunicationError, ReshardError
+
+T = TypeVar("T")
+
+# An error names so many ranks that failed besides the first.
+_RANKS_SHOWN = 8
+
+
+class _Report(msgspec.Struct, array_like=True):
+    kind: str | None
+    text: str
+    payload: bytes
+
+
+def attempt(work: Callable[[], T]) -> tuple[T | None, ReshardError | None]:
+    """The result of some work, or its error: a rank that fails must still reach the next collective, or the others wait for it.
+
+    Raises:
+        CommunicationError: the ranks can't reach each other; there is no next collective.
+    """
+    try:
+        return work(), None
+    except CommunicationError:
+        raise
+    except ReshardError as error:
+        return None, error
+    except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must hear of it
+        wrapped = ReshardError(f"{type(error).__name__}: {error}", fix="this is a defect or a broken machine; the cause is above")
+        wrapped.__cause__ = error
+        return None, wrapped
+
+
+def settle(comm: Communicator, error: ReshardError | None, payload: bytes = b"", *, what: str) -> list[bytes]:
+    """Collective: tell each other how it went.
+
+    Args:
+        comm: the ranks.
+        error: this rank's, or None.
+        payload: what this rank tells the others when it went well.
+        what: what failed, in words, if it did: the consequence for the caller.
+
+    Returns:
+        Every rank's payload, in rank order.
+
+    Raises:
+        ReshardError: when any rank failed, on every rank the same: of the class and with the text of the first failed rank.
+    """
+    mine = _Report(None, "", payload) if error is None else _Report(type(error).__name__, str(error), b"")
+    reports = [msgspec.msgpack.decode(data, type=_Report) for data in comm.all_gather(msgspec.msgpack.encode(mine))]
+    failed = [rank for rank, report in enumerate(reports) if report.kind is not None]
+    if not failed:
+        return [report.payload for report in reports]
+    first = failed[0]
+    if len(reports) == 1 and error is not None:
+        raise error
+    others = ", ".join(str(rank) for rank in failed[1 : 1 + _RANKS_SHOWN]) + (", …" if len(failed) > 1 + _RANKS_SHOWN else "")
+    where = f"rank {first}" + (f", and ranks {others} ({len(failed)} of {len(reports)})" if others else f" (of {len(reports)})")
+    kind = getattr(errors, reports[first].kind or "", ReshardError)
+    raise kind(f"{reports[first].text}\n  on:       {where}\n  so:       {what}") from error
+
+
+def together(comm: Communicator, work: Callable[[], T], *, what: str) -> T:
+    """Collective: do local work on every rank; when it fails anywhere, every rank raises the same error.
+
+    Raises:
+        ReshardError: as in `settle`.
+    """
+    result, error = attempt(work)
+    settle(comm, error, what=what)
+    return result  # type: ignore[return-value]  # settle raises when this rank has no result
+
+
+def from_first(comm: Communicator, work: Callable[[], T], kind: type[T], *, what: str) -> T:
+    """Collective: rank 0 does the work (what it looks at may change under the others' eyes), every rank has its result.
+
+    Args:
+        comm: the ranks.
+        work: done on rank 0 only.
+        kind: the type of the result, one that msgspec can carry.
+        what: as in `settle`.
+
+    Raises:
+        ReshardError: rank 0's, on every rank.
+    """
+    result, error = attempt(work) if comm.rank == 0 else (None, None)
+    payload = msgspec.msgpack.encode(result) if comm.rank == 0 and error is None else b""
+    return msgspec.msgpack.decode(settle(comm, error, payload, what=what)[0], type=kind)
