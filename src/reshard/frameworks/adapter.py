@@ -19,7 +19,9 @@ class Destination(Protocol):
     """
 
     @property
-    def state(self) -> State: ...
+    def state(self) -> State:
+        """The tensors to fill."""
+        ...
 
     def install(self, groups: Sequence[ParameterGroup]) -> None:
         """Give the filled slots and these hyper-parameters to the optimizers. Called once, after the tensors were filled.

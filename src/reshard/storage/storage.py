@@ -42,7 +42,9 @@ class ReadableFile(Protocol):
         """Fill a buffer (contiguous bytes) from an offset. Raises StorageError when the file ends before it is full."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Let go of the file; fine when it is closed."""
+        ...
 
     def __enter__(self) -> ReadableFile: ...
 
@@ -62,7 +64,9 @@ class WritableFile(Protocol):
         """Make what was written durable (data, not the name: that is `sync_directory`)."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Let go of the file; what wasn't synced may be lost."""
+        ...
 
     def __enter__(self) -> WritableFile: ...
 
@@ -72,7 +76,9 @@ class WritableFile(Protocol):
 class Lock(Protocol):
     """A lock that is held. It ends with `release` or with the process, whichever is first."""
 
-    def release(self) -> None: ...
+    def release(self) -> None:
+        """Give the lock back."""
+        ...
 
 
 class Storage(Protocol):
@@ -86,7 +92,9 @@ class Storage(Protocol):
         """What a directory holds, sorted by name. Raises StorageError when it isn't a directory."""
         ...
 
-    def open_read(self, path: str) -> ReadableFile: ...
+    def open_read(self, path: str) -> ReadableFile:
+        """Open a file to read ranges of it."""
+        ...
 
     def read_bytes(self, path: str) -> bytes:
         """A small file, whole."""

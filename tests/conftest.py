@@ -1,0 +1,105 @@
+"""What all tests share: hypothesis profiles, the budget of a sweep, and ways to run this package in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, is_hypothesis_test, settings
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+# `make test` tries the same few examples each time: a red run is red again. A sweep tries many, other ones each time, and prints how to
+# come back to a failure. No deadlines: the machine may be busy.
+_CALM = (HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much)
+settings.register_profile("fast", max_examples=30, derandomize=True, deadline=None, database=None, suppress_health_check=_CALM)
+settings.register_profile("sweep", max_examples=1000, deadline=None, database=None, print_blob=True, suppress_health_check=_CALM)
+settings.load_profile("fast")
+
+# `make sweep` gives a budget in seconds; 0 is no budget.
+_SWEEP_SECONDS = float(os.environ.get("SWEEP_SECONDS") or 0)
+_STARTED = time.monotonic()
+_SEED = int(os.environ.get("SWEEP_SEED") or time.time())
+
+
+def _is_sweep(config: pytest.Config) -> bool:
+    return "sweep or property" in config.option.markexpr
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    if not _is_sweep(config):
+        return []
+    budget = f"{_SWEEP_SECONDS:.0f} s" if _SWEEP_SECONDS else "none"
+    return [f"sweep: budget {budget}, order SWEEP_SEED={_SEED}"]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if is_hypothesis_test(getattr(item, "obj", None)):
+            item.add_marker(pytest.mark.property)
+    if _is_sweep(config):
+        # With a budget the last tests might never have their turn; in another order each time, all of them do.
+        random.Random(_SEED).shuffle(items)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if _SWEEP_SECONDS and _is_sweep(item.config) and time.monotonic() - _STARTED > _SWEEP_SECONDS:
+        pytest.skip(f"the sweep's {_SWEEP_SECONDS:.0f} seconds are spent")
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root of this repository."""
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def process_environment() -> dict[str, str]:
+    """The environment for processes that a test starts: this source tree, one thread, plain output."""
+    return {
+        **os.environ,
+        "PYTHONPATH": str(REPOSITORY / "src"),
+        "OMP_NUM_THREADS": "1",
+        "NO_COLOR": "1",
+        "COLUMNS": "160",
+        "PYTHONWARNINGS": "default",
+    }
+
+
+@pytest.fixture(scope="session")
+def run_python(process_environment: dict[str, str]) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run Python code in a new process: `run_python(code, *arguments, check=True, cwd=None, timeout=120)`."""
+
+    def run(code: str, *arguments: str, check: bool = True, cwd: Path | None = None, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments], env=process_environment, cwd=cwd, timeout=timeout, capture_output=True, text=True, check=False
+        )
+        assert not check or done.returncode == 0, done.stderr
+        return done
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def run_reshard(process_environment: dict[str, str]) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run the command in a new process, as a user would: `run_reshard("ls", root)`. It checks no exit code."""
+
+    def run(*arguments: str | Path, cwd: Path | None = None, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "reshard", *map(str, arguments)],
+            env=process_environment,
+            cwd=cwd,
+            timeout=timeout,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    return run
