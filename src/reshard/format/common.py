@@ -1,0 +1,67 @@
+"""`common.json`: what a resume needs to know about progress, the same for every framework."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Annotated, Optional
+
+import msgspec
+
+from reshard.errors import MetadataError
+from reshard.format import json_text
+
+
+@dataclass(frozen=True)
+class CommonInfo:
+    """Progress of a run. The fields and their order are the contract's; the published reader rejects any other.
+
+    Attributes:
+        epoch_num: the epoch.
+        step_num: the step that the run resumes after.
+        global_step: the optimizer's step count.
+        loss_scale: the factor of dynamic loss scaling.
+        global_batch_size: samples per step over all ranks.
+        consumed_samples: samples seen so far.
+        ckpt_status: 0 when the checkpoint is healthy, 1 when not.
+    """
+
+    epoch_num: int | None = None
+    step_num: int | None = None
+    global_step: int | None = None
+    loss_scale: float | None = None
+    global_batch_size: int | None = None
+    consumed_samples: int | None = None
+    ckpt_status: int | None = None
+
+
+_Count = Annotated[int, msgspec.Meta(ge=0, lt=2**63)]
+
+
+class _Wire(msgspec.Struct):
+    # Optional, not `| None`: msgspec evaluates these on Python 3.10 too.
+    epoch_num: Optional[_Count] = None  # noqa: UP045
+    step_num: Optional[_Count] = None  # noqa: UP045
+    global_step: Optional[_Count] = None  # noqa: UP045
+    loss_scale: Optional[float] = None  # noqa: UP045
+    global_batch_size: Optional[_Count] = None  # noqa: UP045
+    consumed_samples: Optional[_Count] = None  # noqa: UP045
+    ckpt_status: Optional[_Count] = None  # noqa: UP045
+
+
+_DECODER = msgspec.json.Decoder(_Wire)
+
+
+def encode_common(info: CommonInfo) -> bytes:
+    """The file's bytes: every key, in the contract's order, indented by 4."""
+    return json.dumps(asdict(info), indent=4, allow_nan=False).encode("ascii")
+
+
+def decode_common(data: bytes, file: str) -> CommonInfo:
+    """What the file says. Missing keys become None; unknown ones are left out.
+
+    Raises:
+        MetadataError: it isn't JSON, or a value has the wrong type.
+    """
+    wire = json_text.decode(data, _DECODER, file, error=MetadataError)
+    return CommonInfo(**{name: getattr(wire, name) for name in _Wire.__struct_fields__})

@@ -1,0 +1,51 @@
+"""Read the header of a safetensors file."""
+
+from __future__ import annotations
+
+from reshard.errors import DataFileError
+from reshard.format.safetensors.header import MAX_TEXT_BYTES, Header, parse_header
+from reshard.storage import Storage
+
+_DAMAGED = "the file is damaged: restore it from a copy, or resume from another iteration"
+
+
+def read_header(storage: Storage, path: str) -> Header:
+    """The header of a file, every size and offset checked against the file's size.
+
+    Raises:
+        DataFileError: the file is missing, truncated, or its header can't be trusted.
+        StorageError: the storage refuses to read it.
+    """
+    found = storage.stat(path)
+    if found is None or found.is_directory:
+        raise DataFileError("a data file is missing", file=path, fix="restore it from a copy, or resume from another iteration")
+    with storage.open_read(path) as file:
+        size = file.size
+        if size < 8:
+            raise DataFileError(
+                "the file is truncated", file=path, found=f"{size} bytes", expected="at least 8 for the header's length", fix=_DAMAGED
+            )
+        length = bytearray(8)
+        file.read_into(0, memoryview(length))
+        promised = int.from_bytes(length, "little")
+        if promised == 0:
+            raise DataFileError("the file was never finished: its header, written last, is still zero", file=path, fix=_DAMAGED)
+        if promised > MAX_TEXT_BYTES:
+            raise DataFileError(
+                "not a safetensors file, or a damaged one",
+                file=path,
+                found=f"a header of {promised} bytes",
+                expected=f"at most {MAX_TEXT_BYTES}",
+                fix=_DAMAGED,
+            )
+        if promised > size - 8:
+            raise DataFileError(
+                "the file is truncated inside its header",
+                file=path,
+                found=f"{size} bytes",
+                expected=f"a header of {promised + 8} bytes, then data",
+                fix=_DAMAGED,
+            )
+        text = bytearray(promised)
+        file.read_into(8, memoryview(text))
+    return parse_header(bytes(text), size, path)

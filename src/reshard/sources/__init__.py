@@ -1,0 +1,1 @@
+"""Kinds of stored checkpoints: each makes a catalog of a path."""
