@@ -12,7 +12,7 @@ TRACKER_FILE = "latest_checkpointed_iteration.txt"
 METADATA_FILE = "metadata.json"
 COMMON_FILE = "common.json"
 EXTRA_DIRECTORY = "extra"
-EXTRA_GLOBAL_FILE = "global.safetensors"
+GLOBAL_EXTRA_FILE = "global.safetensors"
 DATA_SUFFIX = ".safetensors"
 
 # Saving an iteration again without an atomic exchange moves the old directory here for a moment; a reader takes it for the iteration
@@ -81,18 +81,18 @@ def total_of_file(name: str) -> int | None:
     return None if match is None or len(match[3]) > 18 else int(match[3])
 
 
-def rank_file_name(rank: int) -> str:
+def rank_extra_file(rank: int) -> str:
     """The name of a rank's file in the directory of extras: `rank-0000003.safetensors`."""
     return f"rank-{rank:07d}{DATA_SUFFIX}"
 
 
-def parse_rank_file_name(name: str) -> int | None:
+def parse_rank_extra_file(name: str) -> int | None:
     """The rank of a file in the directory of extras; None when the name is none."""
     match = _RANK_FILE.fullmatch(name)
     if match is None:
         return None
     rank = int(match[1])
-    return rank if rank_file_name(rank) == name else None
+    return rank if rank_extra_file(rank) == name else None
 
 
 def is_plain_file_name(name: str) -> bool:
