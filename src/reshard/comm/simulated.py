@@ -21,7 +21,10 @@ class SimulatedCluster:
         self.timeout = timeout
         self.collectives = 0
         self._board: list[bytes] = [b""] * world_size
-        self._barrier = threading.Barrier(world_size)
+        self._gathered: list[bytes] = []
+        self._arrived = 0
+        self._aborted = False
+        self._turn = threading.Condition()
         self._queues: defaultdict[tuple[int, int], queue.SimpleQueue[bytes]] = defaultdict(queue.SimpleQueue)
         self._lock = threading.Lock()
 
@@ -31,27 +34,31 @@ class SimulatedCluster:
 
     def abort(self) -> None:
         """Wake every rank that waits in a collective with a CommunicationError: a rank has died."""
-        self._barrier.abort()
-
-    def _meet(self, rank: int) -> None:
-        try:
-            self._barrier.wait(self.timeout)
-        except threading.BrokenBarrierError:
-            raise CommunicationError(
-                "a rank is gone: the others can't go on",
-                rank=rank,
-                expected=f"{self.world_size} ranks within {self.timeout:g} s",
-                fix="look at the rank that failed first",
-            ) from None
+        with self._turn:
+            self._aborted = True
+            self._turn.notify_all()
 
     def _exchange(self, rank: int, data: bytes) -> list[bytes]:
-        self._board[rank] = data
-        self._meet(rank)
-        result = list(self._board)
-        if rank == 0:
-            self.collectives += 1
-        self._meet(rank)  # nobody may write the next round on the board before everybody has read this one
-        return result
+        with self._turn:
+            round_ = self.collectives
+            self._board[rank] = data
+            self._arrived += 1
+            if self._arrived == self.world_size:
+                self._gathered = list(self._board)
+                self._arrived = 0
+                self.collectives += 1
+                self._turn.notify_all()
+            # A round that is complete counts, whatever happens to its ranks afterwards. The next one can't complete, and write over what
+            # was gathered, before this rank has come to it too.
+            self._turn.wait_for(lambda: self._aborted or self.collectives > round_, self.timeout)
+            if self.collectives > round_:
+                return self._gathered
+        raise CommunicationError(
+            "a rank is gone: the others can't go on",
+            rank=rank,
+            expected=f"{self.world_size} ranks within {self.timeout:g} s",
+            fix="look at the rank that failed first",
+        )
 
     def _queue(self, source: int, target: int) -> queue.SimpleQueue[bytes]:
         with self._lock:
@@ -82,7 +89,9 @@ class SimulatedCommunicator:
         try:
             return self._cluster._queue(source, self.rank).get(timeout=self._cluster.timeout)
         except queue.Empty:
-            raise CommunicationError("a rank sent nothing", rank=self.rank, expected=f"bytes from rank {source} within {self._cluster.timeout:g} s") from None
+            raise CommunicationError(
+                "a rank sent nothing", rank=self.rank, expected=f"bytes from rank {source} within {self._cluster.timeout:g} s"
+            ) from None
 
     def close(self) -> None:
         return None

@@ -89,7 +89,9 @@ class Layout:
     def __post_init__(self) -> None:
         used = [axis for axes in self.split for axis in axes]
         if any(not 0 <= axis < len(self.mesh.shape) for axis in used):
-            raise LayoutError("a layout splits by an axis that the mesh doesn't have", found=self.split, expected=f"0 to {len(self.mesh.shape) - 1}")
+            raise LayoutError(
+                "a layout splits by an axis that the mesh doesn't have", found=self.split, expected=f"0 to {len(self.mesh.shape) - 1}"
+            )
         if len(set(used)) != len(used):
             raise LayoutError("a mesh axis splits a tensor at most once", found=self.split)
 
@@ -127,7 +129,11 @@ class Layout:
             LayoutError: the shape has another number of dimensions than the layout.
         """
         if len(global_shape) != len(self.split):
-            raise LayoutError("layout and tensor have different numbers of dimensions", found=f"shape {global_shape}", expected=f"{len(self.split)} dimensions")
+            raise LayoutError(
+                "layout and tensor have different numbers of dimensions",
+                found=f"shape {global_shape}",
+                expected=f"{len(self.split)} dimensions",
+            )
         coordinate = self.mesh.coordinate(position)
         offset, shape = [], []
         for size, axes in zip(global_shape, self.split, strict=True):

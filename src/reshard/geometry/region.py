@@ -77,7 +77,7 @@ class Region:
             )
         offset, shape = [], []
         for a, n, b, m in zip(self.offset, self.shape, other.offset, other.shape, strict=True):
-            begin = a if a > b else b
+            begin = max(a, b)
             end = min(a + n, b + m)
             if end <= begin:
                 return None

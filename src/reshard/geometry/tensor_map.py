@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from reshard.errors import LayoutError
 from reshard.geometry.layout import Layout, Mesh
+from reshard.geometry.region import Region
 
 TensorMap = Sequence["int | Sequence[int]"]
 
@@ -30,7 +31,12 @@ def layout_from_tensor_map(
         values = [entry] if isinstance(entry, int) else list(entry)
         for value in values:
             if not -1 <= value <= last:
-                raise LayoutError("tensor_map names an axis that device_matrix doesn't have", field="tensor_map", found=list(tensor_map), expected=f"-1 to {last}")
+                raise LayoutError(
+                    "tensor_map names an axis that device_matrix doesn't have",
+                    field="tensor_map",
+                    found=list(tensor_map),
+                    expected=f"-1 to {last}",
+                )
         split.append(tuple(last - value for value in values if value != -1))
     return Layout(mesh, tuple(split))
 
@@ -58,3 +64,17 @@ def replica_ids(layout: Layout) -> list[int]:
         result.append(seen[number])
         seen[number] += 1
     return result
+
+
+def slices_of(layout: Layout, global_shape: tuple[int, ...]) -> dict[int, Region]:
+    """The region of every slice of a tensor by the contract's slice id, in the order in which the places of `rank_list` hold them first.
+
+    Raises:
+        LayoutError: the shape has another number of dimensions than the layout.
+    """
+    slices: dict[int, Region] = {}
+    for position in range(len(layout.mesh.ranks)):
+        number = layout.slice_id(position)
+        if number not in slices:
+            slices[number] = layout.region(position, global_shape)
+    return slices

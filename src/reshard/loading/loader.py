@@ -24,6 +24,7 @@ from reshard.sources.native import Headers
 from reshard.state import GLOBAL_STEP, Kind, Shard, State, TensorKey
 from reshard.storage import Storage
 
+
 class _Findings(msgspec.Struct, array_like=True):
     """What a rank tells the others before it reads."""
 
@@ -152,7 +153,9 @@ def _merge(findings: Sequence[_Findings], keys: Sequence[TensorKey], kinds: froz
         found |= np.unpackbits(np.frombuffer(finding.restored, np.uint8), count=len(keys)).astype(bool)
     missing = sorted({_key_in(key) for finding in findings for key in finding.missing}, key=_order)
     mismatched = {
-        _key_in(key): Mismatch(_key_in(key), field, stored, wanted) for finding in findings for key, field, stored, wanted in finding.mismatched
+        _key_in(key): Mismatch(_key_in(key), field, stored, wanted)
+        for finding in findings
+        for key, field, stored, wanted in finding.mismatched
     }
     present = [key for key, is_found in zip(keys, found, strict=True) if is_found]
     unexpected = [key for key, is_found in zip(keys, found, strict=True) if not is_found and key.kind in kinds]

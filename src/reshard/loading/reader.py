@@ -57,7 +57,10 @@ def read_plan(plan: ReadPlan, state: State, headers: Headers, storage: Storage, 
                 memory = state.tensors[transfer.key].shards[transfer.shard].memory
                 direct = _contiguous_target(transfer, memory)
                 if direct is not None and _is_one_run(transfer):
-                    offset = sum(o * s for o, s in zip(transfer.source.offset, strides_of(transfer.chunk_shape, transfer.dtype.itemsize), strict=True))
+                    offset = sum(
+                        o * s
+                        for o, s in zip(transfer.source.offset, strides_of(transfer.chunk_shape, transfer.dtype.itemsize), strict=True)
+                    )
                     source.read_into(begin + offset, direct)
                     total += direct.nbytes
                     continue

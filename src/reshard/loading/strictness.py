@@ -101,7 +101,7 @@ def apply_strictness(strictness: Strictness, misfits: Misfits, *, directory: str
                     field=field,
                     found=f"{wrong[0].stored} in the checkpoint" + _first(wrong),
                     expected=f"{wrong[0].wanted} in the run" + _first(wrong),
-                    fix=f"build the model as it was when it was saved, or pass strict=Strictness({field}='warn') to leave such tensors as they are",
+                    fix=f"build the model as it was saved, or pass strict=Strictness({field}='warn') to leave such tensors as they are",
                 ),
             )
     if misfits.unexpected:

@@ -92,7 +92,9 @@ def decode(data: bytes) -> RankDescription:
     try:
         wire = msgspec.msgpack.decode(data, type=_Wire)
     except msgspec.MsgspecError as error:
-        raise CommunicationError("a rank's description can't be understood", found=str(error), fix="run the same version of reshard on every rank") from error
+        raise CommunicationError(
+            "a rank's description can't be understood", found=str(error), fix="run the same version of reshard on every rank"
+        ) from error
     meshes = [Mesh(*mesh) for mesh in wire.meshes]
     layouts = [Layout(meshes[mesh], split) for mesh, split in wire.layouts]
     return RankDescription(
@@ -116,8 +118,10 @@ def digest(encoded: bytes) -> bytes:
 
 
 def place_of(state: State, rank: int) -> str:
-    """A name for a rank's place in a strategy: two runs give a rank the same one only if it holds the same regions of the same model tensors,
-    on the same meshes. Per-rank values come back to the same place only.
+    """A name for a rank's place in a strategy.
+
+    Two runs give a rank the same one only if it holds the same regions of the same model tensors, on the same meshes. Per-rank values
+    come back to the same place only.
     """
     model = {key: tensor for key, tensor in state.tensors.items() if key.kind is Kind.MODEL}
     return digest(encode(describe(State(tensors=model), rank))).hex()

@@ -1,0 +1,354 @@
+"""The object that a training loop holds: it saves, and it loads."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from reshard.catalog import Catalog
+from reshard.comm import Communicator
+from reshard.comm.together import attempt, from_first, settle, together
+from reshard.errors import UsageError
+from reshard.format.common import CommonInfo, decode_common
+from reshard.format.extra import read_extra
+from reshard.format.names import COMMON_FILE, EXTRA_DIRECTORY, GLOBAL_EXTRA_FILE, rank_extra_file, tensor_name
+from reshard.frameworks.adapter import Adapter, Destination
+from reshard.frameworks.select import default_communicator, select_adapter
+from reshard.loading.loader import TensorsLoaded, load_tensors
+from reshard.loading.report import RestoreReport
+from reshard.loading.strictness import Strictness
+from reshard.planning.agreement import place_of
+from reshard.saving.saver import SaveOptions, Saver, SaveReport
+from reshard.sources.native import open_catalog
+from reshard.sources.resolve import Resolved, latest, resolve
+from reshard.state import Kind, ParameterGroup, State
+from reshard.stateful import restore_values, values_of
+from reshard.storage import Storage
+from reshard.storage.posix import PosixStorage
+from reshard.storage.storage import join
+
+_logger = logging.getLogger("reshard")
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A checkpoint as one rank sees it before it loads."""
+
+    catalog: Catalog
+    common: CommonInfo | None
+    values: Mapping[str, Any] | None
+    groups: tuple[ParameterGroup, ...]
+    destination: Destination
+    rank_values: Mapping[str, Any] | None
+
+
+class CheckpointManager:
+    """Saves checkpoints under a root and loads them, under whatever strategy. Every method is collective.
+
+    Args:
+        directory: the checkpoint root: it holds the iterations and the tracker.
+        prefix: the first part of data files' names; None for none.
+        keep_checkpoint_max: how many committed checkpoints stay on disk, counted over restarts; None keeps all.
+        async_save: not in this version.
+        remove_redundancy: not in this version.
+        save_optimizer: whether optimizer state is saved.
+        communicator: how the ranks talk; chosen by the framework that is in use when it isn't given.
+        storage: where the root lies; the file system when it isn't given.
+        read_only: only load. Nothing is created or locked, so that any number of jobs can read a root, also a read-only one.
+        lock_timeout: seconds to wait for the run before, which may be just dying, to let go of the root.
+
+    Raises:
+        RootLockedError: another run writes this root.
+        UsageError: an argument that can't be.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        prefix: str | None = "CKP",
+        keep_checkpoint_max: int | None = 5,
+        async_save: bool = False,
+        remove_redundancy: bool = False,
+        save_optimizer: bool = True,
+        communicator: Communicator | None = None,
+        storage: Storage | None = None,
+        read_only: bool = False,
+        lock_timeout: float = 10.0,
+    ) -> None:
+        for name, given in (("async_save", async_save), ("remove_redundancy", remove_redundancy)):
+            if given:
+                raise UsageError(
+                    f"{name} is not in this version of reshard", field=name, found=given, expected=False, fix=f"leave {name} out"
+                )
+        self.directory = os.path.abspath(os.fspath(directory))
+        self._storage: Storage = storage if storage is not None else PosixStorage()
+        self._owns_communicator = communicator is None
+        self._comm = communicator if communicator is not None else default_communicator()
+        self._saver: Saver | None = None
+        if not read_only:
+            options = SaveOptions(
+                prefix=prefix, keep_checkpoint_max=keep_checkpoint_max, save_optimizer=save_optimizer, lock_timeout=lock_timeout
+            )
+            try:
+                self._saver = Saver(self._storage, self._comm, self.directory, options)
+            except BaseException:
+                self._close_communicator()
+                raise
+
+    def save(
+        self,
+        step: int,
+        *,
+        model: Any = None,
+        optimizer: Any = None,
+        scheduler: Any = None,
+        dataloader: Any = None,
+        extra: Any = None,
+        common: CommonInfo | None = None,
+    ) -> SaveReport:
+        """Save the run as an iteration. When it returns, the checkpoint is committed and durable; when it raises, nothing was.
+
+        Args:
+            step: the number of the iteration. Saving it again replaces it in one step.
+            model: a module, a list or dictionary of modules, or a dictionary of arrays.
+            optimizer: an optimizer, a list or dictionary of them.
+            scheduler: has `state_dict`, or is a value; the same on every rank.
+            dataloader: has `state_dict`, or is a value; the same on every rank.
+            extra: values of JSON with arrays, and objects that have `state_dict`; the same on every rank.
+            common: the training information of the iteration; by default only the step counts.
+
+        Raises:
+            SaveError: on every rank the same, naming each failed rank and its cause.
+            CaptureError: something that can't be saved.
+        """
+        if self._saver is None:
+            raise UsageError("this manager is read-only", field="read_only", found=True, fix="make another one without read_only to save")
+        common = common if common is not None else CommonInfo(step_num=step, global_step=step)
+        adapter = select_adapter(model, optimizer)
+
+        def capture() -> State:
+            captured = adapter.capture(model, optimizer, global_step=common.global_step)
+            values = {
+                name: adapter.to_value(values_of(part))
+                for name, part in (("scheduler", scheduler), ("dataloader", dataloader), ("extra", extra))
+                if part is not None
+            }
+            random = {"random": adapter.to_value(adapter.random_states())}
+            return State(tensors=captured.tensors, groups=captured.groups, values=values, rank_values=random)
+
+        state, error = attempt(capture)
+        return self._saver.save(step, state if state is not None else State(), common, error)
+
+    def load(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        model: Any = None,
+        optimizer: Any = None,
+        scheduler: Any = None,
+        dataloader: Any = None,
+        extra: Any = None,
+        strict: Strictness | None = None,
+        missing_ok: bool = False,
+        restore_random: bool = True,
+        reseed: int | None = None,
+    ) -> RestoreReport | None:
+        """Load a checkpoint into the run, resharded to its strategy.
+
+        Args:
+            path: a root (then the iteration in its tracker is loaded) or one iteration; this manager's root when it isn't given.
+            model: as in `save`; its parameters and buffers are filled in place.
+            optimizer: as in `save`; a fresh one gets its slots. None loads weights only.
+            scheduler: has `load_state_dict`, or None.
+            dataloader: has `load_state_dict`, or None.
+            extra: an object or a dictionary of objects with `load_state_dict`, or None; all values come back in the report.
+            strict: what to do about tensors that don't fit.
+            missing_ok: no checkpoint at all is not an error but gives None (a fresh start).
+            restore_random: give the random generators their states, where this rank has the same place in the same strategy.
+            reseed: the seed of this rank's generators where it hasn't. Ranks that must draw the same numbers (those of one tensor-parallel
+                group) must give the same. None leaves the generators alone.
+
+        Returns:
+            The report, or None when there was none to load and that is fine.
+
+        Raises:
+            CheckpointNotFoundError: there is no checkpoint.
+            DamagedCheckpointError: it isn't what it promises.
+            MismatchError: it doesn't fit the run.
+        """
+        started = time.perf_counter()
+        root = self.directory if path is None else os.path.abspath(os.fspath(path))
+        found = from_first(self._comm, lambda: self._find(root, missing_ok=missing_ok), list[Resolved], what="nothing was loaded")
+        if not found:
+            return None
+        resolved = found[0]
+        adapter = select_adapter(model, optimizer)
+
+        opened, error = attempt(lambda: self._open(resolved.directory, adapter, model, optimizer, restore_random=restore_random))
+        settle(self._comm, error, what="nothing was loaded")
+        assert opened is not None  # settle raises when any rank has not opened it
+        kinds = frozenset(kind for kind, given in ((Kind.MODEL, model), (Kind.OPTIMIZER, optimizer)) if given is not None)
+        loaded = load_tensors(
+            opened.destination.state,
+            opened.catalog,
+            common=opened.common,
+            comm=self._comm,
+            storage=self._storage,
+            strictness=strict if strict is not None else Strictness(),
+            kinds=kinds,
+            has_random=opened.rank_values is not None,
+        )
+
+        def install() -> tuple[str, Any, tuple[str, ...]]:
+            opened.destination.install(opened.groups)
+            values = {name: adapter.from_value(value) for name, value in (opened.values or {}).items()}
+            notes = _restore_parts(values, {"scheduler": scheduler, "dataloader": dataloader, "extra": extra})
+            random = "untouched"
+            if loaded.all_have_random and opened.rank_values is not None:
+                adapter.restore_random_states(adapter.from_value(opened.rank_values["random"]))
+                random = "restored"
+            elif reseed is not None:
+                adapter.reseed(reseed)
+                random = "reseeded"
+            return random, values.get("extra"), notes
+
+        random, extra_values, notes = together(self._comm, install, what="tensors are loaded, but the rest of the run's state is not")
+        for note in notes:
+            _logger.warning("%s", note)
+        if self._saver is not None and resolved.root == self.directory and resolved.iteration is not None:
+            self._saver.protect(resolved.iteration)
+        return _report(resolved, opened, loaded, random, extra_values, notes, time.perf_counter() - started)
+
+    def wait(self) -> None:
+        """Return when the save in flight is committed; raise its error. A synchronous save never is in flight."""
+
+    def close(self) -> None:
+        """Wait, then let go of the root and of the communicator."""
+        self.wait()
+        if self._saver is not None:
+            self._saver.close()
+            self._saver = None
+        self._close_communicator()
+
+    def __enter__(self) -> CheckpointManager:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _close_communicator(self) -> None:
+        if self._owns_communicator:
+            self._comm.close()
+
+    def _find(self, root: str, *, missing_ok: bool) -> list[Resolved]:
+        if missing_ok:
+            found = latest(self._storage, root)
+            return [] if found is None else [found]
+        return [resolve(self._storage, root)]
+
+    def _open(self, directory: str, adapter: Adapter, model: Any, optimizer: Any, *, restore_random: bool) -> _Opened:
+        catalog = open_catalog(self._storage, directory)
+        common_file = join(directory, COMMON_FILE)
+        has_common = self._storage.stat(common_file) is not None
+        common = decode_common(self._storage.read_bytes(common_file), common_file) if has_common else None
+        tree = read_extra(self._storage, join(directory, EXTRA_DIRECTORY, GLOBAL_EXTRA_FILE))
+        groups = groups_of(tree)
+        destination = adapter.prepare(model, optimizer, catalog, groups)
+        mine = None
+        if restore_random:
+            mine = read_extra(self._storage, join(directory, EXTRA_DIRECTORY, rank_extra_file(self._comm.rank)))
+            place = place_of(destination.state, self._comm.rank)
+            if mine is not None and (mine.get("world_size") != self._comm.world_size or mine.get("place") != place):
+                mine = None
+        return _Opened(
+            catalog,
+            common,
+            None if tree is None else tree.get("values"),
+            groups,
+            destination,
+            None if mine is None else mine.get("rank_values"),
+        )
+
+
+def _restore_parts(values: Mapping[str, Any], parts: Mapping[str, Any]) -> tuple[str, ...]:
+    """Give each part the values that were saved for it; what was not saved is noted."""
+    notes = []
+    for name, part in parts.items():
+        if part is None:
+            continue
+        if name in values:
+            restore_values(part, values[name], name)
+        else:
+            notes.append(f"the checkpoint has no values for the {name}; it stays as it is")
+    return tuple(notes)
+
+
+def _report(
+    resolved: Resolved,
+    opened: _Opened,
+    loaded: TensorsLoaded,
+    random: str,
+    extra: Any,
+    notes: tuple[str, ...],
+    seconds: float,
+) -> RestoreReport:
+    misfits = loaded.misfits
+    return RestoreReport(
+        directory=resolved.directory,
+        iteration=resolved.iteration,
+        restored=tuple(tensor_name(key) for key in loaded.restored),
+        filled=tuple(tensor_name(key) for key in loaded.filled),
+        missing=tuple(tensor_name(key) for key in misfits.missing),
+        unexpected=tuple(tensor_name(key) for key in misfits.unexpected),
+        mismatched=tuple(tensor_name(mismatch.key) for mismatch in misfits.mismatched),
+        random=random,
+        ranks=loaded.ranks,
+        common=opened.common,
+        extra=extra,
+        notes=(*resolved.notes, *opened.catalog.notes, *notes),
+        seconds=seconds,
+    )
+
+
+def save(directory: str | os.PathLike[str], step: int, **arguments: Any) -> SaveReport:
+    """Save one checkpoint: a manager's life in one call. It keeps every checkpoint that is there.
+
+    Args:
+        directory: the checkpoint root.
+        step: the number of the iteration.
+        arguments: those of `CheckpointManager.save` (model, optimizer, …), and of `CheckpointManager` (prefix, …).
+
+    Raises:
+        ReshardError: as `CheckpointManager` and its `save`.
+    """
+    options, arguments = _divide(arguments)
+    with CheckpointManager(directory, **{"keep_checkpoint_max": None, **options}) as manager:
+        return manager.save(step, **arguments)
+
+
+def load(path: str | os.PathLike[str], **arguments: Any) -> RestoreReport | None:
+    """Load one checkpoint: a root or an iteration.
+
+    Args:
+        path: where it is. Nothing there is changed or locked.
+        arguments: those of `CheckpointManager.load` (model, optimizer, strict, …), and `communicator`, `storage`.
+
+    Raises:
+        ReshardError: as `CheckpointManager.load`.
+    """
+    options, arguments = _divide(arguments)
+    with CheckpointManager(path, **options, read_only=True) as manager:
+        return manager.load(**arguments)
+
+
+def _divide(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The arguments of the manager, and the others."""
+    names = inspect.signature(CheckpointManager).parameters
+    return {k: v for k, v in arguments.items() if k in names}, {k: v for k, v in arguments.items() if k not in names}
