@@ -1,6 +1,7 @@
 """For your own tests: a simulated cluster, faulty storage, and a numpy oracle that says what each rank must hold."""
 
 from reshard.testing.cluster import run_ranks, run_ranks_settled
+from reshard.testing.faulty import FaultyStorage, SimulatedDeath
 from reshard.testing.oracle import (
     differences,
     every_placement,
@@ -13,6 +14,8 @@ from reshard.testing.oracle import (
 )
 
 __all__ = [
+    "FaultyStorage",
+    "SimulatedDeath",
     "differences",
     "every_placement",
     "mesh_of",

@@ -1,0 +1,320 @@
+"""The file system, as a storage.
+
+Works on any POSIX file system that has `flock`; uses `renameat2` where the kernel and the file system offer it (Linux: ext4, xfs, btrfs,
+tmpfs) and ordinary renames elsewhere (NFS, Lustre, other systems).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import shutil
+import stat as modes
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import cache
+from types import TracebackType
+
+from reshard.errors import NoSpaceError, ReshardError, StorageError
+from reshard.storage.storage import Entry, Lock, ReadableFile, WritableFile
+
+_NOT_THERE = (FileNotFoundError, NotADirectoryError)
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+# What kernels and file systems answer when they don't know an operation.
+_UNSUPPORTED = frozenset({errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP})
+_FIXES = {
+    errno.EACCES: "give the user that runs this the right to write there, or choose another directory",
+    errno.EPERM: "give the user that runs this the right to write there, or choose another directory",
+    errno.EROFS: "the file system is mounted read-only: choose another directory",
+    errno.EIO: "the device reports an input/output error: look at the system's log",
+    errno.ESTALE: "the network file system lost the file: look at the server, then try again",
+    errno.ENOSPC: "free some space there, or choose another directory",
+    errno.EDQUOT: "the quota is used up: free some space there, or choose another directory",
+}
+
+# <linux/fs.h>
+_AT_FDCWD = -100
+_RENAME_NOREPLACE = 1
+_RENAME_EXCHANGE = 2
+
+
+def storage_error(error: OSError, what: str, path: str) -> ReshardError:
+    """What the operating system said, as an error of the tree.
+
+    Args:
+        error: its words.
+        what: what was tried, without the path ("can't create the file").
+        path: what it was tried on.
+    """
+    kind = NoSpaceError if error.errno in _FULL else StorageError
+    fix = _FIXES.get(error.errno) if error.errno is not None else None
+    return kind(what, file=path, found=error.strerror or str(error), fix=fix)
+
+
+@contextmanager
+def _saying(what: str, path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise storage_error(error, what, path) from error
+
+
+@cache
+def _renameat2() -> Callable[[bytes, bytes, int], int] | None:
+    """The C library's `renameat2`: 0, or the error number; None where there is none."""
+    try:
+        function = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError):
+        return None
+    function.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
+    function.restype = ctypes.c_int
+
+    def call(source: bytes, target: bytes, flags: int) -> int:
+        ctypes.set_errno(0)
+        return 0 if function(_AT_FDCWD, source, _AT_FDCWD, target, flags) == 0 else ctypes.get_errno()
+
+    return call
+
+
+def _rename2(source: str, target: str, flags: int) -> bool:
+    """Rename with flags; False where that isn't possible. Raises OSError for every other failure."""
+    call = _renameat2()
+    if call is None:
+        return False
+    code = call(os.fsencode(source), os.fsencode(target), flags)
+    if code in _UNSUPPORTED:
+        return False
+    if code:
+        raise OSError(code, os.strerror(code))
+    return True
+
+
+class _Descriptor:
+    """A file descriptor that closes once."""
+
+    def __init__(self, path: str, descriptor: int) -> None:
+        self.path = path
+        self._descriptor = descriptor
+
+    def close(self) -> None:
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            with _saying("can't close the file", self.path):
+                os.close(descriptor)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+class _PosixReadable(_Descriptor):
+    def __init__(self, path: str, descriptor: int, size: int) -> None:
+        super().__init__(path, descriptor)
+        self.size = size
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        rest = buffer.cast("B") if buffer.nbytes else buffer
+        done = 0
+        with _saying("can't read the file", self.path):
+            while done < buffer.nbytes:
+                count = os.preadv(self._descriptor, [rest[done:]], offset + done)
+                if count == 0:
+                    raise StorageError(
+                        "the file ends before the bytes that should be in it",
+                        file=self.path,
+                        found=f"{max(0, offset + done)} bytes at most",
+                        expected=f"{buffer.nbytes} bytes from offset {offset}",
+                    )
+                done += count
+
+    def __enter__(self) -> _PosixReadable:
+        return self
+
+
+class _PosixWritable(_Descriptor):
+    def write_at(self, offset: int, data: memoryview) -> None:
+        rest = memoryview(data).cast("B") if data.nbytes else data
+        done = 0
+        with _saying("can't write the file", self.path):
+            while done < data.nbytes:
+                done += os.pwrite(self._descriptor, rest[done:], offset + done)
+
+    def sync(self) -> None:
+        with _saying("can't make the file durable", self.path):
+            os.fsync(self._descriptor)
+
+    def __enter__(self) -> _PosixWritable:
+        return self
+
+
+class _PosixLock:
+    """A held `flock`.
+
+    The lock belongs to the open file: a forked child (a data loader's worker) would keep it alive after its parent's death, so the child
+    closes its copy at once.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        find = weakref.WeakMethod(self._close)
+
+        def in_child() -> None:
+            method = find()
+            if method is not None:
+                method()
+
+        os.register_at_fork(after_in_child=in_child)
+
+    def _close(self) -> None:
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def release(self) -> None:
+        """Give the lock back. The file stays: removing it would let two processes lock two files of one name."""
+        if self._descriptor >= 0:
+            with suppress(OSError):  # who held it is a courtesy
+                os.ftruncate(self._descriptor, 0)
+        self._close()
+
+    def __del__(self) -> None:
+        self._close()
+
+
+def _entry(name: str, status: os.stat_result) -> Entry:
+    is_directory = modes.S_ISDIR(status.st_mode)
+    return Entry(name, is_directory, 0 if is_directory else status.st_size, status.st_mtime)
+
+
+class PosixStorage:
+    """The file system of this machine, or a network file system mounted on it. File modes follow the umask."""
+
+    def stat(self, path: str) -> Entry | None:
+        try:
+            return _entry(os.path.basename(path), os.stat(path))
+        except _NOT_THERE:
+            return None
+        except OSError as error:
+            raise storage_error(error, "can't look at the path", path) from error
+
+    def list(self, path: str) -> Sequence[Entry]:
+        entries = []
+        with _saying("can't list the directory", path), os.scandir(path) as scan:
+            for item in scan:
+                with suppress(*_NOT_THERE):  # removed since, or a symbolic link that leads nowhere
+                    entries.append(_entry(item.name, item.stat()))
+        return sorted(entries, key=lambda entry: entry.name)
+
+    def open_read(self, path: str) -> ReadableFile:
+        with _saying("can't open the file", path):
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            status = os.fstat(descriptor)
+        if not modes.S_ISREG(status.st_mode):
+            os.close(descriptor)
+            raise StorageError("not a file", file=path, found="a directory" if modes.S_ISDIR(status.st_mode) else "a device")
+        return _PosixReadable(path, descriptor, status.st_size)
+
+    def read_bytes(self, path: str) -> bytes:
+        with self.open_read(path) as file:
+            data = bytearray(file.size)
+            file.read_into(0, memoryview(data))
+        return bytes(data)
+
+    def create(self, path: str, size: int) -> WritableFile:
+        with _saying("can't create the file", path):
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            try:
+                # Only the size: `posix_fallocate` would write zeros over the whole file where the file system can't reserve.
+                os.ftruncate(descriptor, size)
+            except BaseException:
+                os.close(descriptor)
+                raise
+        return _PosixWritable(path, descriptor)
+
+    def write_bytes(self, path: str, data: bytes) -> None:
+        with self.create(path, len(data)) as file:
+            file.write_at(0, memoryview(data))
+            file.sync()
+
+    def make_directory(self, path: str) -> None:
+        with _saying("can't make the directory", path):
+            os.makedirs(path, exist_ok=True)
+
+    def sync_directory(self, path: str) -> None:
+        with _saying("can't make the directory durable", path):
+            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                os.fsync(descriptor)
+            except OSError as error:
+                # File systems that keep names durable by themselves (some network ones) refuse to sync a directory.
+                if error.errno not in _UNSUPPORTED:
+                    raise
+            finally:
+                os.close(descriptor)
+
+    def rename(self, source: str, target: str) -> None:
+        with _saying(f"can't rename to {target}", source):
+            if _rename2(source, target, _RENAME_NOREPLACE):
+                return
+            if os.path.lexists(target):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+            os.rename(source, target)
+
+    def replace(self, source: str, target: str) -> None:
+        with _saying(f"can't put the file in the place of {target}", source):
+            os.replace(source, target)
+
+    def exchange(self, first: str, second: str) -> bool:
+        with _saying(f"can't exchange with {second}", first):
+            return _rename2(first, second, _RENAME_EXCHANGE)
+
+    def remove(self, path: str) -> None:
+        with _saying("can't remove the file", path):
+            os.unlink(path)
+
+    def remove_tree(self, path: str) -> None:
+        with _saying("can't remove the directory", path):
+            try:
+                shutil.rmtree(path)
+            except FileNotFoundError:
+                if os.path.lexists(path):
+                    raise
+
+    def free_bytes(self, path: str) -> int | None:
+        with _saying("can't ask for free space", path):
+            status = os.statvfs(path)
+        # Some network file systems don't know their size and say 0 for everything.
+        return status.f_bavail * status.f_frsize if status.f_blocks else None
+
+    def lock(self, path: str, owner: str) -> Lock | str:
+        while True:
+            with _saying("can't open the lock file", path):
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if _is_still(path, descriptor):
+                    os.ftruncate(descriptor, 0)
+                    os.pwrite(descriptor, owner.encode(), 0)
+                    return _PosixLock(descriptor)
+            except BlockingIOError:
+                holder = os.pread(descriptor, 4096, 0).decode(errors="replace").strip()
+                os.close(descriptor)
+                return holder or "a process that has not said who it is"
+            except OSError as error:
+                os.close(descriptor)
+                failure = storage_error(error, "can't lock the file", path)
+                if error.errno in _UNSUPPORTED or error.errno == errno.ENOLCK:
+                    failure = StorageError(failure.what, file=path, found=failure.found, fix="mount the file system with `flock` support")
+                raise failure from error
+            # Someone removed the file between open and lock: a lock on it excludes nobody.
+            os.close(descriptor)
+
+
+def _is_still(path: str, descriptor: int) -> bool:
+    try:
+        there = os.stat(path)
+    except FileNotFoundError:
+        return False
+    return os.path.samestat(there, os.fstat(descriptor))

@@ -1,0 +1,183 @@
+"""What only a real file system can show."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from reshard.errors import NoSpaceError, StorageError
+from reshard.storage import PosixStorage
+from reshard.storage.posix import storage_error
+
+HOLDER = """
+import sys, time
+from reshard.storage import PosixStorage
+lock = PosixStorage().lock(sys.argv[1], "the other process")
+print("held" if not isinstance(lock, str) else lock, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def umask():
+    """Sets the umask, and gives the old one back after the test."""
+    old = os.umask(0o022)
+    yield os.umask
+    os.umask(old)
+
+
+@pytest.mark.parametrize(("mask", "file_mode", "directory_mode"), [(0o022, 0o644, 0o755), (0o007, 0o660, 0o770), (0o077, 0o600, 0o700)])
+def test_modes_follow_the_umask(tmp_path, umask, mask, file_mode, directory_mode):
+    umask(mask)
+    storage = PosixStorage()
+    storage.make_directory(f"{tmp_path}/d/e")
+    storage.write_bytes(f"{tmp_path}/d/e/f", b"x")
+    assert (tmp_path / "d/e/f").stat().st_mode & 0o777 == file_mode
+    assert {(tmp_path / part).stat().st_mode & 0o777 for part in ("d", "d/e")} == {directory_mode}
+
+
+def test_a_full_device_is_no_space(tmp_path):
+    assert isinstance(storage_error(OSError(errno.ENOSPC, "No space left on device"), "can't write", "/x"), NoSpaceError)
+    assert isinstance(storage_error(OSError(errno.EDQUOT, "Disk quota exceeded"), "can't write", "/x"), NoSpaceError)
+    error = storage_error(OSError(errno.EIO, "Input/output error"), "can't write the file", "/x/y")
+    assert isinstance(error, StorageError)
+    assert "can't write the file" in str(error)
+    assert "/x/y" in str(error)
+    assert "Input/output error" in str(error)
+
+
+def test_a_write_to_a_full_device_raises_no_space():
+    if not os.path.exists("/dev/full"):
+        pytest.skip("the machine has no /dev/full")
+    from reshard.storage.posix import _PosixWritable
+
+    with _PosixWritable("/dev/full", os.open("/dev/full", os.O_WRONLY)) as file, pytest.raises(NoSpaceError, match="No space left"):
+        file.write_at(0, memoryview(b"x" * 4096))
+
+
+def test_links_count_as_what_they_lead_to(tmp_path):
+    storage = PosixStorage()
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real/file").write_bytes(b"123")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    assert [(e.name, e.is_directory) for e in storage.list(str(tmp_path))] == [("link", True), ("real", True)]
+    assert storage.stat(f"{tmp_path}/dangling") is None
+    with pytest.raises(StorageError):
+        storage.remove_tree(f"{tmp_path}/link")
+    assert storage.read_bytes(f"{tmp_path}/real/file") == b"123"
+
+
+def test_a_rename_refuses_a_taken_name_without_the_kernels_help(tmp_path, monkeypatch):
+    monkeypatch.setattr("reshard.storage.posix._renameat2", lambda: None)
+    storage = PosixStorage()
+    for name in ("a", "b"):
+        storage.make_directory(f"{tmp_path}/{name}")
+    assert storage.exchange(f"{tmp_path}/a", f"{tmp_path}/b") is False
+    with pytest.raises(StorageError, match="exists"):
+        storage.rename(f"{tmp_path}/a", f"{tmp_path}/b")
+    storage.rename(f"{tmp_path}/a", f"{tmp_path}/c")
+    assert sorted(os.listdir(tmp_path)) == ["b", "c"]
+
+
+def test_an_old_kernel_says_that_it_cannot(tmp_path, monkeypatch):
+    monkeypatch.setattr("reshard.storage.posix._renameat2", lambda: lambda source, target, flags: errno.ENOSYS)
+    storage = PosixStorage()
+    storage.make_directory(f"{tmp_path}/a")
+    storage.make_directory(f"{tmp_path}/b")
+    assert storage.exchange(f"{tmp_path}/a", f"{tmp_path}/b") is False
+    storage.rename(f"{tmp_path}/a", f"{tmp_path}/c")
+    assert sorted(os.listdir(tmp_path)) == ["b", "c"]
+
+
+def test_a_large_file_is_written_and_read_in_parts(tmp_path, monkeypatch):
+    real_write, real_read = os.pwrite, os.preadv
+    monkeypatch.setattr(os, "pwrite", lambda descriptor, data, offset: real_write(descriptor, data[:7], offset))
+    monkeypatch.setattr(os, "preadv", lambda descriptor, buffers, offset: real_read(descriptor, [buffers[0][:5]], offset))
+    storage = PosixStorage()
+    data = bytes(range(100))
+    storage.write_bytes(f"{tmp_path}/f", data)
+    assert storage.read_bytes(f"{tmp_path}/f") == data
+
+
+def start(script: str, path: str) -> subprocess.Popen[str]:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.Popen([sys.executable, "-c", script, path], stdout=subprocess.PIPE, text=True, env=environment)
+
+
+def hold(path: str) -> subprocess.Popen[str]:
+    process = start(HOLDER, path)
+    assert process.stdout is not None
+    assert process.stdout.readline().strip() == "held"
+    return process
+
+
+def test_a_lock_ends_with_its_process(tmp_path):
+    path = f"{tmp_path}/lock"
+    process = hold(path)
+    try:
+        assert PosixStorage().lock(path, "me") == "the other process"
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        lock = PosixStorage().lock(path, "me")
+        assert not isinstance(lock, str)
+        lock.release()
+    finally:
+        process.kill()
+        process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
+
+
+def test_a_forked_child_does_not_keep_the_lock(tmp_path):
+    script = """
+import os, sys, time
+from reshard.storage import PosixStorage
+lock = PosixStorage().lock(sys.argv[1], "parent")
+child = os.fork()
+if child == 0:
+    time.sleep(600)
+print(child, flush=True)
+os.kill(os.getpid(), 9)
+"""
+    path = f"{tmp_path}/lock"
+    process = start(script, path)
+    assert process.stdout is not None
+    child = int(process.stdout.readline())
+    process.wait()
+    process.stdout.close()
+    try:
+        os.kill(child, 0)
+        lock = PosixStorage().lock(path, "me")
+        assert not isinstance(lock, str)
+        lock.release()
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_a_lock_file_that_was_removed_excludes_again(tmp_path):
+    path = f"{tmp_path}/lock"
+    storage = PosixStorage()
+    first = storage.lock(path, "first")
+    os.unlink(path)
+    second = storage.lock(path, "second")
+    assert not isinstance(first, str)
+    assert not isinstance(second, str)
+    assert storage.lock(path, "third") == "second"
+    first.release()
+    second.release()
+
+
+def test_a_lock_nobody_released_ends_with_its_object(tmp_path):
+    storage = PosixStorage()
+    lock = storage.lock(f"{tmp_path}/lock", "first")
+    assert not isinstance(lock, str)
+    del lock
+    again = storage.lock(f"{tmp_path}/lock", "second")
+    assert not isinstance(again, str)
+    again.release()
