@@ -7,11 +7,13 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, is_hypothesis_test, settings
+
+from tests.processes import RankPool
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -103,3 +105,18 @@ def run_reshard(process_environment: dict[str, str]) -> Callable[..., subprocess
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def rank_pool() -> Iterator[Callable[[int], RankPool]]:
+    """Real ranks: `rank_pool(4).run(function, *arguments)`; one pool per world size for the whole test run."""
+    pools: dict[int, RankPool] = {}
+
+    def pool(world_size: int) -> RankPool:
+        if world_size not in pools:
+            pools[world_size] = RankPool(world_size)
+        return pools[world_size]
+
+    yield pool
+    for started in pools.values():
+        started.close()

@@ -10,7 +10,7 @@ import reshard
 from reshard.comm import Communicator
 from reshard.state import Kind
 from reshard.testing import differences, run_ranks, state_on_rank
-from strategies import STRATEGIES, Strategy, arrays, layouts
+from tests.strategies import STRATEGIES, Strategy, arrays, layouts
 
 ARRAYS = arrays()
 
