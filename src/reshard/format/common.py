@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from typing import Annotated, Optional
+from typing import Annotated
 
 import msgspec
 
@@ -35,18 +35,17 @@ class CommonInfo:
     ckpt_status: int | None = None
 
 
-_Count = Annotated[int, msgspec.Meta(ge=0, lt=2**63)]
+_Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
 
 class _Wire(msgspec.Struct):
-    # Optional, not `| None`: msgspec evaluates these on Python 3.10 too.
-    epoch_num: Optional[_Count] = None  # noqa: UP045
-    step_num: Optional[_Count] = None  # noqa: UP045
-    global_step: Optional[_Count] = None  # noqa: UP045
-    loss_scale: Optional[float] = None  # noqa: UP045
-    global_batch_size: Optional[_Count] = None  # noqa: UP045
-    consumed_samples: Optional[_Count] = None  # noqa: UP045
-    ckpt_status: Optional[_Count] = None  # noqa: UP045
+    epoch_num: _Count | None = None
+    step_num: _Count | None = None
+    global_step: _Count | None = None
+    loss_scale: float | None = None
+    global_batch_size: _Count | None = None
+    consumed_samples: _Count | None = None
+    ckpt_status: _Count | None = None
 
 
 _DECODER = msgspec.json.Decoder(_Wire)

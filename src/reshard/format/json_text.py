@@ -52,7 +52,7 @@ def check_utf8(data: bytes, file: str, *, error: type[DamagedCheckpointError] = 
             raise error("JSON that is not UTF-8", file=file, found=str(cause), fix="the file is damaged") from cause
 
 
-def check_duplicate_keys(data: bytes, colons: int, file: str, *, error: type[DamagedCheckpointError] = MetadataError) -> None:
+def check_duplicate_keys(data: bytes, colons: int | None, file: str, *, error: type[DamagedCheckpointError] = MetadataError) -> None:
     """See that no object has a key twice: decoders silently keep the last one.
 
     Every key has a colon of its own, so text with no more colons than the decoded value has keys has no key twice. Only text with more of
@@ -60,7 +60,7 @@ def check_duplicate_keys(data: bytes, colons: int, file: str, *, error: type[Dam
 
     Args:
         data: JSON that was decoded before.
-        colons: a lower bound for the number of keys in it: those that the decoded value has.
+        colons: a lower bound for the number of keys in it: those that the decoded value has. None looks at every key.
         file: for the error.
         error: its kind.
 

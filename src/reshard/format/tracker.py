@@ -25,7 +25,5 @@ def decode_tracker(data: bytes, file: str) -> int:
         )
     # 18 digits hold every step of any run, and keep a hostile file's number small.
     if not text.isdigit() or len(text) > 18:
-        raise TrackerError(
-            "the tracker holds no iteration number", file=file, found=repr(text[:40]), expected="decimal digits", fix=_FIX
-        )
+        raise TrackerError("the tracker holds no iteration number", file=file, found=repr(text[:40]), expected="decimal digits", fix=_FIX)
     return int(text)

@@ -115,9 +115,8 @@ def _text(entries: Mapping[str, TensorEntry], metadata: Mapping[str, str], nbyte
     parts = [f'"{_METADATA}":{json.dumps(dict(metadata), ensure_ascii=False, separators=(",", ":"))}'] if metadata else []
     for e in entries.values():
         shape = ",".join(map(str, e.shape))
-        parts.append(
-            f'{encode_basestring(e.name)}:{{"dtype":"{e.dtype.safetensors}","shape":[{shape}],"data_offsets":[{e.begin - nbytes},{e.end - nbytes}]}}'
-        )
+        offsets = f"{e.begin - nbytes},{e.end - nbytes}"
+        parts.append(f'{encode_basestring(e.name)}:{{"dtype":"{e.dtype.safetensors}","shape":[{shape}],"data_offsets":[{offsets}]}}')
     try:
         text = ("{" + ",".join(parts) + "}").encode()
     except UnicodeEncodeError as cause:
