@@ -79,9 +79,17 @@ def process_environment() -> dict[str, str]:
 def run_python(process_environment: dict[str, str]) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run Python code in a new process: `run_python(code, *arguments, check=True, cwd=None, timeout=120)`."""
 
-    def run(code: str, *arguments: str, check: bool = True, cwd: Path | None = None, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    def run(
+        code: str, *arguments: str, check: bool = True, cwd: Path | None = None, timeout: float = 120
+    ) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
-            [sys.executable, "-c", code, *arguments], env=process_environment, cwd=cwd, timeout=timeout, capture_output=True, text=True, check=False
+            [sys.executable, "-c", code, *arguments],
+            env=process_environment,
+            cwd=cwd,
+            timeout=timeout,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert not check or done.returncode == 0, done.stderr
         return done

@@ -1,0 +1,1 @@
+"""The command: `reshard`. One module per subcommand; what they share is in `output`."""

@@ -1,0 +1,42 @@
+"""The command itself: `reshard [--version] SUBCOMMAND …`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from reshard.cli.ls import ls
+from reshard.cli.output import reporting
+from reshard.cli.show import show
+from reshard.version import __version__
+
+app = typer.Typer(
+    help="Save a training run under any parallel strategy, resume it under any other.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"reshard {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)] = False,
+) -> None:
+    """Save a training run under any parallel strategy, resume it under any other."""
+
+
+app.command()(reporting(ls))
+app.command()(reporting(show))
+
+
+def main() -> None:
+    """What the script `reshard` calls."""
+    app(prog_name="reshard")

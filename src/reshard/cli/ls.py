@@ -1,0 +1,232 @@
+"""`reshard ls ROOT`: which checkpoints a root holds, and in which state they are."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
+
+import typer
+
+from reshard.checkpoint import Checkpoint
+from reshard.cli.layouts import tensor_ranks
+from reshard.cli.output import JsonOption, age_words, console, print_json, size_words, table, timestamp
+from reshard.errors import CheckpointNotFoundError, DamagedCheckpointError, ReshardError, TrackerError
+from reshard.format.names import COMMON_FILE, METADATA_FILE, TRACKER_FILE, parse_iteration_name
+from reshard.format.tracker import decode_tracker
+from reshard.sources.resolve import list_iterations
+from reshard.storage import PosixStorage, Storage
+from reshard.storage.storage import join
+
+COMMITTED = "committed"
+TORN = "torn"
+DAMAGED = "damaged"
+
+# Names under which a save works before its commit, or keeps what it is about to replace, have the iteration's name in them.
+_UNCOMMITTED = re.compile(r".*iteration_(\d{8,18})(?!\d).*", re.ASCII | re.DOTALL)
+
+
+@dataclass(frozen=True)
+class IterationLine:
+    """What a root holds of one iteration.
+
+    Attributes:
+        iteration: its number.
+        directory: the directory's name.
+        state: `committed`; `torn` (its save didn't finish, or still goes on; loading never takes it); `damaged` (loading would fail).
+        problem: what is wrong with it.
+        tracked: whether the tracker names it: the one that a run resumes from.
+        global_step: the optimizer's step count, as `common.json` says.
+        nbytes: the bytes of all its files.
+        files: the number of its files.
+        world_size: the number of ranks that saved it; None when that isn't known.
+        modified: when it was committed, or last written; seconds since the epoch.
+    """
+
+    iteration: int
+    directory: str
+    state: str
+    problem: str | None
+    tracked: bool
+    global_step: int | None
+    nbytes: int
+    files: int
+    world_size: int | None
+    modified: float
+
+
+@dataclass(frozen=True)
+class RootListing:
+    """What a root holds.
+
+    Attributes:
+        root: its path.
+        tracker: the iteration that the tracker names, None when it names none.
+        tracker_problem: what is wrong with the tracker, None when nothing is.
+        iterations: oldest first.
+    """
+
+    root: str
+    tracker: int | None
+    tracker_problem: str | None
+    iterations: tuple[IterationLine, ...]
+
+
+def ls(
+    root: Annotated[str, typer.Argument(help="The checkpoint root: the directory that holds the iterations.", show_default=False)],
+    json: JsonOption = False,
+) -> None:
+    """List the checkpoints of a root: step, size, files, ranks, age, and which one a run resumes from."""
+    listing = list_root(PosixStorage(), os.path.abspath(root))
+    if json:
+        print_json(_document(listing))
+    else:
+        _print(listing)
+
+
+def list_root(storage: Storage, root: str) -> RootListing:
+    """What a root holds, committed or not.
+
+    Raises:
+        CheckpointNotFoundError: there is nothing of a checkpoint.
+    """
+    entry = storage.stat(root)
+    if entry is None or not entry.is_directory:
+        raise CheckpointNotFoundError(
+            "there is no such directory" if entry is None else "a checkpoint root is a directory, and this is a file",
+            file=root,
+            fix="give the directory that holds iteration_… and the tracker",
+        )
+    tracker, problem = _read_tracker(storage, root)
+    committed = list_iterations(storage, root)
+    lines = [_committed_line(storage, step, directory, tracker) for step, directory in committed]
+    known = {line.directory for line in lines}
+    for child in storage.list(root):
+        match = _UNCOMMITTED.fullmatch(child.name)
+        if match is not None and child.is_directory and child.name not in known:
+            lines.append(_torn_line(storage, root, child.name, int(match[1]), child.modified))
+    if not lines and tracker is None and problem is None:
+        here = any(storage.stat(join(root, name)) is not None for name in (METADATA_FILE, COMMON_FILE))
+        raise CheckpointNotFoundError(
+            "there is no checkpoint in this directory",
+            file=root,
+            expected="directories iteration_… and the tracker",
+            fix="this is one checkpoint, not a root: use `reshard show`" if here else "give the directory that a run saves to",
+        )
+    if tracker is not None and not any(line.tracked for line in lines):
+        problem = f"it names iteration {tracker}, which isn't here"
+    lines.sort(key=lambda line: (line.iteration, line.state != COMMITTED, line.directory))
+    return RootListing(root, tracker, problem, tuple(lines))
+
+
+def _read_tracker(storage: Storage, root: str) -> tuple[int | None, str | None]:
+    path = join(root, TRACKER_FILE)
+    if storage.stat(path) is None:
+        return None, None
+    try:
+        return decode_tracker(storage.read_bytes(path), path), None
+    except TrackerError as error:
+        return None, error.what
+
+
+def _committed_line(storage: Storage, step: int, directory: str, tracker: int | None) -> IterationLine:
+    nbytes, files, written = _measure(storage, directory)
+    state, problem, global_step, ranks = COMMITTED, None, None, None
+    try:
+        checkpoint = Checkpoint(directory, storage)
+        global_step = None if checkpoint.common is None else checkpoint.common.global_step
+        ranks = set().union(*(tensor_ranks(tensor) for tensor in checkpoint.catalog.tensors.values()))
+    except (DamagedCheckpointError, CheckpointNotFoundError) as error:
+        state, problem = DAMAGED, _one_line(error)
+    return IterationLine(
+        iteration=step,
+        directory=os.path.basename(directory),
+        state=state,
+        problem=problem,
+        tracked=step == tracker,
+        global_step=global_step,
+        nbytes=nbytes,
+        files=files,
+        world_size=len(ranks) if ranks else None,
+        modified=written,
+    )
+
+
+def _torn_line(storage: Storage, root: str, name: str, step: int, modified: float) -> IterationLine:
+    nbytes, files, written = _measure(storage, join(root, name))
+    named = parse_iteration_name(name) is not None
+    problem = f"it has neither {METADATA_FILE} nor the files of a single card" if named else "its save didn't finish, or still goes on"
+    return IterationLine(step, name, TORN, problem, False, None, nbytes, files, None, written or modified)
+
+
+def _one_line(error: ReshardError) -> str:
+    """What went wrong and where, for a table."""
+    where = "" if error.file is None else f" ({os.path.basename(error.file)})"
+    return error.what + where
+
+
+def _measure(storage: Storage, directory: str) -> tuple[int, int, float]:
+    """Bytes, files and the last modification of what lies in a directory and below it."""
+    nbytes, files, modified = 0, 0, 0.0
+    waiting = [directory]
+    while waiting:
+        path = waiting.pop()
+        for entry in storage.list(path):
+            if entry.is_directory:
+                waiting.append(join(path, entry.name))
+                continue
+            nbytes += entry.size
+            files += 1
+            modified = max(modified, entry.modified)
+    return nbytes, files, modified
+
+
+def _document(listing: RootListing) -> dict[str, Any]:
+    return {
+        "root": listing.root,
+        "tracker": listing.tracker,
+        "tracker_problem": listing.tracker_problem,
+        "iterations": [{**asdict(line), "modified": timestamp(line.modified)} for line in listing.iterations],
+    }
+
+
+def _number(value: int | None) -> str:
+    return "" if value is None else str(value)
+
+
+def _print(listing: RootListing) -> None:
+    columns = [
+        ("", "left"),
+        ("iteration", "right"),
+        ("global step", "right"),
+        ("size", "right"),
+        ("files", "right"),
+        ("ranks", "right"),
+        ("age", "right"),
+        ("state", "left"),
+    ]
+    rows = [
+        (
+            "*" if line.tracked else "",
+            str(line.iteration),
+            _number(line.global_step),
+            size_words(line.nbytes),
+            str(line.files),
+            _number(line.world_size),
+            age_words(line.modified),
+            line.state if line.problem is None else f"{line.state}: {line.problem}",
+        )
+        for line in listing.iterations
+    ]
+    out = console()
+    out.print(listing.root, soft_wrap=True)
+    if rows:
+        out.print(table(columns, rows))
+    if listing.tracker_problem is not None:
+        words = f"tracker: {listing.tracker_problem}"
+    elif listing.tracker is None:
+        words = f"tracker: none ({TRACKER_FILE} is missing); a run resumes from the newest committed iteration"
+    else:
+        words = f"* the tracker: a run resumes from iteration {listing.tracker}"
+    out.print(words, soft_wrap=True)
