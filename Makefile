@@ -42,6 +42,7 @@ $(BUILT): pyproject.toml requirements-dev.txt
 	@touch $@
 
 env: $(BUILT) ## build the virtual environment in .venv, unless it is up to date
+	@echo "$(VENV) is ready."
 
 demo: $(BUILT) ## train on 8 ranks, kill, resume on 4, 1 and 8, and compare the losses
 	@$(PY) examples/demo/run.py
