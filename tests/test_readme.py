@@ -1,0 +1,84 @@
+"""The documents keep their word: their code runs, their versions are those of the test environment, their links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+DOCUMENTS = [REPOSITORY / "README.md", REPOSITORY / "CHANGELOG.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+WITH_CODE = [REPOSITORY / "README.md", REPOSITORY / "docs" / "quickstart.md"]
+
+each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+
+_BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]*)(?:#([^)\s]*))?\)")
+
+
+def blocks(document: Path, language: str) -> list[str]:
+    return [code for kind, code in _BLOCK.findall(document.read_text(encoding="utf-8")) if kind == language]
+
+
+@pytest.mark.parametrize("document", WITH_CODE, ids=lambda path: path.name)
+def test_the_code_of_the_documents_runs(
+    document: Path,
+    tmp_path: Path,
+    run_python: Callable[..., subprocess.CompletedProcess[str]],
+    run_reshard: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
+    python = blocks(document, "python")
+    assert python
+    # One program, as a reader would type it; twice, since the second run resumes from the first.
+    for _ in range(2):
+        run_python("\n".join(python), cwd=tmp_path)
+    commands = [line[2:] for block in blocks(document, "console") for line in block.splitlines() if line.startswith("$ ")]
+    assert commands
+    for command in commands:
+        program, *arguments = shlex.split(command, comments=True)
+        assert program == "reshard"
+        done = run_reshard(*arguments, cwd=tmp_path)
+        assert done.returncode == 0, f"{command}\n{done.stderr}"
+        assert done.stdout.strip()
+
+
+def test_the_versions_in_the_readme_are_those_of_the_test_environment() -> None:
+    pins = dict(re.findall(r"^([\w.-]+)==(\S+)$", (REPOSITORY / "requirements-dev.txt").read_text(encoding="utf-8"), re.MULTILINE))
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    for row, package in (("PyTorch", "torch"), ("transformers", "transformers"), ("numpy", "numpy")):
+        match = re.search(rf"^\| {row} \| ([\d.]+\d)", readme, re.MULTILINE)
+        assert match is not None, f"the README doesn't say which {row} was tested"
+        assert match[1] == pins[package]
+
+
+def test_the_changelog_knows_the_version() -> None:
+    from reshard.version import __version__
+
+    changelog = (REPOSITORY / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert "## [Unreleased]" in changelog or f"## [{__version__}]" in changelog
+
+
+def anchors(document: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", document.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@each_document
+def test_links_lead_somewhere(document: Path) -> None:
+    for target, anchor in _LINK.findall(document.read_text(encoding="utf-8")):
+        if target.startswith("http"):
+            continue
+        path = (document.parent / target).resolve() if target else document
+        assert path.exists(), f"{document.name} links to {target}"
+        if anchor:
+            assert anchor in anchors(path), f"{document.name} links to {target}#{anchor}"
+
+
+def test_every_page_is_in_the_index() -> None:
+    index = (REPOSITORY / "docs" / "index.md").read_text(encoding="utf-8")
+    missing = [page.name for page in (REPOSITORY / "docs").glob("*.md") if page.name != "index.md" and f"({page.name})" not in index]
+    assert missing == []
