@@ -11,7 +11,7 @@ import json
 import math
 import reprlib
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ import numpy as np
 from reshard.errors import CaptureError, MetadataError, UsageError
 from reshard.format.safetensors import plan_header, read_header, write_tensors
 from reshard.geometry.dtypes import by_numpy
+from reshard.state import ParameterGroup
 from reshard.storage import Storage
 
 EXTRA_FORMAT = "reshard-extra-1"
@@ -277,6 +278,33 @@ def read_extra(storage: Storage, path: str, from_value: Callable[[FrameworkArray
         return decode_tree(header.metadata["tree"], arrays, from_value)
     except MetadataError as cause:
         raise MetadataError(cause.what, file=path, found=cause.found, fix="the file is damaged: restore it from a copy") from cause
+
+
+def global_tree(values: Mapping[str, Any], groups: Sequence[ParameterGroup]) -> dict[str, Any]:
+    """The tree of the file of global extras: the global values, and the hyper-parameters of all parameters of the run."""
+    listed = [{"options": dict(g.options), "parameters": list(g.parameters), "unstepped": list(g.unstepped)} for g in groups]
+    return {"values": dict(values), "groups": listed}
+
+
+def groups_of(tree: Any, file: str | None = None) -> tuple[ParameterGroup, ...]:
+    """The hyper-parameters in such a tree; none when there is no tree.
+
+    Raises:
+        MetadataError: they can't be understood.
+    """
+    if tree is None:
+        return ()
+    groups = tree.get("groups", []) if isinstance(tree, dict) else None
+    if not isinstance(groups, list) or not all(_is_group(group) for group in groups):
+        raise MetadataError("the hyper-parameters in the extras can't be understood", file=file, field="groups", found=_short(groups))
+    return tuple(ParameterGroup(g["options"], tuple(g["parameters"]), tuple(g.get("unstepped", ()))) for g in groups)
+
+
+def _is_group(group: Any) -> bool:
+    if not isinstance(group, dict) or not isinstance(group.get("options"), dict):
+        return False
+    names = [group.get("parameters"), group.get("unstepped", [])]
+    return all(isinstance(listed, (list, tuple)) and all(isinstance(name, str) for name in listed) for listed in names)
 
 
 def _short(value: Any) -> str:

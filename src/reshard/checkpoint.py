@@ -1,0 +1,259 @@
+"""Open a checkpoint, list it, and slice any of its global tensors. Needs no framework."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from itertools import product
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from reshard.catalog import Catalog, Chunk, StoredTensor
+from reshard.errors import UsageError
+from reshard.format.common import CommonInfo, decode_common
+from reshard.format.extra import groups_of, read_extra
+from reshard.format.names import COMMON_FILE, EXTRA_DIRECTORY, GLOBAL_EXTRA_FILE, tensor_name
+from reshard.geometry import DType, Layout, Region
+from reshard.planning.byte_runs import plan_blocks, strides_of
+from reshard.sources.native import Headers, check_promises, open_catalog
+from reshard.sources.resolve import resolve
+from reshard.state import ParameterGroup, TensorKey
+from reshard.storage import Storage
+from reshard.storage.posix import PosixStorage
+from reshard.storage.storage import join
+
+# What is read at a time where the destination is not contiguous.
+_BLOCK_BYTES = 4 << 20
+
+# A slice with a step reads over gaps below this: a page is the least that a file system reads anyway.
+_PAGE_BYTES = 4096
+
+
+class Checkpoint:
+    """A stored checkpoint, as a collection of global tensors by their names in files.
+
+    Args:
+        path: a checkpoint root (its tracker is obeyed) or the directory of one checkpoint.
+        storage: where it lies; the file system by default.
+
+    Attributes:
+        directory: where its files lie.
+        iteration: its number; None when the directory's name has none.
+        catalog: what it holds, as data.
+        common: the progress of the run (`common.json`); None when there is no such file.
+        notes: what the reader should know about how it was found and what it lacks.
+
+    Raises:
+        CheckpointNotFoundError: there is no checkpoint.
+        DamagedCheckpointError: tracker, metadata or common information are damaged.
+        StorageError: the storage refuses to read.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], storage: Storage | None = None) -> None:
+        self._storage: Storage = PosixStorage() if storage is None else storage
+        found = resolve(self._storage, os.path.abspath(os.fspath(path)))
+        self.directory: str = found.directory
+        self.iteration: int | None = found.iteration
+        self.catalog: Catalog = open_catalog(self._storage, found.directory)
+        file = join(found.directory, COMMON_FILE)
+        self.common: CommonInfo | None = None
+        if self._storage.stat(file) is not None:
+            self.common = decode_common(self._storage.read_bytes(file), file)
+        self.notes: tuple[str, ...] = (*found.notes, *self.catalog.notes)
+        self._headers = Headers(self._storage, found.directory)
+        self._tensors = {tensor_name(key): tensor for key, tensor in self.catalog.tensors.items()}
+
+    @property
+    def values(self) -> Mapping[str, Any]:
+        """The global values that were saved beside the tensors (scheduler, data position, extras); empty when there are none."""
+        tree = self._extra
+        return tree.get("values", {}) if isinstance(tree, dict) else {}
+
+    @property
+    def groups(self) -> tuple[ParameterGroup, ...]:
+        """The optimizers' hyper-parameters; empty when there are none."""
+        return groups_of(self._extra, self._extra_file)
+
+    @property
+    def _extra_file(self) -> str:
+        return join(self.directory, EXTRA_DIRECTORY, GLOBAL_EXTRA_FILE)
+
+    @cached_property
+    def _extra(self) -> Any:
+        return read_extra(self._storage, self._extra_file)
+
+    def check(self) -> tuple[str, ...]:
+        """Hold the headers of all files against the metadata.
+
+        Returns:
+            Notes about tensors in files that the metadata doesn't list.
+
+        Raises:
+            DataFileError: a file is missing or damaged, or doesn't hold what was promised.
+        """
+        return check_promises(self.catalog, self._headers)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    def __getitem__(self, name: str) -> TensorView:
+        tensor = self._tensors.get(name)
+        if tensor is None:
+            near = difflib.get_close_matches(str(name), self._tensors, n=3, cutoff=0.5)
+            raise UsageError(
+                "the checkpoint has no tensor of this name",
+                file=self.directory,
+                tensor=name,
+                expected=f"one of {len(self)} names" + (f", such as {', '.join(near)}" if near else ""),
+            )
+        return TensorView(name, tensor, self._storage, self.directory, self._headers)
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({self.directory!r}, {len(self)} tensors)"
+
+
+class TensorView:
+    """A global tensor of a stored checkpoint; nothing is read until it is sliced.
+
+    Attributes:
+        name: its name in files.
+        key: what it is.
+        shape: the shape of the whole tensor.
+        dtype: its element type.
+        layout: how it lay on its mesh when it was saved, or None.
+        chunks: the regions that are stored, and where.
+    """
+
+    # `list(view)` would read element by element: take `view[...]`.
+    __iter__ = None
+
+    def __init__(self, name: str, tensor: StoredTensor, storage: Storage, directory: str, headers: Headers) -> None:
+        self.name = name
+        self.key: TensorKey = tensor.key
+        self.shape: tuple[int, ...] = tensor.global_shape
+        self.dtype: DType = tensor.dtype
+        self.layout: Layout | None = tensor.layout
+        self.chunks: tuple[Chunk, ...] = tensor.chunks
+        self._tensor = tensor
+        self._storage = storage
+        self._directory = directory
+        self._headers = headers
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the whole tensor."""
+        return self._tensor.nbytes
+
+    def read(self, region: Region | None = None) -> np.ndarray:
+        """The values of a region, by default of the whole tensor, whatever chunks they lie in.
+
+        Reads exactly the region's bytes.
+
+        Raises:
+            UsageError: the region lies outside the tensor.
+            DataFileError: a file is missing or damaged, or doesn't hold what metadata promises.
+        """
+        region = Region.whole(self.shape) if region is None else region
+        if not region.fits(self.shape):
+            raise UsageError("a region outside the tensor", tensor=self.name, found=region, expected=f"inside {list(self.shape)}")
+        # Before memory is taken: a shape that metadata made up has no file that holds it.
+        stored = self._stored(region)
+        out = np.empty(region.shape, self.dtype.numpy)
+        for chunk, common, begin in stored:
+            self._fill(out[common.relative_to(region).slices] if out.ndim else out, chunk, common.relative_to(chunk.region), begin)
+        return out
+
+    def _stored(self, region: Region) -> list[tuple[Chunk, Region, int]]:
+        """The chunks that a region shares elements with, which these are, and where each chunk begins in its file."""
+        parts = [(chunk, common) for chunk in self.chunks if (common := region.intersect(chunk.region)) is not None]
+        return [(chunk, common, self._headers.entry(chunk.places[0], self.dtype, chunk.region.shape).begin) for chunk, common in parts]
+
+    def _fill(self, out: np.ndarray, chunk: Chunk, box: Region, begin: int) -> None:
+        itemsize = self.dtype.itemsize
+        strides = strides_of(chunk.region.shape, itemsize)
+        with self._storage.open_read(join(self._directory, chunk.places[0].file)) as file:
+            for block in plan_blocks(chunk.region.shape, box, itemsize, block_bytes=_BLOCK_BYTES, gap_bytes=0):
+                target = out[block.region.relative_to(box).slices] if out.ndim else out
+                if target.flags.c_contiguous:
+                    file.read_into(begin + block.offset, memoryview(target.reshape(-1).view(np.uint8)))
+                else:
+                    run = np.empty(block.nbytes, np.uint8)
+                    file.read_into(begin + block.offset, memoryview(run))
+                    target[...] = np.lib.stride_tricks.as_strided(run.view(self.dtype.numpy), block.region.shape, strides)
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        """The values at an index of integers, slices with positive steps, and at most one ellipsis; an array also where nothing is left of
+        the dimensions.
+
+        Raises:
+            UsageError: another kind of index, or an integer outside the tensor.
+        """
+        ranges, kept = self._ranges(index)
+        shape = tuple(len(wanted) for wanted in ranges)
+        if 0 in shape:
+            out = np.empty(shape, self.dtype.numpy)
+        elif all(wanted.step == 1 for wanted in ranges):
+            out = self.read(Region(tuple(wanted.start for wanted in ranges), shape))
+        else:
+            out = self._read_steps(ranges, shape)
+        return out.reshape(tuple(size for size, keep in zip(shape, kept, strict=True) if keep))
+
+    def _read_steps(self, ranges: list[range], shape: tuple[int, ...]) -> np.ndarray:
+        self._stored(Region(tuple(r.start for r in ranges), tuple(r[-1] + 1 - r.start for r in ranges)))
+        out = np.empty(shape, self.dtype.numpy)
+        for spans in product(*(self._spans(dimension, wanted) for dimension, wanted in enumerate(ranges))):
+            region = Region(tuple(span.start for _, span, _ in spans), tuple(len(span) for _, span, _ in spans))
+            out[tuple(where for where, _, _ in spans)] = self.read(region)[tuple(slice(None, None, step) for _, _, step in spans)]
+        return out
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """The whole tensor, for `numpy.asarray`."""
+        return np.asarray(self.read(), dtype)
+
+    def _spans(self, dimension: int, wanted: range) -> list[tuple[slice, range, int]]:
+        """What to read along a dimension: where it goes, the indices to read, and the step to take among them."""
+        gap = (wanted.step - 1) * self.dtype.itemsize * prod(self.shape[dimension + 1 :])
+        if wanted.step == 1 or gap < _PAGE_BYTES:
+            return [(slice(0, len(wanted)), range(wanted[0], wanted[-1] + 1), wanted.step)]
+        return [(slice(place, place + 1), range(number, number + 1), 1) for place, number in enumerate(wanted)]
+
+    def _ranges(self, index: Any) -> tuple[list[range], list[bool]]:
+        """The indices along every dimension, and whether the dimension stays."""
+        items = list(index) if isinstance(index, tuple) else [index]
+        dots = [place for place, item in enumerate(items) if item is Ellipsis]
+        if len(dots) > 1 or len(items) - len(dots) > len(self.shape):
+            raise self._bad_index(index, f"at most one '...' and {len(self.shape)} dimensions")
+        place = dots[0] if dots else len(items)
+        rest = len(self.shape) - (len(items) - len(dots))
+        items[place : place + len(dots)] = [slice(None)] * rest
+        ranges, kept = [], []
+        for item, size in zip(items, self.shape, strict=True):
+            if isinstance(item, slice):
+                if item.step is not None and not (isinstance(item.step, int) and item.step > 0):
+                    raise self._bad_index(index, "a step of 1 or more")
+                ranges.append(range(*item.indices(size)))
+            elif isinstance(item, (int, np.integer)) and not isinstance(item, bool):
+                number = int(item) + size if item < 0 else int(item)
+                if not 0 <= number < size:
+                    raise self._bad_index(index, f"integers from {-size} to {size - 1} in a dimension of {size}")
+                ranges.append(range(number, number + 1))
+            else:
+                raise self._bad_index(index, "integers, slices and '...'")
+            kept.append(isinstance(item, slice))
+        return ranges, kept
+
+    def _bad_index(self, index: Any, expected: str) -> UsageError:
+        return UsageError("an index that a stored tensor doesn't take", tensor=self.name, found=repr(index), expected=expected)
+
+    def __repr__(self) -> str:
+        return f"TensorView({self.name!r}, {self.dtype}, {list(self.shape)}, {len(self.chunks)} chunks)"

@@ -1,0 +1,171 @@
+"""Checkpoint 2.0, as this project and MindSpore Transformers write it: a directory becomes a catalog."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from threading import Lock
+
+from reshard.catalog import Catalog, Chunk, Place, StoredTensor
+from reshard.errors import CheckpointNotFoundError, DataFileError, MetadataError
+from reshard.format.metadata import decode_metadata
+from reshard.format.names import DATA_SUFFIX, METADATA_FILE, kind_of_file, parse_tensor_name, total_of_file
+from reshard.format.safetensors import Header, TensorEntry, read_header
+from reshard.geometry import DType, Region
+from reshard.state import Kind, TensorKey
+from reshard.storage import Storage
+from reshard.storage.storage import join
+
+_RESTORE = "restore the file from a copy, or resume from another iteration"
+
+
+class Headers:
+    """The headers of a checkpoint's files, each read when it is first needed. Use from several threads is safe.
+
+    Args:
+        storage: where the files lie.
+        directory: the checkpoint's directory.
+    """
+
+    def __init__(self, storage: Storage, directory: str) -> None:
+        self._storage = storage
+        self._directory = directory
+        self._headers: dict[str, Header] = {}
+        self._lock = Lock()
+
+    def get(self, file: str) -> Header:
+        """The header of a file, by its name in the directory.
+
+        Raises:
+            DataFileError: the file is missing or damaged.
+        """
+        with self._lock:
+            header = self._headers.get(file)
+            if header is None:
+                header = self._headers[file] = read_header(self._storage, join(self._directory, file))
+            return header
+
+    def entry(self, place: Place, dtype: DType, shape: tuple[int, ...]) -> TensorEntry:
+        """The tensor of a place, held against what metadata promises.
+
+        Args:
+            place: where it is to be.
+            dtype: the promised element type.
+            shape: the promised shape.
+
+        Raises:
+            DataFileError: the file is missing or damaged, or doesn't hold what was promised.
+        """
+        entry = self.get(place.file).entries.get(place.name)
+        if entry is not None and entry.shape == shape and entry.dtype == dtype:
+            return entry
+        file = join(self._directory, place.file)
+        if entry is None:
+            raise DataFileError("the metadata promises a tensor that the file doesn't hold", file=file, tensor=place.name, fix=_RESTORE)
+        raise DataFileError(
+            "a tensor in a file is not what the metadata promises",
+            file=file,
+            tensor=place.name,
+            found=f"{entry.dtype} of shape {list(entry.shape)}",
+            expected=f"{dtype} of shape {list(shape)}",
+            fix=_RESTORE,
+        )
+
+
+def open_catalog(storage: Storage, directory: str) -> Catalog:
+    """The catalog of a checkpoint's directory.
+
+    With `metadata.json` no data file is looked at, except where metadata leaves an element type open: `Headers.entry` and
+    `check_promises` hold the files against it. Without it (a single card's checkpoint) every tensor of every file is a whole one.
+
+    Raises:
+        CheckpointNotFoundError: there is no such directory.
+        MetadataError: the metadata is damaged; or it is missing and the files are those of several ranks, or there are none.
+        DataFileError: a file whose header is needed is missing or damaged.
+    """
+    there = storage.stat(directory)
+    if there is None or not there.is_directory:
+        raise CheckpointNotFoundError("there is no such checkpoint", file=directory)
+    headers = Headers(storage, directory)
+    file = join(directory, METADATA_FILE)
+    if storage.stat(file) is not None:
+        return decode_metadata(storage.read_bytes(file), file, lambda place: _dtype_in(headers, place, directory))
+    files = [entry.name for entry in storage.list(directory) if not entry.is_directory and entry.name.endswith(DATA_SUFFIX)]
+    if not files:
+        raise MetadataError(
+            f"the checkpoint has neither {METADATA_FILE} nor data files",
+            file=directory,
+            found="a save that never finished, or another kind of directory",
+            fix="resume from another iteration",
+        )
+    ranks = max(total_of_file(name) or 1 for name in files)
+    if ranks > 1:
+        raise MetadataError(
+            f"{METADATA_FILE} is missing from a checkpoint of several ranks: nobody knows which part of a tensor each file holds",
+            file=directory,
+            found=f"{len(files)} data files, named as of {ranks} ranks",
+            expected=f"{METADATA_FILE} beside them; only a single card's checkpoint can do without",
+            fix=f"restore {METADATA_FILE} from a copy, or resume from another iteration",
+        )
+    return _whole_tensors(headers, directory, files)
+
+
+def _whole_tensors(headers: Headers, directory: str, files: list[str]) -> Catalog:
+    tensors: dict[TensorKey, StoredTensor] = {}
+    owners: dict[str, str] = {}
+    for file in files:
+        kind = kind_of_file(file) or Kind.MODEL
+        for name, entry in headers.get(file).entries.items():
+            if name in owners:
+                raise MetadataError(
+                    f"two files hold a tensor of one name, and there is no {METADATA_FILE} to tell them apart",
+                    file=directory,
+                    tensor=name,
+                    found=f"in {owners[name]} and in {file}",
+                    fix="leave only one checkpoint's files in the directory",
+                )
+            owners[name] = file
+            key = parse_tensor_name(name, kind)
+            chunk = Chunk(Region.whole(entry.shape), (Place(file, name, 0),), (0,))
+            tensors[key] = StoredTensor(key, entry.dtype, entry.shape, None, (chunk,))
+    return Catalog(
+        directory, tensors, (f"no {METADATA_FILE}: took every tensor of {len(files)} files as whole, as a single card saves them",)
+    )
+
+
+def _dtype_in(headers: Headers, place: Place, directory: str) -> DType:
+    entry = headers.get(place.file).entries.get(place.name)
+    if entry is None:
+        raise DataFileError(
+            "the metadata promises a tensor that the file doesn't hold", file=join(directory, place.file), tensor=place.name, fix=_RESTORE
+        )
+    return entry.dtype
+
+
+def check_promises(catalog: Catalog, headers: Headers, files: Iterable[str] | None = None) -> tuple[str, ...]:
+    """See that files hold what the catalog promises; reads headers only.
+
+    Args:
+        catalog: what is promised.
+        headers: of the same directory.
+        files: only these files; all that the catalog names by default.
+
+    Returns:
+        Notes about tensors that the files hold and the catalog doesn't name. They are ignored.
+
+    Raises:
+        DataFileError: a file is missing or damaged, or doesn't hold what was promised.
+    """
+    chosen = None if files is None else set(files)
+    promised: dict[str, set[str]] = {}
+    for tensor in catalog.tensors.values():
+        for chunk in tensor.chunks:
+            for place in chunk.places:
+                if chosen is None or place.file in chosen:
+                    headers.entry(place, tensor.dtype, chunk.region.shape)
+                    promised.setdefault(place.file, set()).add(place.name)
+    unlisted = {name for file, names in promised.items() for name in headers.get(file).entries if name not in names}
+    if not unlisted:
+        return ()
+    some = sorted(unlisted)
+    more = f" and {len(some) - 5} more" if len(some) > 5 else ""
+    return (f"the files hold tensors that the metadata doesn't list; ignored: {', '.join(some[:5])}{more}",)

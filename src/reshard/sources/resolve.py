@@ -1,0 +1,204 @@
+"""From a path to the directory of one checkpoint: a root by its tracker, or an iteration itself."""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from reshard.errors import CheckpointNotFoundError, TrackerError
+from reshard.format.names import (
+    COMMON_FILE,
+    DATA_SUFFIX,
+    METADATA_FILE,
+    REPLACED_PREFIX,
+    TRACKER_FILE,
+    iteration_name,
+    kind_of_file,
+    parse_iteration_name,
+    total_of_file,
+)
+from reshard.format.tracker import decode_tracker
+from reshard.storage import Entry, Storage
+from reshard.storage.storage import join
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """Where a checkpoint lies.
+
+    Attributes:
+        directory: of the checkpoint's files.
+        iteration: its number; None when the directory's name has none.
+        root: the checkpoint root that it belongs to, or None.
+        notes: what the user should know about the choice.
+    """
+
+    directory: str
+    iteration: int | None
+    root: str | None
+    notes: tuple[str, ...] = ()
+
+
+def resolve(storage: Storage, path: str) -> Resolved:
+    """The checkpoint that a path means: of a root the one that its tracker names, else its newest; or the iteration itself.
+
+    Args:
+        storage: where it lies.
+        path: a checkpoint root, or the directory of one checkpoint.
+
+    Raises:
+        CheckpointNotFoundError: there is none.
+        TrackerError: the tracker is empty, not a number, or names an iteration that isn't there.
+    """
+    path = posixpath.normpath(path)
+    there = storage.stat(path)
+    if there is None:
+        replaced = _replaced(storage, path)
+        if replaced is not None:
+            return replaced
+        raise CheckpointNotFoundError(
+            "there is no such checkpoint", file=path, found="nothing", fix="give a checkpoint root or an iteration"
+        )
+    if not there.is_directory:
+        raise CheckpointNotFoundError(
+            "a checkpoint is a directory, and this is a file", file=path, fix="give the directory that it lies in"
+        )
+    entries = storage.list(path)
+    if any(entry.name == TRACKER_FILE for entry in entries):
+        return _tracked(storage, path, entries)
+    if _has_checkpoint_files(entries):
+        step = _step_of(posixpath.basename(path))
+        return Resolved(path, step, None if step is None else posixpath.dirname(path))
+    committed = _committed(storage, path, entries)
+    if committed:
+        step, directory = committed[-1]
+        note = f"{path} has no tracker ({TRACKER_FILE}); took the newest of {len(committed)} iterations, {step}"
+        return Resolved(directory, step, path, (note, *_replaced_note(directory)))
+    raise CheckpointNotFoundError(
+        "there is no checkpoint in this directory", file=path, found=_listing(entries), fix=_nearby(storage, path, entries)
+    )
+
+
+def latest(storage: Storage, root: str) -> Resolved | None:
+    """What `resolve` gives for a root, or None when no checkpoint was ever committed there (a fresh start).
+
+    Raises:
+        CheckpointNotFoundError: the path is a file.
+        TrackerError: as in `resolve`; a damaged tracker is no reason to start afresh.
+    """
+    there = storage.stat(posixpath.normpath(root))
+    if there is None and _replaced(storage, posixpath.normpath(root)) is None:
+        return None
+    if there is not None and there.is_directory:
+        entries = storage.list(root)
+        if (
+            not any(e.name == TRACKER_FILE for e in entries)
+            and not _has_checkpoint_files(entries)
+            and not _committed(storage, root, entries)
+        ):
+            return None
+    return resolve(storage, root)
+
+
+def list_iterations(storage: Storage, root: str) -> list[tuple[int, str]]:
+    """The committed checkpoints of a root: number and directory, sorted by number; none when the root doesn't exist.
+
+    Committed is what has its `metadata.json`, or is of a single card (`common.json` and data files of one rank). An iteration whose
+    replacement was interrupted counts under its number.
+
+    Raises:
+        StorageError: the root can't be listed.
+    """
+    there = storage.stat(root)
+    return [] if there is None else _committed(storage, root, storage.list(root))
+
+
+def _committed(storage: Storage, root: str, entries: Sequence[Entry]) -> list[tuple[int, str]]:
+    found: dict[int, str] = {}
+    # Sorted names put ".replaced-…" in front, so that the real name wins.
+    for entry in sorted(entries, key=lambda entry: entry.name):
+        step = _step_of(entry.name)
+        if step is not None and entry.is_directory and is_committed(storage, join(root, entry.name)):
+            found[step] = join(root, entry.name)
+    return sorted(found.items())
+
+
+def is_committed(storage: Storage, directory: str) -> bool:
+    """Whether an iteration's directory holds a whole checkpoint, as far as its names tell.
+
+    Raises:
+        StorageError: it can't be listed.
+    """
+    if storage.stat(join(directory, METADATA_FILE)) is not None:
+        return True
+    names = [entry.name for entry in storage.list(directory)]
+    data = [name for name in names if kind_of_file(name) is not None]
+    return COMMON_FILE in names and bool(data) and all(total_of_file(name) == 1 for name in data)
+
+
+def _tracked(storage: Storage, root: str, entries: Sequence[Entry]) -> Resolved:
+    tracker = join(root, TRACKER_FILE)
+    step = decode_tracker(storage.read_bytes(tracker), tracker)
+    committed = _committed(storage, root, entries)
+    directory = dict(committed).get(step)
+    if directory is None:
+        # An incomplete one is taken at its word: opening it says what is missing.
+        directory = join(root, iteration_name(step))
+        if not any(entry.name == iteration_name(step) and entry.is_directory for entry in entries):
+            steps = [number for number, _ in committed]
+            raise TrackerError(
+                "the tracker names an iteration that isn't there",
+                file=tracker,
+                found=f"{step}, but no {iteration_name(step)}",
+                expected=f"one of {_numbers(steps)}" if steps else "an iteration; there is none",
+                fix=f"write {steps[-1]} into it to resume from the newest"
+                if steps
+                else "give another root, or remove the tracker to start afresh",
+            )
+    notes = _replaced_note(directory)
+    newer = [number for number, _ in committed if number > step]
+    if newer:
+        notes = (*notes, f"the tracker names iteration {step}; newer ones exist and are not used: {_numbers(newer)}")
+    return Resolved(directory, step, root, notes)
+
+
+def _step_of(name: str) -> int | None:
+    return parse_iteration_name(name.removeprefix(REPLACED_PREFIX))
+
+
+def _replaced(storage: Storage, path: str) -> Resolved | None:
+    """The iteration of a missing path, where a save that was to replace it died between two renames."""
+    root, name = posixpath.split(path)
+    directory = join(root, REPLACED_PREFIX + name)
+    step = parse_iteration_name(name)
+    if step is None or storage.stat(directory) is None or not is_committed(storage, directory):
+        return None
+    return Resolved(directory, step, root, _replaced_note(directory))
+
+
+def _replaced_note(directory: str) -> tuple[str, ...]:
+    name = posixpath.basename(directory)
+    if not name.startswith(REPLACED_PREFIX):
+        return ()
+    return (f"a save that was to replace {name.removeprefix(REPLACED_PREFIX)} was interrupted; took the old one, {name}",)
+
+
+def _has_checkpoint_files(entries: Sequence[Entry]) -> bool:
+    return any(not e.is_directory and (e.name in (METADATA_FILE, COMMON_FILE) or e.name.endswith(DATA_SUFFIX)) for e in entries)
+
+
+def _numbers(steps: Sequence[int]) -> str:
+    return ", ".join(map(str, steps[-10:])) if len(steps) <= 10 else f"… {', '.join(map(str, steps[-10:]))}"
+
+
+def _listing(entries: Sequence[Entry]) -> str:
+    names = [entry.name for entry in entries]
+    return (", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")) or "an empty directory"
+
+
+def _nearby(storage: Storage, path: str, entries: Sequence[Entry]) -> str:
+    for entry in entries:
+        if entry.is_directory and storage.stat(join(path, entry.name, TRACKER_FILE)) is not None:
+            return f"did you mean {join(path, entry.name)}?"
+    return "give a checkpoint root (with a tracker or iteration_ directories) or an iteration"
