@@ -77,7 +77,7 @@ def ls(
     root: Annotated[str, typer.Argument(help="The checkpoint root: the directory that holds the iterations.", show_default=False)],
     json: JsonOption = False,
 ) -> None:
-    """List the checkpoints of a root: step, size, files, ranks, age, and which one a run resumes from."""
+    """List a root's checkpoints, and the one a run resumes from."""
     listing = list_root(PosixStorage(), os.path.abspath(root))
     if json:
         print_json(_document(listing))

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -80,12 +81,17 @@ def table(columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[str]]) -> 
         columns: the header of each, and `left` or `right`, the side on which it is flush.
         rows: the cells, as plain text.
     """
-    made = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
+    made = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     for header, side in columns:
         made.add_column(header, justify="right" if side == "right" else "left", overflow="fold", no_wrap=side == "right")
     for row in rows:
         made.add_row(*(Text(cell) for cell in row))
     return made
+
+
+def fits(out: Console, printed: Table) -> bool:
+    """Whether a table has room without a broken cell."""
+    return Measurement.get(out, out.options.update(max_width=_NO_LINE_END), printed).maximum <= out.width
 
 
 def size_words(nbytes: int) -> str:

@@ -16,7 +16,7 @@ from rich.console import Console
 from reshard.catalog import StoredTensor
 from reshard.checkpoint import Checkpoint
 from reshard.cli.layouts import draw, layout_words, ranks_of, tensor_ranks
-from reshard.cli.output import JsonOption, console, print_json, rank_words, shape_words, size_words, table
+from reshard.cli.output import JsonOption, console, fits, print_json, rank_words, shape_words, size_words, table
 from reshard.errors import UsageError
 from reshard.format.names import tensor_name
 from reshard.state import Kind
@@ -36,7 +36,10 @@ def show(
     regex: Annotated[bool, typer.Option("--regex", "-E", help="Take PATTERN as a regular expression, found anywhere in a name.")] = False,
     json: JsonOption = False,
 ) -> None:
-    """Show a checkpoint's tensors: shapes, dtypes, sizes, how each lies on its mesh; of a single one also which rank holds which part."""
+    """Show a checkpoint's tensors and how they lie on ranks.
+
+    If PATTERN means a single tensor, a drawing shows which ranks hold which part of it.
+    """
     opened = Checkpoint(checkpoint)
     names = {tensor_name(key): tensor for key, tensor in opened.catalog.tensors.items()}
     chosen = names if pattern is None else {name: names[name] for name in matching(names, pattern, regex=regex)}
@@ -114,6 +117,8 @@ def _print_head(out: Console, opened: Checkpoint) -> None:
     for kind, word in _KIND_WORDS.items():
         count, nbytes = _totals(tensors, kind)
         out.print(f"{word + ':':<11}{_count(count, 'tensor')}, {size_words(nbytes)}" if count else f"{word + ':':<11}none", soft_wrap=True)
+    if opened.values:
+        out.print(f"{'values:':<11}{', '.join(opened.values)}", soft_wrap=True)
     for note in opened.notes:
         out.print(f"note: {note}", soft_wrap=True)
     out.print()
@@ -145,7 +150,15 @@ def _print_list(out: Console, chosen: dict[str, StoredTensor]) -> None:
         )
         for name, tensor in chosen.items()
     ]
-    out.print(table(columns, rows))
+    wide = table(columns, rows)
+    if fits(out, wide):
+        out.print(wide)
+        return
+    # In a narrow terminal a broken name helps nobody: each tensor takes two lines.
+    for name, shape, dtype, size, parts, ranks, layout in rows:
+        out.print(name, style="bold", soft_wrap=True)
+        where = f"rank {ranks}" if ranks.isdigit() else f"ranks {ranks}"
+        out.print(f"    {shape} {dtype}, {size}, {_count(int(parts), 'part')} on {where}: {layout}", soft_wrap=True)
 
 
 def _print_one(out: Console, name: str, tensor: StoredTensor) -> None:
@@ -177,7 +190,7 @@ def _print_chunks(out: Console, tensor: StoredTensor) -> None:
             rank_words(ranks_of(chunk)),
             _file_words([place.file for place in chunk.places]),
         )
-        for chunk in tensor.chunks[:_MOST_CHUNKS]
+        for chunk in sorted(tensor.chunks, key=lambda chunk: chunk.region.offset)[:_MOST_CHUNKS]
     ]
     out.print(table(columns, rows))
     if len(tensor.chunks) > _MOST_CHUNKS:
@@ -200,6 +213,7 @@ def _document(opened: Checkpoint, chosen: dict[str, StoredTensor]) -> dict[str, 
         "common": None if opened.common is None else asdict(opened.common),
         "world_size": len(_all_ranks(opened)) or None,
         "totals": totals,
+        "values": list(opened.values),
         "notes": list(opened.notes),
         "tensors": [_tensor_document(name, tensor) for name, tensor in chosen.items()],
     }

@@ -1,0 +1,41 @@
+"""The command as a whole."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+
+import pytest
+
+from reshard.version import __version__
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def test_the_version(run_reshard: Run) -> None:
+    done = run_reshard("--version")
+    assert (done.returncode, done.stdout) == (0, f"reshard {__version__}\n")
+
+
+def test_help_lists_the_subcommands(run_reshard: Run) -> None:
+    done = run_reshard("--help")
+    assert done.returncode == 0
+    for name in ("ls", "show"):
+        assert f"\n  {name} " in done.stdout
+
+
+@pytest.mark.parametrize("arguments", [("nothing",), ("ls",), ("ls", "--nothing", "x"), ("show",)])
+def test_a_wrong_command_line_ends_with_code_2(arguments: tuple[str, ...], run_reshard: Run) -> None:
+    done = run_reshard(*arguments)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+
+
+def test_listing_loads_no_framework(run_python: Callable[..., subprocess.CompletedProcess[str]], tmp_path) -> None:
+    code = (
+        "import sys\nfrom reshard.cli.app import app\ntry:\n    app(['ls', sys.argv[1]])\nexcept SystemExit:\n    pass\n"
+        "print(*sys.modules, sep='\\n')"
+    )
+    loaded = run_python(code, str(tmp_path)).stdout.split()
+    assert "reshard.cli.ls" in loaded
+    assert not {"torch", "mindspore", "transformers", "reshard.training"} & set(loaded)

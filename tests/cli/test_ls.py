@@ -1,0 +1,137 @@
+"""`reshard ls`: every state that a root can be in."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from reshard.cli.ls import DAMAGED, TORN, list_root
+from reshard.errors import CheckpointNotFoundError
+from reshard.storage import PosixStorage
+
+GOLDEN = Path(__file__).resolve().parent.parent / "data" / "golden"
+TRACKER = "latest_checkpointed_iteration.txt"
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A root with the iterations 1 (4 ranks) and 12 (8 ranks), the tracker on 12."""
+    root = tmp_path / "checkpoint"
+    shutil.copytree(GOLDEN / "dp2_tp2" / "checkpoint", root)
+    shutil.copytree(GOLDEN / "dp2_tp2_pp2_rr" / "checkpoint" / "iteration_00000001", root / "iteration_00000012")
+    (root / TRACKER).write_text("12")
+    return root
+
+
+def size_of(directory: Path) -> int:
+    return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
+
+
+def test_it_lists_iterations_with_size_files_ranks_and_the_tracker(root: Path, run_reshard: Run) -> None:
+    os.utime(root / "iteration_00000012" / "common.json", (2e9, 2e9))
+    done = run_reshard("ls", root, "--json")
+    assert done.returncode == 0, done.stderr
+    listing = json.loads(done.stdout)
+    assert listing["root"] == str(root)
+    assert (listing["tracker"], listing["tracker_problem"]) == (12, None)
+    first, second = listing["iterations"]
+    assert first["iteration"] == 1
+    assert first["directory"] == "iteration_00000001"
+    assert (first["state"], first["problem"], first["tracked"]) == ("committed", None, False)
+    assert first["nbytes"] == size_of(root / "iteration_00000001")
+    assert (first["files"], first["world_size"], first["global_step"]) == (10, 4, 1)
+    assert (second["iteration"], second["tracked"], second["world_size"]) == (12, True, 8)
+    assert second["modified"] == "2033-05-18T03:33:20+00:00"
+
+
+def test_the_text_has_one_line_per_iteration_and_marks_the_tracked_one(root: Path, run_reshard: Run) -> None:
+    done = run_reshard("ls", root)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == str(root)
+    assert lines[1].split() == ["iteration", "global", "step", "size", "files", "ranks", "age", "state"]
+    assert lines[3].split()[:2] == ["1", "1"]
+    assert lines[4].split()[:2] == ["*", "12"]
+    assert lines[4].split()[-1] == "committed"
+    assert lines[-1] == "* the tracker: a run resumes from iteration 12"
+
+
+def test_what_a_dead_save_left_is_torn(root: Path) -> None:
+    left = root / ".saving-iteration_00000013-x"
+    left.mkdir()
+    (left / "CKP-model-0000000-0000001.safetensors").write_bytes(b"half")
+    listing = list_root(PosixStorage(), str(root))
+    line = listing.iterations[-1]
+    assert (line.iteration, line.directory, line.state) == (13, left.name, TORN)
+    assert (line.nbytes, line.files, line.world_size, line.tracked) == (4, 1, None, False)
+
+
+def test_an_iteration_without_metadata_is_torn(root: Path) -> None:
+    (root / "iteration_00000012" / "metadata.json").unlink()
+    line = list_root(PosixStorage(), str(root)).iterations[-1]
+    assert (line.iteration, line.state) == (12, TORN)
+    assert line.problem is not None
+    assert "metadata.json" in line.problem
+
+
+def test_damage_of_one_iteration_does_not_hide_the_others(root: Path) -> None:
+    (root / "iteration_00000001" / "metadata.json").write_text("{")
+    first, second = list_root(PosixStorage(), str(root)).iterations
+    assert first.state == DAMAGED
+    assert first.problem is not None
+    assert "metadata.json" in first.problem
+    assert second.state == "committed"
+
+
+def test_a_single_card_checkpoint_is_committed_without_metadata(tmp_path: Path) -> None:
+    shutil.copytree(GOLDEN / "single_real_train" / "checkpoint", tmp_path / "root")
+    (line,) = list_root(PosixStorage(), str(tmp_path / "root")).iterations
+    assert (line.state, line.world_size, line.tracked) == ("committed", 1, True)
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [(b"", "the tracker is empty"), (b"latest", "the tracker holds no iteration number"), (b"7", "it names iteration 7, which isn't here")],
+)
+def test_a_bad_tracker_is_said_and_the_rest_listed(root: Path, content: bytes, problem: str, run_reshard: Run) -> None:
+    (root / TRACKER).write_bytes(content)
+    listing = list_root(PosixStorage(), str(root))
+    assert listing.tracker_problem == problem
+    assert len(listing.iterations) == 2
+    done = run_reshard("ls", root)
+    assert done.returncode == 0
+    assert done.stdout.splitlines()[-1] == f"tracker: {problem}"
+
+
+def test_without_a_tracker_the_newest_is_what_a_run_resumes_from(root: Path, run_reshard: Run) -> None:
+    (root / TRACKER).unlink()
+    done = run_reshard("ls", root)
+    assert done.returncode == 0
+    assert done.stdout.splitlines()[-1].endswith("a run resumes from the newest committed iteration")
+
+
+def test_other_directories_are_not_listed(root: Path) -> None:
+    (root / "notes").mkdir()
+    (root / "iteration_1").mkdir()
+    assert [line.iteration for line in list_root(PosixStorage(), str(root)).iterations] == [1, 12]
+
+
+def test_nothing_there_is_an_error(tmp_path: Path, run_reshard: Run) -> None:
+    for path, words in ((tmp_path, "there is no checkpoint in this directory"), (tmp_path / "nowhere", "there is no such directory")):
+        done = run_reshard("ls", path)
+        assert done.returncode == 2
+        assert done.stdout == ""
+        assert done.stderr.startswith(f"error: {words}\n  file:     {path}\n")
+
+
+def test_one_iteration_is_not_a_root(root: Path) -> None:
+    with pytest.raises(CheckpointNotFoundError, match="reshard show"):
+        list_root(PosixStorage(), str(root / "iteration_00000001"))
