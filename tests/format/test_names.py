@@ -30,7 +30,16 @@ def test_an_iteration_name_and_back(step, name):
 
 
 @pytest.mark.parametrize(
-    "name", ["iteration_1", "iteration_000000001", "iteration_0000000x", "iteration_-0000001", ".iteration_00000001.tmp", "iteration_００００００01", ""]
+    "name",
+    [
+        "iteration_1",
+        "iteration_000000001",
+        "iteration_0000000x",
+        "iteration_-0000001",
+        ".iteration_00000001.tmp",
+        "iteration_００００００01",
+        "",
+    ],
 )
 def test_what_is_no_iteration(name):
     assert parse_iteration_name(name) is None
@@ -50,7 +59,9 @@ def test_data_file_names():
     assert total_of_file("qwen3-model-0000003-0000008.safetensors") == 8
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "xmodel-0-1.safetensors", "a-model-0000000-0000001.safetensors.tmp", "-model-0-1.safetensors", "opt-0-1"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "xmodel-0-1.safetensors", "a-model-0000000-0000001.safetensors.tmp", "-model-0-1.safetensors", "opt-0-1"]
+)
 def test_what_is_no_data_file(name):
     assert kind_of_file(name) is None
     assert total_of_file(name) is None
@@ -91,7 +102,13 @@ def test_tensor_names(key, name):
 
 @pytest.mark.parametrize(
     "key",
-    [TensorKey(Kind.MODEL, None, ""), TensorKey(Kind.MODEL, "adam_m", "w"), TensorKey(Kind.OPTIMIZER, None, "w"), slot_key("a.b", "w"), slot_key("", "w")],
+    [
+        TensorKey(Kind.MODEL, None, ""),
+        TensorKey(Kind.MODEL, "adam_m", "w"),
+        TensorKey(Kind.OPTIMIZER, None, "w"),
+        slot_key("a.b", "w"),
+        slot_key("", "w"),
+    ],
 )
 def test_a_key_that_could_not_be_understood_again(key):
     with pytest.raises(CaptureError, match="can't be named"):

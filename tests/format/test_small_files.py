@@ -28,7 +28,22 @@ def test_an_edited_tracker(data):
     assert decode_tracker(data, "tracker") == 12
 
 
-@pytest.mark.parametrize("data", [b"", b"\n ", b"iteration_00000012", b"-1", b"1.0", b"1 2", b"0x1", b"\xef\xbb\xbf12", b"\xff\xfe1\x002\x00", b"9" * 5000, "１２".encode()])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\n ",
+        b"iteration_00000012",
+        b"-1",
+        b"1.0",
+        b"1 2",
+        b"0x1",
+        b"\xef\xbb\xbf12",
+        b"\xff\xfe1\x002\x00",
+        b"9" * 5000,
+        "１２".encode(),
+    ],
+)
 def test_a_tracker_that_names_no_iteration(data):
     with pytest.raises(TrackerError) as caught:
         decode_tracker(data, "/root/latest_checkpointed_iteration.txt")
@@ -76,7 +91,7 @@ def test_missing_keys_are_none_and_unknown_ones_are_left_out():
         (b'{"step_num": 9223372036854775808}', "step_num"),
         (b'{"loss_scale": NaN}', "not JSON"),
         (b'\xef\xbb\xbf{"step_num": 3}', "byte-order mark"),
-        (b'\xff\xfe{\x00', "byte-order mark"),
+        (b"\xff\xfe{\x00", "byte-order mark"),
         (b'{"step_num": 3, "x": "\xff"}', "UTF-8"),
         (b'{"x": ' + b"[" * 100_000, "nested too deeply"),
     ],

@@ -1,0 +1,342 @@
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from reshard.errors import CaptureError, DataFileError, StorageError
+from reshard.format.safetensors import encode_header, parse_header, plan_header, read_header, write_tensors
+from reshard.geometry.dtypes import ALL, by_name, by_numpy
+from reshard.storage import MemoryStorage, PosixStorage
+from tests.golden import CASES, iteration
+
+F32 = by_name("float32")
+FILES = [path for case in CASES for path in sorted(iteration(case).glob("*.safetensors"))]
+
+
+def values(dtype, shape, seed=0):
+    """Random bytes of a dtype: every bit pattern, NaN payloads among them."""
+    data = np.random.default_rng(seed).integers(0, 2 if dtype.name == "bool" else 256, (*shape, dtype.itemsize), np.uint8)
+    return data.view(dtype.numpy).reshape(shape)
+
+
+def plan(tensors, metadata=None):
+    return plan_header([(name, by_numpy(array.dtype), array.shape) for name, array in tensors.items()], metadata or {})
+
+
+def write(path, tensors, metadata=None, **options):
+    header = plan(tensors, metadata)
+    write_tensors(PosixStorage(), str(path), header, [(name, tensors[name]) for name in header.entries], **options)
+    return header
+
+
+def all_dtypes():
+    shapes = [(), (3, 5), (0, 2), (70, 33)]
+    return {f'{dtype.name}.{n} "é"': values(dtype, shape, n) for dtype in ALL for n, shape in enumerate(shapes)}
+
+
+def test_a_file_has_the_bytes_that_the_official_library_writes(tmp_path):
+    tensors = all_dtypes()
+    write(tmp_path / "ours", tensors, {"format": "ms"})
+    safetensors.numpy.save_file(tensors, tmp_path / "theirs", {"format": "ms"})
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+def test_the_official_library_opens_a_file_with_much_metadata(tmp_path):
+    tensors = all_dtypes()
+    metadata = {"format": "ms", "tree": '{"a": [1, "\\n", "é"]}', "": "\x7f"}
+    header = write(tmp_path / "file", tensors, metadata)
+    with safetensors.safe_open(tmp_path / "file", framework="np") as file:
+        assert file.metadata() == metadata
+        assert set(file.keys()) == set(tensors)
+        for name in tensors:
+            if "float8" in name:  # its numpy half has no such type; the bytes are compared above
+                continue
+            assert file.get_tensor(name).tobytes() == tensors[name].tobytes()
+    assert read_header(PosixStorage(), str(tmp_path / "file")) == header
+
+
+@pytest.mark.parametrize("metadata", [{}, {"format": "ms"}])
+def test_a_file_without_tensors(tmp_path, metadata):
+    write(tmp_path / "ours", {}, metadata)
+    safetensors.numpy.save_file({}, tmp_path / "theirs", metadata or None)
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+    assert read_header(PosixStorage(), str(tmp_path / "ours")).entries == {}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parts[-4]}/{path.name}")
+def test_golden_headers(path):
+    header = read_header(PosixStorage(), str(path))
+    data = path.read_bytes()
+    assert header.metadata in ({"format": "ms"}, {})
+    with safetensors.safe_open(path, framework="np") as file:
+        assert set(file.keys()) == set(header.entries)
+        for name, entry in header.entries.items():
+            assert tuple(file.get_slice(name).get_shape()) == entry.shape
+            assert file.get_tensor(name).tobytes() == data[entry.begin : entry.end]
+    assert plan_header([(e.name, e.dtype, e.shape) for e in header.entries.values()], header.metadata) == header
+    assert encode_header(header) == data[: header.nbytes]
+
+
+_arrays = st.one_of(
+    [hnp.arrays(dtype, hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=6)) for dtype in ("u1", "<f4", "<i8", "?")]
+)
+
+
+@given(
+    st.dictionaries(st.text(st.characters(exclude_categories=["Cs"]), max_size=8), _arrays, max_size=6), st.integers(1, 400), st.randoms()
+)
+def test_any_tensors_in_any_order_and_any_block(tensors, block_bytes, random):
+    tensors.pop("__metadata__", None)
+    header = plan(tensors)
+    order = list(tensors)
+    random.shuffle(order)
+    storage = MemoryStorage()
+    storage.make_directory("/d")
+    write_tensors(storage, "/d/f", header, ((name, tensors[name]) for name in order), block_bytes=block_bytes)
+    data = storage.read_bytes("/d/f")
+    assert data == safetensors.numpy.save(tensors)
+    assert read_header(storage, "/d/f") == header
+    assert parse_header(data[8 : header.nbytes], len(data), "f") == header
+
+
+@pytest.mark.parametrize("block_bytes", [16, 100, 4096, 8 << 20])
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda a: a.T,
+        lambda a: a[::-1],
+        lambda a: a[:, 3:17],
+        lambda a: a[5:9, ::7].T,
+        lambda a: np.broadcast_to(a[0], (40, 50)),
+        lambda a: a.reshape(10, 4, 50).transpose(2, 0, 1),
+        lambda a: a[:, 0],
+        lambda a: a[3, 4],
+    ],
+)
+def test_memory_of_any_strides(tmp_path, view, block_bytes):
+    array = np.asarray(view(values(F32, (40, 50))))
+    write(tmp_path / "file", {"w": array, "after": np.arange(3, dtype=np.int8)}, block_bytes=block_bytes)
+    loaded = safetensors.numpy.load_file(tmp_path / "file")
+    assert loaded["w"].tobytes() == array.tobytes()
+    assert loaded["w"].shape == array.shape
+    assert list(loaded["after"]) == [0, 1, 2]
+
+
+class Recording(MemoryStorage):
+    """Notes what is written where, and whether it is a tensor's own memory."""
+
+    def __init__(self, memory):
+        super().__init__()
+        self.memory = memory
+        self.writes = []
+
+    def create(self, path, size):
+        file = super().create(path, size)
+        inner = file.write_at
+
+        def write_at(offset, data):
+            own = any(np.shares_memory(np.frombuffer(data, np.uint8), array) for array in self.memory)
+            self.writes.append((offset, len(data), own))
+            inner(offset, data)
+
+        file.write_at = write_at
+        return file
+
+
+def test_large_memory_is_written_from_where_it_lies_and_small_tensors_share_a_block():
+    large = values(F32, (100, 100))
+    small = {f"b{n:05d}": np.full((4,), n % 251, np.uint8) for n in range(10_000)}
+    tensors = {"a": large, **small}
+    storage = Recording([large])
+    storage.make_directory("/d")
+    header = plan(tensors)
+    write_tensors(storage, "/d/f", header, [(name, tensors[name]) for name in header.entries], block_bytes=16_000)
+    data, head = storage.writes[:-1], storage.writes[-1]
+    assert sum(length for _, length, own in data if own) >= 32_000
+    assert max(length for _, length, _ in data) <= 16_000
+    assert len(data) < 10
+    assert head == (0, header.nbytes, False), "the header is written last"
+
+
+def test_a_header_that_is_still_zero_is_no_checkpoint_to_anyone(tmp_path):
+    header = plan({"w": np.zeros(3, np.float32)})
+    (tmp_path / "file").write_bytes(bytes(header.file_size))
+    with pytest.raises(DataFileError, match="never finished"):
+        read_header(PosixStorage(), str(tmp_path / "file"))
+    with pytest.raises(safetensors.SafetensorError):
+        safetensors.safe_open(tmp_path / "file", framework="np")
+
+
+def test_what_is_written_must_be_what_was_planned(tmp_path):
+    a, b = np.zeros(3, np.float32), np.zeros((2, 2), np.int32)
+    header = plan({"a": a, "b": b})
+    cases = [
+        ([("a", a)], "not written"),
+        ([("a", a), ("b", b), ("b", b)], "twice"),
+        ([("a", a), ("c", b)], "doesn't know"),
+        ([("a", a), ("b", b.astype(np.int64))], "doesn't fit"),
+        ([("a", a), ("b", b.astype(">i4"))], "doesn't fit"),
+        ([("a", a), ("b", b.reshape(4))], "doesn't fit"),
+    ]
+    for n, (arrays, said) in enumerate(cases):
+        with pytest.raises(CaptureError, match=said):
+            write_tensors(PosixStorage(), str(tmp_path / f"file{n}"), header, arrays)
+        with pytest.raises(DataFileError, match="never finished"):
+            read_header(PosixStorage(), str(tmp_path / f"file{n}"))
+
+
+def test_an_existing_file_is_not_written_over(tmp_path):
+    write(tmp_path / "file", {"w": np.zeros(3)})
+    before = (tmp_path / "file").read_bytes()
+    with pytest.raises(StorageError):
+        write(tmp_path / "file", {"w": np.ones(3)})
+    assert (tmp_path / "file").read_bytes() == before
+
+
+def test_names_that_no_file_can_hold():
+    with pytest.raises(CaptureError, match="two tensors of one name"):
+        plan_header([("w", F32, (1,)), ("w", F32, (2,))], {})
+    with pytest.raises(CaptureError, match="__metadata__"):
+        plan_header([("__metadata__", F32, (1,))], {})
+    with pytest.raises(CaptureError, match="Unicode"):
+        plan_header([("\ud800", F32, (1,))], {})
+
+
+def test_a_changed_header_must_keep_its_length():
+    header = plan({"w": np.zeros(3)}, {"digest": "0" * 32})
+    changed = encode_header(replace(header, metadata={"digest": "f" * 32}))
+    assert parse_header(changed[8:], header.file_size, "f").metadata == {"digest": "f" * 32}
+    with pytest.raises(CaptureError, match="planned length"):
+        encode_header(replace(header, metadata={"digest": "f" * 64}))
+
+
+def test_a_hundred_thousand_tensors():
+    shape = (2,)
+    array = np.zeros(shape, np.float32)
+    header = plan_header([(f"model.layers.{n}.weight", F32, shape) for n in range(100_000)], {})
+    storage = Recording([])
+    storage.make_directory("/d")
+    write_tensors(storage, "/d/f", header, ((name, array) for name in header.entries))
+    assert len(storage.writes) == 2, "all the data in one block, then the header"
+    assert len(read_header(storage, "/d/f").entries) == 100_000
+
+
+# --- files that nobody vouches for
+
+
+def file_of(text, data=b"", length=None):
+    text = text if isinstance(text, bytes) else text.encode()
+    return (len(text) if length is None else length).to_bytes(8, "little") + text + data
+
+
+def header_of(**entries):
+    return json.dumps(
+        {name: {"dtype": dtype, "shape": shape, "data_offsets": offsets} for name, (dtype, shape, offsets) in entries.items()}
+    )
+
+
+GOOD = header_of(a=("F32", [2], [0, 8]), b=("U8", [3], [8, 11]))
+
+
+def test_the_file_that_is_damaged_below_is_good_before(tmp_path):
+    (tmp_path / "f").write_bytes(file_of(GOOD, bytes(11)))
+    assert len(read_header(PosixStorage(), str(tmp_path / "f")).entries) == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "truncated"),
+        (b"\x10\0\0", "truncated"),
+        (bytes(8), "never finished"),
+        (file_of(GOOD, bytes(10)), "truncated"),
+        (file_of(GOOD, bytes(12)), "more bytes"),
+        (file_of(GOOD)[:40], "truncated inside its header"),
+        (file_of(GOOD, bytes(11), length=2**63), "not a safetensors file"),
+        (file_of(GOOD, bytes(11), length=100_000_001), "not a safetensors file"),
+        (file_of(GOOD, bytes(11), length=len(GOOD) + 12), "truncated inside"),
+        (file_of(GOOD[:-1], bytes(11)), "not JSON"),
+        (b"PK\x03\x04" + bytes(100), "safetensors"),
+        (file_of("[]"), "unexpected value"),
+        (file_of("1"), "unexpected value"),
+        (file_of(b"\xef\xbb\xbf" + GOOD.encode(), bytes(11)), "byte-order mark"),
+        (file_of(GOOD.encode().replace(b'"a"', b'"\xff"'), bytes(11)), "UTF-8"),
+        (file_of(GOOD.replace('"b"', '"a"'), bytes(11)), "same key twice"),
+        (file_of(GOOD.replace('"shape": [2]', '"shape": [2], "shape": [2]'), bytes(11)), "same key twice"),
+        (file_of('{"__metadata__": {"a": "1", "a": "2"}}'), "same key twice"),
+        (file_of('{"__metadata__": {"a": 1}}'), "unexpected value"),
+        (file_of('{"__metadata__": []}'), "unexpected value"),
+        (file_of('{"a": ' + "[" * 100_000), "nested too deeply|not JSON"),
+        (file_of('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}"), "nested too deeply|can't be understood"),
+        (file_of(header_of(a=("F32", [2], [0, 8]), b=("U8", [3], [7, 10])), bytes(10)), "overlap"),
+        (file_of(header_of(a=("F32", [2], [0, 8]), b=("F32", [2], [0, 8])), bytes(8)), "overlap"),
+        (file_of(header_of(a=("F32", [2], [0, 8]), b=("U8", [3], [9, 12])), bytes(12)), "hole"),
+        (file_of(header_of(a=("F32", [2], [4, 12])), bytes(12)), "hole"),
+        (file_of(header_of(a=("F32", [3], [0, 8])), bytes(8)), "contradict its shape"),
+        (file_of(header_of(a=("F64", [2], [0, 8])), bytes(8)), "contradict its shape"),
+        (file_of(header_of(a=("F32", [-2], [0, 8])), bytes(8)), "impossible"),
+        (file_of(header_of(a=("F32", [2], [8, 0])), bytes(8)), "impossible"),
+        (file_of(header_of(a=("F32", [2], [-8, 0])), bytes(8)), "impossible"),
+        (file_of(header_of(a=("F32", [2**63], [0, 2**65]))), "truncated|contradict|understood"),
+        (file_of(header_of(a=("F32", [2**40, 2**40], [0, 8])), bytes(8)), "contradict its shape"),
+        (file_of(header_of(a=("F32", [2**63, 0], [0, 0]))), None),
+        (file_of(header_of(a=("F33", [2], [0, 8])), bytes(8)), "F33"),
+        (file_of(header_of(a=("F32", ["2"], [0, 8])), bytes(8)), "can't be understood"),
+        (file_of(header_of(a=("F32", [2.0], [0, 8])), bytes(8)), "can't be understood"),
+        (file_of(header_of(a=("F32", [True], [0, 4])), bytes(4)), "can't be understood"),
+        (file_of(header_of(a=("F32", [2], [0, 8, 8])), bytes(8)), "can't be understood"),
+        (file_of('{"a": {"dtype": "F32", "shape": [2]}}', bytes(8)), "can't be understood"),
+        (file_of('{"a": null}'), "can't be understood"),
+    ],
+)
+def test_a_damaged_file(tmp_path, content, said):
+    path = tmp_path / "file.safetensors"
+    path.write_bytes(content)
+    if said is None:
+        read_header(PosixStorage(), str(path))
+        return
+    with pytest.raises(DataFileError, match=said) as caught:
+        read_header(PosixStorage(), str(path))
+    assert caught.value.file == str(path)
+
+
+def test_a_truncated_file_says_what_was_promised_and_what_is_there(tmp_path):
+    header = write(tmp_path / "f", {"w": np.zeros((100, 100), np.float32)})
+    os.truncate(tmp_path / "f", 1000)
+    with pytest.raises(DataFileError) as caught:
+        read_header(PosixStorage(), str(tmp_path / "f"))
+    assert "1000 bytes" in str(caught.value)
+    assert f"{header.file_size} bytes" in str(caught.value)
+
+
+def test_a_missing_file(tmp_path):
+    with pytest.raises(DataFileError, match="missing"):
+        read_header(PosixStorage(), str(tmp_path / "none.safetensors"))
+    with pytest.raises(DataFileError, match="missing"):
+        read_header(PosixStorage(), str(tmp_path))
+
+
+@given(st.data())
+def test_any_byte_of_a_header_may_be_wrong(data):
+    """Whatever was changed: an error of the tree, or a header that fits the file."""
+    content = bytearray(file_of(GOOD.ljust(136), bytes(11)))
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, 143))] = data.draw(st.integers(0, 255))
+    storage = MemoryStorage()
+    storage.make_directory("/d")
+    storage.write_bytes("/d/f", bytes(content))
+    try:
+        header = read_header(storage, "/d/f")
+    except DataFileError:
+        return
+    assert header.file_size == len(content)
+    assert sum(entry.end - entry.begin for entry in header.entries.values()) == header.file_size - header.nbytes
