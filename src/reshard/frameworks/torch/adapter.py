@@ -1,0 +1,121 @@
+"""The adapter for PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from reshard.catalog import Catalog
+from reshard.comm import Communicator
+from reshard.errors import CaptureError
+from reshard.frameworks.torch import random
+from reshard.frameworks.torch.communicator import DEFAULT_TIMEOUT, connect
+from reshard.frameworks.torch.destination import TorchDestination
+from reshard.frameworks.torch.layout import Meshes, mirrored
+from reshard.frameworks.torch.memory import torch_dtype
+from reshard.frameworks.torch.modules import NamedTensors, name_tensors
+from reshard.frameworks.torch.optimizers import capture_groups, capture_slots, each_group, list_optimizers, optimized_parameters
+from reshard.frameworks.torch.values import FRAMEWORK, from_value, to_value
+from reshard.state import ParameterGroup, ShardedTensor, State, TensorKey, model_key
+
+
+class TorchAdapter:
+    """PyTorch modules and optimizers, plain or distributed by DTensor.
+
+    Args:
+        timeout: seconds that a collective or a message of its communicator may take.
+    """
+
+    framework = FRAMEWORK
+
+    def __init__(self, timeout: float = DEFAULT_TIMEOUT) -> None:
+        self._timeout = timeout
+
+    def capture(self, model: Any, optimizer: Any, *, global_step: int | None) -> State:
+        named, meshes = _named(model)
+        tensors = _capture_model(named, meshes)
+        for name, module in named.extra_states.items():
+            value = _extra_state(module, name)
+            if value is not None:
+                _add(tensors, meshes.sharded(model_key(name), value, name))
+        optimizers = list_optimizers(optimizer)
+        if optimizers:
+            groups = list(each_group(optimizers, optimized_parameters(optimizers, named)))
+            tensors.update(capture_slots([one for _, members in groups for one in members], meshes, global_step))
+            return State(tensors=tensors, groups=capture_groups(groups))
+        return State(tensors=tensors)
+
+    def prepare(self, model: Any, optimizer: Any, catalog: Catalog, groups: Sequence[ParameterGroup]) -> TorchDestination:
+        named, meshes = _named(model)
+        tensors = _capture_model(named, meshes)
+        extra_states = []
+        for name, module in named.extra_states.items():
+            value = _extra_state(module, name)
+            stored = catalog.tensors.get(model_key(name))
+            if stored is not None:
+                device = "cpu" if value is None else value.device
+                value = torch.empty(stored.global_shape, dtype=torch_dtype(stored.dtype), device=device)
+                extra_states.append((module, value))
+            if value is not None:
+                _add(tensors, meshes.sharded(model_key(name), value, name))
+        optimizers = list_optimizers(optimizer)
+        members = list(each_group(optimizers, optimized_parameters(optimizers, named)))
+        return TorchDestination(tensors, extra_states, members, meshes, catalog, groups)
+
+    def random_states(self) -> Mapping[str, Any]:
+        return random.random_states()
+
+    def restore_random_states(self, states: Mapping[str, Any]) -> None:
+        random.restore_random_states(states)
+
+    def reseed(self, seed: int) -> None:
+        random.reseed(seed)
+
+    def to_value(self, value: Any) -> Any:
+        return to_value(value)
+
+    def from_value(self, value: Any) -> Any:
+        return from_value(value)
+
+    def communicator(self) -> Communicator:
+        return connect(self._timeout)
+
+
+def _named(model: Any) -> tuple[NamedTensors, Meshes]:
+    named = name_tensors(model)
+    return named, Meshes(named.all_tensors())
+
+
+def _capture_model(named: NamedTensors, meshes: Meshes) -> dict[TensorKey, ShardedTensor]:
+    result: dict[TensorKey, ShardedTensor] = {}
+    for one in named.tensors.values():
+        key = model_key(one.name)
+        result[key] = mirrored([meshes.sharded(key, tensor, one.name) for tensor in one.tensors], one.name)
+    return result
+
+
+def _add(tensors: dict[TensorKey, ShardedTensor], tensor: ShardedTensor) -> None:
+    if tensor.key in tensors:
+        raise CaptureError("a module's extra state has the name of a tensor", tensor=tensor.key.parameter, fix="rename the tensor")
+    tensors[tensor.key] = tensor
+
+
+def _extra_state(module: nn.Module, name: str) -> torch.Tensor | None:
+    """What a module gives as its extra state.
+
+    Raises:
+        CaptureError: something else than a tensor or None.
+    """
+    value = module.get_extra_state()
+    if value is None or isinstance(value, torch.Tensor):
+        return value
+    raise CaptureError(
+        "a module's extra state that isn't a tensor can't be kept",
+        tensor=name,
+        found=f"{type(value).__name__} from {type(module).__name__}.get_extra_state",
+        expected="a tensor or None",
+        fix="return a tensor from get_extra_state, or save that state through extra=",
+    )

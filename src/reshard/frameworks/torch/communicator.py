@@ -1,0 +1,183 @@
+"""Ranks talk through torch.distributed, in a gloo group of their own: bytes on the host, apart from training's collectives."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from reshard.comm import Communicator, SingleProcess
+from reshard.errors import CommunicationError
+
+T = TypeVar("T")
+
+# What fits into the first message besides the length goes with it: most of what ranks tell each other is this small, and a message less
+# is a round trip less.
+_INLINE = 4096
+_LENGTH = 8
+
+# Longer data goes in blocks, so that the copies in flight stay small.
+_BLOCK = 16 * 2**20
+
+DEFAULT_TIMEOUT = 1800.0
+"""Seconds without an answer after which a rank is taken for gone: gloo's own default."""
+
+
+def connect(timeout: float = DEFAULT_TIMEOUT) -> Communicator:
+    """A communicator over the ranks of torch.distributed, or of a single process where that isn't initialised or has one rank. Collective.
+
+    Args:
+        timeout: seconds that a collective or a message may take.
+
+    Raises:
+        CommunicationError: the ranks don't reach each other.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1:
+        return SingleProcess()
+    return TorchCommunicator(timeout)
+
+
+class TorchCommunicator:
+    """All ranks of torch.distributed, in a gloo group of their own.
+
+    Args:
+        timeout: seconds that a collective or a message may take.
+
+    Raises:
+        CommunicationError: the ranks don't reach each other.
+    """
+
+    def __init__(self, timeout: float = DEFAULT_TIMEOUT) -> None:
+        self.rank: int = torch.distributed.get_rank()
+        self.world_size: int = torch.distributed.get_world_size()
+        self._group: Any = None
+        self._group = self._try(
+            "make a group", lambda: torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout), group_desc="reshard")
+        )
+
+    def all_gather(self, data: bytes) -> list[bytes]:
+        first = torch.empty((self.world_size, _INLINE), dtype=torch.uint8)
+        self._try("gather", lambda: torch.distributed.all_gather(list(first.unbind()), _head(data), group=self._group))
+        heads = [row.numpy() for row in first]
+        lengths = [_length(head) for head in heads]
+        inline = _INLINE - _LENGTH
+        parts = [bytearray(head[_LENGTH : _LENGTH + min(length, inline)]) for head, length in zip(heads, lengths, strict=True)]
+        rest = [max(length - inline, 0) for length in lengths]
+        if self.world_size * max(rest) <= 2 * sum(rest):
+            self._gather_rest(data, parts, rest)
+        else:
+            # Few ranks have much to say: each in turn, instead of all as much as the longest.
+            for rank in range(self.world_size):
+                self._broadcast_rest(data, parts[rank], rest[rank], rank)
+        return [bytes(part) for part in parts]
+
+    def broadcast(self, data: bytes, source: int = 0) -> bytes:
+        head = _head(data if self.rank == source else b"")
+        self._try("broadcast", lambda: torch.distributed.broadcast(head, source, group=self._group))
+        array = head.numpy()
+        length = _length(array)
+        inline = _INLINE - _LENGTH
+        result = bytearray(array[_LENGTH : _LENGTH + min(length, inline)])
+        self._broadcast_rest(data, result, max(length - inline, 0), source)
+        return bytes(result)
+
+    def barrier(self) -> None:
+        self._try("wait for each other", lambda: torch.distributed.barrier(group=self._group))
+
+    def send(self, data: bytes | memoryview, target: int) -> None:
+        self._check_peer(target)
+        head = _head(data)
+        self._try(f"send to rank {target}", lambda: torch.distributed.send(head, target, group=self._group))
+        for begin, end in _blocks(_INLINE - _LENGTH, _nbytes(data)):
+            block = _tensor(data, begin, end)
+            self._try(f"send to rank {target}", lambda block=block: torch.distributed.send(block, target, group=self._group))
+
+    def recv(self, source: int) -> bytes:
+        self._check_peer(source)
+        head = torch.empty(_INLINE, dtype=torch.uint8)
+        self._try(f"hear from rank {source}", lambda: torch.distributed.recv(head, source, group=self._group))
+        array = head.numpy()
+        length = _length(array)
+        inline = _INLINE - _LENGTH
+        result = bytearray(length)
+        result[:inline] = array[_LENGTH : _LENGTH + min(length, inline)].tobytes()
+        for begin, end in _blocks(inline, length):
+            block = torch.frombuffer(result, dtype=torch.uint8, offset=begin, count=end - begin)
+            self._try(f"hear from rank {source}", lambda block=block: torch.distributed.recv(block, source, group=self._group))
+        return bytes(result)
+
+    def close(self) -> None:
+        group, self._group = self._group, None
+        if group is not None and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group(group)
+
+    def _gather_rest(self, data: bytes, parts: list[bytearray], rest: list[int]) -> None:
+        """Gather what didn't fit inline: as many bytes of each rank at a time as the longest has left, at most a block for all."""
+        block = max(_BLOCK // self.world_size, _INLINE)
+        for begin in range(0, max(rest), block):
+            size = min(block, max(rest) - begin)
+            start = _INLINE - _LENGTH + begin
+            mine = torch.zeros(size, dtype=torch.uint8)
+            piece = _tensor(data, min(start, len(data)), min(start + size, len(data)))
+            mine[: piece.numel()] = piece
+            rows = torch.empty((self.world_size, size), dtype=torch.uint8)
+            self._try("gather", lambda mine=mine, rows=rows: torch.distributed.all_gather(list(rows.unbind()), mine, group=self._group))
+            for part, length, row in zip(parts, rest, rows, strict=True):
+                part += row[: max(min(length - begin, size), 0)].numpy().tobytes()
+
+    def _broadcast_rest(self, data: bytes, part: bytearray, rest: int, source: int) -> None:
+        """Broadcast what didn't fit inline, and append it."""
+        inline = _INLINE - _LENGTH
+        for begin, end in _blocks(inline, inline + rest):
+            block = _tensor(data, begin, end) if self.rank == source else torch.empty(end - begin, dtype=torch.uint8)
+            self._try("broadcast", lambda block=block: torch.distributed.broadcast(block, source, group=self._group))
+            part += block.numpy().tobytes()
+
+    def _check_peer(self, rank: int) -> None:
+        if rank == self.rank or not 0 <= rank < self.world_size:
+            raise CommunicationError(
+                "no such rank to talk to", rank=self.rank, found=f"rank {rank}", expected=f"another of {self.world_size}"
+            )
+
+    def _try(self, what: str, action: Callable[[], T]) -> T:
+        try:
+            return action()
+        except (RuntimeError, ValueError) as error:
+            raise CommunicationError(
+                f"ranks could not {what}",
+                rank=self.rank,
+                found=str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,
+                fix="look at the other ranks' messages first: one of them may have ended; then start the run again",
+            ) from error
+
+
+def _nbytes(data: bytes | memoryview) -> int:
+    return data.nbytes if isinstance(data, memoryview) else len(data)
+
+
+def _blocks(begin: int, end: int) -> Iterator[tuple[int, int]]:
+    for start in range(begin, end, _BLOCK):
+        yield start, min(start + _BLOCK, end)
+
+
+def _head(data: bytes | memoryview) -> torch.Tensor:
+    """The first message: the length, and as much of the data as fits."""
+    head = np.zeros(_INLINE, np.uint8)
+    head[:_LENGTH] = np.frombuffer(_nbytes(data).to_bytes(_LENGTH, "little"), np.uint8)
+    piece = np.frombuffer(data, np.uint8)[: _INLINE - _LENGTH]
+    head[_LENGTH : _LENGTH + len(piece)] = piece
+    return torch.from_numpy(head)
+
+
+def _length(head: np.ndarray) -> int:
+    return int.from_bytes(head[:_LENGTH].tobytes(), "little")
+
+
+def _tensor(data: bytes | memoryview, begin: int, end: int) -> torch.Tensor:
+    """A part of the data as a tensor: a copy, since torch takes no read-only memory."""
+    return torch.from_numpy(np.frombuffer(data, np.uint8)[begin:end].copy())

@@ -1,0 +1,235 @@
+"""Tensors of a rank as shards: which regions of the global tensor the local memory holds, and how the whole lies on its mesh."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from reshard.errors import CaptureError
+from reshard.frameworks.torch.memory import MirrorMemory, checked_dtype, memory_of
+from reshard.frameworks.torch.placements import explicit_order, is_dtensor, runs_of, split_order, splits_of
+from reshard.geometry import Layout, Mesh, Region
+from reshard.state import Memory, Shard, ShardedTensor, TensorKey
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A region of the global tensor, and where it lies in the local one."""
+
+    region: Region
+    local: Region
+
+
+@dataclass(frozen=True)
+class _Holding:
+    """What this rank holds of a tensor: the layout of the whole (None when no layout can say it) and the rank's pieces."""
+
+    layout: Layout | None
+    pieces: tuple[_Piece, ...]
+
+
+class Meshes:
+    """The meshes of a model on this rank, and how tensors lie on them.
+
+    The model's *home* is the largest of its DTensors' meshes. A tensor on a slice of it (FSDP2 shards what tensor parallelism leaves alone
+    over the data-parallel axis only) is given the layout on the whole home, replicated over the other axes, and a plain tensor is
+    replicated over it: every rank of the home runs the same modules. A plain tensor of a model without DTensors, or with meshes that
+    don't lie inside one, has no layout; then what each rank holds is all that is known.
+
+    Args:
+        tensors: the model's.
+    """
+
+    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
+        self._meshes: dict[Any, Mesh] = {}
+        self._holdings: dict[Any, _Holding] = {}
+        for tensor in tensors:
+            if is_dtensor(tensor):
+                self._mesh(tensor.device_mesh)  # pyright: ignore[reportAttributeAccessIssue]
+        meshes = list(dict.fromkeys(self._meshes.values()))
+        self._home = max(meshes, key=lambda mesh: (len(mesh.ranks), len(mesh.shape)), default=None)
+        self._everywhere = self._home if all(self._home and set(mesh.ranks) <= set(self._home.ranks) for mesh in meshes) else None
+
+    def replicated(self, dimensions: int) -> Layout | None:
+        """The layout of a tensor that every rank of the model holds whole."""
+        return None if self._everywhere is None else Layout.replicated(self._everywhere, dimensions)
+
+    def sharded(self, key: TensorKey, tensor: torch.Tensor, name: str, like: torch.Tensor | None = None) -> ShardedTensor:
+        """A tensor as this rank holds it.
+
+        Args:
+            key: what it is.
+            tensor: a DTensor or a plain tensor.
+            name: what to call it in errors.
+            like: a DTensor of the same global tensor shape; a plain tensor that has the shape of its local part lies as it does.
+
+        Raises:
+            CaptureError: a `Partial` or unknown placement; a local tensor that doesn't hold what its placements say; memory that can't be
+                reached; a plain tensor beside a DTensor, of a shape that fits neither its part nor its whole.
+        """
+        if is_dtensor(tensor):
+            local, whole, holding = _local(tensor), tuple(tensor.shape), self._holding(tensor, name)
+        elif like is None or not is_dtensor(like) or tensor.ndim == 0:
+            local, whole = tensor, tuple(tensor.shape)
+            holding = _Holding(self.replicated(tensor.ndim), (_Piece(Region.whole(whole), Region.whole(whole)),))
+        elif tensor.shape == _local(like).shape:
+            local, whole, holding = tensor, tuple(like.shape), self._holding(like, name)
+        else:
+            raise CaptureError(
+                "a plain tensor beside a DTensor parameter: how the whole lies on the ranks can't be known",
+                tensor=name,
+                found=f"shape {tuple(tensor.shape)}",
+                expected=f"a DTensor, or the shape of the parameter's local part {tuple(_local(like).shape)}",
+            )
+        dtype = checked_dtype(local, name)
+        shards = tuple(Shard(piece.region, _memory(local, piece.local, name)) for piece in holding.pieces)
+        return ShardedTensor(key, dtype, whole, holding.layout, shards)
+
+    def _mesh(self, device_mesh: Any) -> Mesh:
+        mesh = self._meshes.get(device_mesh)
+        if mesh is None:
+            shape = tuple(device_mesh.mesh.shape)
+            axes = tuple(device_mesh.mesh_dim_names or (f"axis{index}" for index in range(len(shape))))
+            mesh = self._meshes[device_mesh] = Mesh(shape, axes, tuple(device_mesh.mesh.flatten().tolist()))
+        return mesh
+
+    def _holding(self, tensor: Any, name: str) -> _Holding:
+        """How a DTensor lies; computed once for all tensors with the same shape and placements."""
+        shape, local = tuple(tensor.shape), tuple(_local(tensor).shape)
+        spec = tensor._spec  # the only place where a release keeps an order apart from the placements
+        cached = (tensor.device_mesh, tensor.placements, getattr(spec, "shard_order", None), shape, local)
+        holding = self._holdings.get(cached)
+        if holding is None:
+            holding = self._holdings[cached] = self._find(tensor, spec, shape, local, name)
+        return holding
+
+    def _find(self, tensor: Any, spec: Any, shape: tuple[int, ...], local: tuple[int, ...], name: str) -> _Holding:
+        mesh = self._mesh(tensor.device_mesh)
+        splits = splits_of(tensor.placements, len(shape), name)
+        rank = _rank()
+        if rank not in mesh:
+            return _Holding(self._layout(mesh, _orders(splits, spec, mesh, len(shape)), rank), ())
+        coordinate = mesh.coordinate(mesh.position(rank))
+        orders = _orders(splits, spec, mesh, len(shape))
+        layout = self._layout(mesh, orders, rank)
+        if layout is not None:
+            region = layout.rank_region(rank, shape)
+            if _holds(local, region.shape):
+                return _Holding(layout, _pieces([[(o, n)] for o, n in zip(region.offset, region.shape, strict=True)], shape))
+        runs = [runs_of(splits, mesh.shape, coordinate, dimension, size) for dimension, size in enumerate(shape)]
+        extent = tuple(sum(count for _, count in dimension) for dimension in runs)
+        if _holds(local, extent):
+            return _Holding(None, _pieces(runs, shape))
+        raise CaptureError(
+            "the local part of a DTensor doesn't have the shape that its placements give this rank",
+            tensor=name,
+            rank=rank,
+            found=f"local shape {local}",
+            expected=f"{extent} of {shape}, placements {tuple(tensor.placements)} on mesh {mesh.shape}",
+            fix="give DTensor.from_local the global shape and stride of an uneven split",
+        )
+
+    def _layout(self, mesh: Mesh, orders: Sequence[tuple[int, ...]] | None, rank: int) -> Layout | None:
+        """The layout of these orders of axes, on the home where the mesh is a slice of it."""
+        if orders is None:
+            return None
+        home = self._home
+        if home is None or home == mesh or not set(mesh.axes) <= set(home.axes) or rank not in home or rank not in mesh:
+            return Layout(mesh, tuple(orders))
+        axes = [home.axes.index(name) for name in mesh.axes]
+        if _slice(home, axes, rank) != mesh.ranks:
+            return Layout(mesh, tuple(orders))
+        return Layout(home, tuple(tuple(axes[axis] for axis in order) for order in orders))
+
+
+def mirrored(tensors: Sequence[ShardedTensor], name: str) -> ShardedTensor:
+    """Several tensors of one rank that are the same global tensor, as one that fills them all.
+
+    Raises:
+        CaptureError: they differ in dtype, shape or regions.
+    """
+    first = tensors[0]
+    if len(tensors) == 1:
+        return first
+    for other in tensors[1:]:
+        mine, theirs = ((t.dtype.name, t.global_shape, tuple(shard.region for shard in t.shards)) for t in (first, other))
+        if mine != theirs:
+            raise CaptureError("tied tensors differ in dtype, shape or layout", tensor=name, found=theirs, expected=mine)
+    shards = tuple(
+        Shard(shards[0].region, MirrorMemory([shard.memory for shard in shards]))
+        for shards in zip(*(tensor.shards for tensor in tensors), strict=True)
+    )
+    return ShardedTensor(first.key, first.dtype, first.global_shape, first.layout, shards)
+
+
+def _rank() -> int:
+    return torch.distributed.get_rank()
+
+
+def _local(tensor: Any) -> torch.Tensor:
+    """The local part of a DTensor itself (outside autograd, `to_local` gives no view)."""
+    with torch.no_grad():
+        return tensor.to_local()
+
+
+def _orders(splits: Sequence[tuple[int, int] | None], spec: Any, mesh: Mesh, dimensions: int) -> tuple[tuple[int, ...], ...] | None:
+    explicit = explicit_order(spec, dimensions)
+    if explicit is not None and all(split is None or split[1] == 1 for split in splits):
+        return explicit
+    orders = tuple(split_order(splits, mesh.shape, dimension) for dimension in range(dimensions))
+    return None if any(order is None for order in orders) else tuple(order for order in orders if order is not None)
+
+
+def _slice(home: Mesh, axes: Sequence[int], rank: int) -> tuple[int, ...]:
+    """The ranks of the slice of a mesh along these axes, in their order, that goes through a rank."""
+    here = home.coordinate(home.position(rank))
+    ranks = []
+    for place in itertools.product(*(range(home.shape[axis]) for axis in axes)):
+        position = 0
+        for axis, size in enumerate(home.shape):
+            position = position * size + (place[axes.index(axis)] if axis in axes else here[axis])
+        ranks.append(home.ranks[position])
+    return tuple(ranks)
+
+
+def _holds(local: Sequence[int], extent: Sequence[int]) -> bool:
+    """Whether a local tensor has this extent; an empty one may have any empty shape."""
+    return tuple(local) == tuple(extent) or (0 in local and 0 in extent)
+
+
+def _pieces(runs: Sequence[Sequence[tuple[int, int]]], shape: tuple[int, ...]) -> tuple[_Piece, ...]:
+    """The boxes that runs in every dimension make. A part of nothing is no piece; of an empty tensor it is one, or nobody had it."""
+    if 0 in shape:
+        extent = tuple(sum(count for _, count in dimension) for dimension in runs)
+        return (_Piece(Region(tuple(dimension[0][0] if dimension else 0 for dimension in runs), extent), Region.whole(extent)),)
+    pieces = []
+    placed = [_placed(dimension) for dimension in runs]
+    for box in itertools.product(*placed):
+        region = Region(tuple(start for start, _, _ in box), tuple(count for _, count, _ in box))
+        local = Region(tuple(at for _, _, at in box), region.shape)
+        if not region.is_empty:
+            pieces.append(_Piece(region, local))
+    return tuple(pieces)
+
+
+def _placed(runs: Sequence[tuple[int, int]]) -> list[tuple[int, int, int]]:
+    """Runs with the place of each in the local tensor."""
+    result, at = [], 0
+    for start, count in runs:
+        result.append((start, count, at))
+        at += count
+    return result
+
+
+def _memory(local: torch.Tensor, where: Region, name: str) -> Memory:
+    if where.is_empty:
+        return memory_of(local.detach().reshape(where.shape), name)
+    if where.shape == tuple(local.shape):
+        return memory_of(local, name)
+    for dimension, (begin, length) in enumerate(zip(where.offset, where.shape, strict=True)):
+        local = local.detach().narrow(dimension, begin, length)
+    return memory_of(local, name)

@@ -1,0 +1,156 @@
+"""Torch tensors as the memory of shards: the host's as numpy views, an accelerator's through copies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+from torch.nn.parameter import UninitializedTensorMixin  # pyright: ignore[reportAttributeAccessIssue] - not in its stub
+
+from reshard.errors import CaptureError, UsageError
+from reshard.geometry import DType, Region
+from reshard.geometry.dtypes import by_name
+from reshard.state import HostMemory, Memory
+
+# Torch gives numpy no view of these types; an integer type of the same size carries their bytes, in both directions.
+_CARRIERS = {
+    torch.bfloat16: torch.int16,
+    torch.float8_e4m3fn: torch.uint8,
+    torch.float8_e5m2: torch.uint8,
+}
+
+
+@cache
+def dtype_of(dtype: torch.dtype) -> DType:
+    """The element type of a torch dtype.
+
+    Raises:
+        UsageError: one that checkpoints don't hold (quantized types, the fnuz variants of float8, complex128, …).
+    """
+    return by_name(str(dtype).removeprefix("torch."))
+
+
+@cache
+def torch_dtype(dtype: DType) -> torch.dtype:
+    """The torch dtype of an element type: the inverse of `dtype_of`."""
+    return getattr(torch, dtype.name)
+
+
+def checked_dtype(tensor: torch.Tensor, name: str) -> DType:
+    """The element type of a tensor that is to be captured.
+
+    Raises:
+        CaptureError: a tensor whose elements don't lie in plain memory, or of a type that checkpoints don't hold.
+    """
+    if hasattr(type(tensor), "__tensor_flatten__"):
+        raise CaptureError(
+            "a tensor subclass that keeps its elements in tensors of its own can't be captured",
+            tensor=name,
+            found=f"{type(tensor).__module__}.{type(tensor).__qualname__}",
+            expected="a plain tensor or a DTensor",
+            fix="save the plain tensors that it consists of, or convert it back before saving",
+        )
+    if isinstance(tensor, UninitializedTensorMixin):
+        raise CaptureError(
+            "a lazy tensor has no shape yet", tensor=name, found=type(tensor).__name__, fix="run one forward pass before saving or loading"
+        )
+    if tensor.layout is not torch.strided:
+        raise CaptureError("only dense tensors can be captured", tensor=name, found=tensor.layout, fix="use to_dense()")
+    if tensor.is_meta:
+        raise CaptureError(
+            "a tensor on the meta device has no memory", tensor=name, fix="give the model memory first: model.to_empty(device=...)"
+        )
+    if tensor.is_conj() or tensor.is_neg():
+        raise CaptureError("a lazily conjugated or negated tensor can't be captured", tensor=name, fix="use resolve_conj()")
+    try:
+        return dtype_of(tensor.dtype)
+    except UsageError as error:
+        raise CaptureError(error.what, tensor=name, found=error.found, expected=error.expected) from error
+
+
+def memory_of(tensor: torch.Tensor, name: str) -> Memory:
+    """The memory of a plain tensor: on the host without a copy, whatever its strides.
+
+    Raises:
+        CaptureError: as `checked_dtype`.
+    """
+    checked_dtype(tensor, name)
+    if tensor.device.type == "cpu":
+        return HostMemory(_view(tensor, name))
+    return DeviceMemory(tensor.detach())
+
+
+def _view(tensor: torch.Tensor, name: str) -> np.ndarray:
+    tensor = tensor.detach()
+    carrier = _CARRIERS.get(tensor.dtype)
+    try:
+        if carrier is None:
+            return tensor.numpy()
+        return tensor.view(carrier).numpy().view(dtype_of(tensor.dtype).numpy)
+    except (RuntimeError, TypeError) as error:
+        raise CaptureError("the memory of a tensor can't be reached", tensor=name, found=str(error)) from error
+
+
+def to_numpy(tensor: torch.Tensor, name: str) -> np.ndarray:
+    """A tensor's values on the host, as a copy of their own.
+
+    Raises:
+        CaptureError: as `checked_dtype`.
+    """
+    checked_dtype(tensor, name)
+    return _view(tensor.detach().cpu(), name).copy()
+
+
+def to_tensor(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor of its own with the values of an array of the matching numpy type."""
+    array = np.array(array, copy=True, order="C")
+    carrier = _CARRIERS.get(dtype)
+    if carrier is None:
+        return torch.from_numpy(array)
+    return torch.from_numpy(array.view(dtype_of(carrier).numpy)).view(dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceMemory:
+    """The memory of a shard that the host can't address: reading and writing copy.
+
+    Attributes:
+        tensor: a detached tensor on an accelerator.
+    """
+
+    tensor: torch.Tensor
+
+    @property
+    def host(self) -> np.ndarray | None:
+        return None
+
+    def read(self) -> np.ndarray:
+        return _view(self.tensor.cpu(), "")
+
+    def write(self, region: Region, values: np.ndarray) -> None:
+        with torch.no_grad():
+            self.tensor[region.slices].copy_(to_tensor(values, self.tensor.dtype))
+
+
+@dataclass(frozen=True, slots=True)
+class MirrorMemory:
+    """Several memories of one rank that hold the same values: what is read comes from the first, what is written goes to all.
+
+    A rank that runs the first and the last stage of a pipeline has a tied embedding twice.
+    """
+
+    memories: Sequence[Memory]
+
+    @property
+    def host(self) -> np.ndarray | None:
+        return None
+
+    def read(self) -> np.ndarray:
+        return self.memories[0].read()
+
+    def write(self, region: Region, values: np.ndarray) -> None:
+        for memory in self.memories:
+            memory.write(region, values)

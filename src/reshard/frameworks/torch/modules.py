@@ -1,0 +1,218 @@
+"""Modules as named tensors: names without the wrappers' parts, each tied tensor once, nothing that `state_dict` would leave out."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from reshard.errors import CaptureError, UsageError
+
+# Children under these names are what a wrapper wraps: `torch.compile`, activation checkpointing and offloading, FSDP1.
+_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+
+# Where `tie` keeps its declarations on a module.
+_TIES = "_reshard_ties"
+
+
+@dataclass
+class NamedTensor:
+    """A parameter or buffer under its global name.
+
+    Attributes:
+        name: the global name.
+        tensors: the tensor; several where a tied one exists more than once on this rank.
+        is_tied: whether a declaration says that it may exist more than once.
+    """
+
+    name: str
+    tensors: list[torch.Tensor]
+    is_tied: bool
+
+
+@dataclass
+class NamedTensors:
+    """What a model holds on this rank, in the order of its modules.
+
+    Attributes:
+        tensors: by global name.
+        names: the global name of each parameter and buffer by identity, also of each occurrence of a tied one.
+        extra_states: the modules that override `get_extra_state`, by the name that `state_dict` would give their extra state.
+    """
+
+    tensors: dict[str, NamedTensor] = field(default_factory=dict)
+    names: dict[int, str] = field(default_factory=dict)
+    extra_states: dict[str, nn.Module] = field(default_factory=dict)
+
+    def all_tensors(self) -> Iterator[torch.Tensor]:
+        """Every tensor, each occurrence of a tied one."""
+        for named in self.tensors.values():
+            yield from named.tensors
+
+
+def tie(module: nn.Module, names: Mapping[str, str]) -> None:
+    """Declare that parameters or buffers of a module are the same tensor as others, which may lie on another pipeline stage.
+
+    A declared tensor is saved and loaded under the other's name; on a rank that holds both, as tensors of two stages, a load fills both.
+    Models of transformers need no declaration: theirs is read from `_tied_weights_keys`, where the configuration says
+    `tie_word_embeddings`. Declaring again adds to what was declared.
+
+    Args:
+        module: a pipeline stage or a whole model.
+        names: for each tied tensor's name in the module the name under which it is stored: `{"lm_head.weight": "embed.weight"}`. A name
+            that stands for itself says that the same tensor exists on other stages too.
+
+    Raises:
+        UsageError: not a module.
+    """
+    if not isinstance(module, nn.Module):
+        raise UsageError("only modules have tied tensors to declare", field="module", found=type(module).__name__)
+    setattr(module, _TIES, {**getattr(module, _TIES, {}), **names})
+
+
+def name_tensors(model: Any) -> NamedTensors:
+    """The tensors of a model under their global names.
+
+    FSDP2 modules whose parameters are gathered are resharded first (as `state_dict` does; it communicates nothing).
+
+    Args:
+        model: None, a module, a list of modules (the pipeline stages of this rank: their names are global, nothing is put before them), or
+            a dictionary of modules (each key and a dot are put before the names).
+
+    Raises:
+        CaptureError: two tensors under one name; tensors that are declared tied and aren't; a model whose parameters aren't its own
+            tensors (FSDP1).
+        UsageError: something else than modules.
+    """
+    result = NamedTensors()
+    for prefix, module in _roots(model):
+        _add_module(result, module, prefix)
+    return result
+
+
+def _roots(model: Any) -> list[tuple[str, nn.Module]]:
+    if model is None:
+        return []
+    if isinstance(model, nn.Module):
+        return [("", model)]
+    roots = [(f"{key}.", module) for key, module in model.items()] if isinstance(model, Mapping) else [("", module) for module in model]
+    for _, module in roots:
+        if not isinstance(module, nn.Module):
+            raise UsageError("not a module", field="model", found=type(module).__name__, expected="modules, a list or dictionary of them")
+    return roots
+
+
+@dataclass
+class _Occurrences:
+    """A tensor with all names that one module tree has for it."""
+
+    tensor: torch.Tensor
+    names: list[str]
+
+
+def _add_module(result: NamedTensors, root: nn.Module, prefix: str) -> None:
+    for module in root.modules():
+        _reshard_fsdp2(module)
+        _refuse_fsdp1(module)
+    ties: dict[str, str] = {}
+    found: dict[int, _Occurrences] = {}
+    for path, module in _walk(root, prefix):
+        for name, target in _declared_ties(module).items():
+            ties.setdefault(path + name, path + target)  # an outer module knows better than its parts
+        for name, tensor in _own_tensors(module):
+            found.setdefault(id(tensor), _Occurrences(tensor, [])).names.append(path + name)
+        if type(module).get_extra_state is not nn.Module.get_extra_state and module not in result.extra_states.values():
+            result.extra_states[f"{path}_extra_state"] = module
+    here: dict[str, list[str]] = {}
+    for occurrences in found.values():
+        _add_tensor(result, occurrences, ties, here)
+
+
+def _add_tensor(result: NamedTensors, occurrences: _Occurrences, ties: Mapping[str, str], here: dict[str, list[str]]) -> None:
+    """Add one tensor of a module tree; `here` has the names that the tree itself has used, with what they stood for."""
+    tensor, own = occurrences.tensor, occurrences.names
+    if id(tensor) in result.names:
+        return  # it belongs to a module before this one too
+    targets = [ties[name] for name in own if name in ties]
+    name = targets[0] if targets else own[0]
+    if name in here and (targets or here[name][0] != name):
+        raise CaptureError(
+            "tensors that are declared as tied are two different tensors",
+            tensor=name,
+            found=" and ".join(sorted({own[0], here[name][0]})),
+            expected="one tensor under both names",
+            fix="tie them again after parallelize_module, fully_shard or whatever replaced one of them (model.lm_head.weight = "
+            "model.model.embed_tokens.weight); or take the declaration back (config.tie_word_embeddings = False)",
+        )
+    if name in here:
+        raise CaptureError("two tensors have the same name once the wrappers' parts are gone", tensor=name, fix="rename one of them")
+    here[name] = own
+    result.names[id(tensor)] = name
+    named = result.tensors.setdefault(name, NamedTensor(name, [], bool(targets)))
+    if named.tensors and not (targets or named.is_tied):
+        raise CaptureError(
+            "two modules have a tensor of the same name",
+            tensor=name,
+            fix="give the modules as a dictionary, so that its keys come before the names; if they are pipeline stages that hold the same "
+            "tensor, declare it: reshard.frameworks.torch.tie(module, {name: name})",
+        )
+    named.tensors.append(tensor)
+    named.is_tied |= bool(targets)
+
+
+def _walk(module: nn.Module, path: str, above: tuple[nn.Module, ...] = ()) -> Iterator[tuple[str, nn.Module]]:
+    """All modules of a tree under every path that leads to them, parents first; a wrapper's path is that of what it wraps."""
+    yield path, module
+    above = (*above, module)
+    is_data_parallel = isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel)
+    for name, child in module._modules.items():  # `named_children` leaves out a child's second name
+        if child is None or any(child is other for other in above):
+            continue
+        is_wrapped = name in _WRAPPED or (is_data_parallel and name == "module")
+        yield from _walk(child, path if is_wrapped else f"{path}{name}.", above)
+
+
+def _own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The parameters and persistent buffers of one module, not of its children."""
+    yield from module.named_parameters(recurse=False, remove_duplicate=False)
+    transient = module._non_persistent_buffers_set  # torch has no public way to ask
+    for name, tensor in module.named_buffers(recurse=False, remove_duplicate=False):
+        if name not in transient:
+            yield name, tensor
+
+
+def _declared_ties(module: nn.Module) -> dict[str, str]:
+    """What a module declares as tied, by `tie` or as a model of transformers; names relative to it."""
+    ties = dict(getattr(module, _TIES, {}))
+    declared = getattr(module, "_tied_weights_keys", None)
+    if isinstance(declared, Mapping) and getattr(getattr(module, "config", None), "tie_word_embeddings", False):
+        # The class may declare patterns and whole modules; the instance has what they came to, from when the model was whole.
+        expanded = getattr(module, "all_tied_weights_keys", None)
+        ties = {**(expanded if isinstance(expanded, Mapping) else declared), **ties}
+    return ties
+
+
+def _reshard_fsdp2(module: nn.Module) -> None:
+    """Put the sharded parameters in the place of gathered ones (after a forward pass without a backward pass)."""
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None and isinstance(module, fsdp.FSDPModule):
+        sharded: Any = module
+        sharded.reshard()
+
+
+def _refuse_fsdp1(module: nn.Module) -> None:
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None or not isinstance(module, fsdp.FullyShardedDataParallel):
+        return
+    whole = module.sharding_strategy is fsdp.ShardingStrategy.NO_SHARD and module._use_orig_params
+    if not whole:
+        raise CaptureError(
+            "FullyShardedDataParallel (FSDP1) keeps parameters in flat pieces without names or shapes of their own",
+            found=f"{type(module).__name__} with {module.sharding_strategy}",
+            expected="FSDP2: torch.distributed.fsdp.fully_shard",
+            fix="replace FullyShardedDataParallel(module) by fully_shard(module)",
+        )
