@@ -6,16 +6,16 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
 from reshard.cli.ls import DAMAGED, TORN, list_root
 from reshard.errors import CheckpointNotFoundError
-from reshard.storage import PosixStorage
+from reshard.storage import Entry, PosixStorage
+from tests.golden import GOLDEN
 
-GOLDEN = Path(__file__).resolve().parent.parent / "data" / "golden"
 TRACKER = "latest_checkpointed_iteration.txt"
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -64,14 +64,41 @@ def test_the_text_has_one_line_per_iteration_and_marks_the_tracked_one(root: Pat
     assert lines[-1] == "* the tracker: a run resumes from iteration 12"
 
 
-def test_what_a_dead_save_left_is_torn(root: Path) -> None:
-    left = root / ".saving-iteration_00000013-x"
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        (".saving-iteration_00000013-0123abcd-0", "its save didn't finish, or still goes on"),
+        (".deleting-iteration_00000013-0123abcd-0", "its removal didn't finish, or still goes on"),
+    ],
+)
+def test_what_a_dead_run_left_is_torn(root: Path, name: str, problem: str) -> None:
+    left = root / name
     left.mkdir()
     (left / "CKP-model-0000000-0000001.safetensors").write_bytes(b"half")
     listing = list_root(PosixStorage(), str(root))
     line = listing.iterations[-1]
-    assert (line.iteration, line.directory, line.state) == (13, left.name, TORN)
+    assert (line.iteration, line.directory, line.state, line.problem) == (13, name, TORN, problem)
     assert (line.nbytes, line.files, line.world_size, line.tracked) == (4, 1, None, False)
+
+
+def test_the_old_one_of_an_interrupted_second_save_counts_unless_the_new_one_is_there(root: Path) -> None:
+    (root / "iteration_00000012").rename(root / ".replaced-iteration_00000012")
+    line = list_root(PosixStorage(), str(root)).iterations[-1]
+    assert (line.iteration, line.state, line.tracked) == (12, "committed", True)
+    shutil.copytree(root / "iteration_00000001", root / "iteration_00000012")
+    _, new, old = list_root(PosixStorage(), str(root)).iterations
+    assert (new.directory, new.state, new.tracked) == ("iteration_00000012", "committed", True)
+    assert (old.directory, old.state, old.tracked) == (".replaced-iteration_00000012", TORN, False)
+
+
+def test_what_vanishes_while_it_looks_is_left_out(root: Path) -> None:
+    class Vanishing(PosixStorage):
+        def list(self, path: str) -> Sequence[Entry]:
+            if path.endswith("iteration_00000001"):
+                shutil.rmtree(path, ignore_errors=True)
+            return super().list(path)
+
+    assert [line.iteration for line in list_root(Vanishing(), str(root)).iterations] == [12]
 
 
 def test_an_iteration_without_metadata_is_torn(root: Path) -> None:

@@ -13,8 +13,7 @@ import pytest
 
 from reshard.cli.show import matching
 from reshard.errors import UsageError
-
-GOLDEN = Path(__file__).resolve().parent.parent / "data" / "golden"
+from tests.golden import GOLDEN
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
@@ -12,9 +13,10 @@ import typer
 from reshard.checkpoint import Checkpoint
 from reshard.cli.layouts import tensor_ranks
 from reshard.cli.output import JsonOption, age_words, console, print_json, size_words, table, timestamp
-from reshard.errors import CheckpointNotFoundError, DamagedCheckpointError, ReshardError, TrackerError
-from reshard.format.names import COMMON_FILE, METADATA_FILE, TRACKER_FILE, parse_iteration_name
+from reshard.errors import CheckpointNotFoundError, DamagedCheckpointError, ReshardError, StorageError, TrackerError
+from reshard.format.names import COMMON_FILE, METADATA_FILE, REPLACED_PREFIX, TRACKER_FILE, parse_iteration_name
 from reshard.format.tracker import decode_tracker
+from reshard.saving.root import DELETING_PREFIX
 from reshard.sources.resolve import list_iterations
 from reshard.storage import PosixStorage, Storage
 from reshard.storage.storage import join
@@ -100,12 +102,17 @@ def list_root(storage: Storage, root: str) -> RootListing:
         )
     tracker, problem = _read_tracker(storage, root)
     committed = list_iterations(storage, root)
-    lines = [_committed_line(storage, step, directory, tracker) for step, directory in committed]
-    known = {line.directory for line in lines}
+    known = {os.path.basename(directory) for _, directory in committed}
+    found = [
+        _unless_gone(storage, directory, lambda step=step, directory=directory: _committed_line(storage, step, directory, tracker))
+        for step, directory in committed
+    ]
     for child in storage.list(root):
         match = _UNCOMMITTED.fullmatch(child.name)
         if match is not None and child.is_directory and child.name not in known:
-            lines.append(_torn_line(storage, root, child.name, int(match[1]), child.modified))
+            path = join(root, child.name)
+            found.append(_unless_gone(storage, path, lambda path=path, step=int(match[1]): _torn_line(storage, path, step)))
+    lines = [line for line in found if line is not None]
     if not lines and tracker is None and problem is None:
         here = any(storage.stat(join(root, name)) is not None for name in (METADATA_FILE, COMMON_FILE))
         raise CheckpointNotFoundError(
@@ -118,6 +125,16 @@ def list_root(storage: Storage, root: str) -> RootListing:
         problem = f"it names iteration {tracker}, which isn't here"
     lines.sort(key=lambda line: (line.iteration, line.state != COMMITTED, line.directory))
     return RootListing(root, tracker, problem, tuple(lines))
+
+
+def _unless_gone(storage: Storage, directory: str, make: Callable[[], IterationLine]) -> IterationLine | None:
+    """What is said of a directory, or None when it is removed or renamed at this moment, as runs do while somebody looks."""
+    try:
+        return make()
+    except StorageError:
+        if storage.stat(directory) is None:
+            return None
+        raise
 
 
 def _read_tracker(storage: Storage, root: str) -> tuple[int | None, str | None]:
@@ -153,11 +170,21 @@ def _committed_line(storage: Storage, step: int, directory: str, tracker: int | 
     )
 
 
-def _torn_line(storage: Storage, root: str, name: str, step: int, modified: float) -> IterationLine:
-    nbytes, files, written = _measure(storage, join(root, name))
-    named = parse_iteration_name(name) is not None
-    problem = f"it has neither {METADATA_FILE} nor the files of a single card" if named else "its save didn't finish, or still goes on"
-    return IterationLine(step, name, TORN, problem, False, None, nbytes, files, None, written or modified)
+def _torn_line(storage: Storage, directory: str, step: int) -> IterationLine:
+    nbytes, files, written = _measure(storage, directory)
+    name = os.path.basename(directory)
+    if parse_iteration_name(name) is not None:
+        problem = f"it has neither {METADATA_FILE} nor the files of a single card"
+    elif name.startswith(DELETING_PREFIX):
+        problem = "its removal didn't finish, or still goes on"
+    elif name.startswith(REPLACED_PREFIX):
+        problem = "a newer save of the same step has taken its place"
+    else:
+        problem = "its save didn't finish, or still goes on"
+    if written == 0:
+        entry = storage.stat(directory)
+        written = 0.0 if entry is None else entry.modified
+    return IterationLine(step, name, TORN, problem, False, None, nbytes, files, None, written)
 
 
 def _one_line(error: ReshardError) -> str:

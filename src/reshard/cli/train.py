@@ -1,0 +1,39 @@
+"""`reshard train CONFIG.yaml`: the reference trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from reshard.config.validation import read_config
+
+
+def train(
+    config: Annotated[Path, typer.Argument(help="The configuration, a YAML file.", show_default=False)],
+    nproc: Annotated[
+        int | None,
+        typer.Option(
+            "--nproc",
+            min=1,
+            help="How many ranks to start on this machine; else as many as the parallel sizes make up.",
+            show_default=False,
+        ),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="FIELD=VALUE",
+            help="Another value for a field, as in --set runner_config.max_steps=40; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Train a Qwen3 under the strategy of a configuration; save, resume and reshard as it says. Under torchrun it is one rank of it."""
+    configuration = read_config(config, overrides or ())
+    # Torch is imported only now: a mistake in the configuration shows at once.
+    from reshard.training.launcher import launch  # noqa: PLC0415
+
+    launch(configuration, nproc)
