@@ -14,7 +14,7 @@ export OMP_NUM_THREADS ?= 1
 export SWEEP_SECONDS
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help env demo test sweep lint clean
+.PHONY: help env demo test sweep lint format clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -55,8 +55,13 @@ sweep: $(BUILT) ## run the long property and fault runs (SWEEP_SECONDS=1200: as 
 
 lint: $(BUILT) ## check style, types and the import rules only
 	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/pyright --pythonpath $(PY)
 	@$(VENV)/bin/lint-imports --no-cache --no-logo
+
+format: $(BUILT) ## lay out the code as `make lint` wants it
+	@$(VENV)/bin/ruff check --fix .
+	@$(VENV)/bin/ruff format .
 
 clean: ## remove the virtual environment, caches and what the demo wrote
 	@rm -rf $(VENV) build dist output .pytest_cache .ruff_cache .hypothesis .import_linter_cache

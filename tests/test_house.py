@@ -55,7 +55,11 @@ def _run(*command: str) -> None:
 
 
 def test_ruff_finds_nothing() -> None:
-    _run(str(BIN / "ruff"), "check", "--no-cache", ".")
+    _run(str(BIN / "ruff"), "check", "--no-cache", "--output-format=concise", ".")
+
+
+def test_the_code_is_formatted() -> None:
+    _run(str(BIN / "ruff"), "format", "--no-cache", "--check", ".")
 
 
 def test_pyright_finds_nothing() -> None:
