@@ -1,0 +1,103 @@
+"""What one rank writes: its data files and its extras, durable when this is done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from reshard.errors import NoSpaceError
+from reshard.format.extra import write_extra
+from reshard.format.names import EXTRA_DIRECTORY, rank_extra_file
+from reshard.format.safetensors import Header, write_tensors
+from reshard.planning.write_plan import FilePlan, WriteEntry
+from reshard.state import State
+from reshard.storage import Storage
+from reshard.storage.storage import join
+
+# Room that a checkpoint leaves: a share of its own size, and as much as a directory and the tracker may take.
+_MARGIN_SHARE = 100
+_MARGIN_BYTES = 1 << 20
+
+
+def check_space(storage: Storage, root: str, temporary: str, nbytes: int) -> None:
+    """See that a checkpoint fits before a byte of it is written.
+
+    Ranks that came earlier may already be writing: what is in the directory counts as free.
+
+    Args:
+        storage: where the root lies.
+        root: the root.
+        temporary: the directory that the ranks write; it need not exist.
+        nbytes: what all ranks will write.
+
+    Raises:
+        NoSpaceError: it doesn't fit.
+    """
+    free = storage.free_bytes(root)
+    needed = nbytes + nbytes // _MARGIN_SHARE + _MARGIN_BYTES
+    if free is None or free >= needed:
+        return
+    if storage.stat(temporary) is not None:
+        free += sum(entry.size for entry in storage.list(temporary))
+    if free < needed:
+        raise NoSpaceError(
+            "the checkpoint doesn't fit on the file system",
+            file=root,
+            found=f"{free} bytes free",
+            expected=f"{needed} bytes: {nbytes} of the checkpoint and {needed - nbytes} to spare",
+            fix="free some space, keep fewer checkpoints, or choose another directory; nothing was written",
+        )
+
+
+def write_rank(
+    storage: Storage,
+    directory: str,
+    files: Sequence[tuple[FilePlan, Header, tuple[WriteEntry, ...]]],
+    state: State,
+    *,
+    rank: int,
+    world_size: int,
+    place: str,
+) -> list[tuple[str, int]]:
+    """Write one rank's files into the directory of an iteration, which is made if it isn't there.
+
+    Args:
+        storage: where it lies.
+        directory: its path.
+        files: the data files, with headers and entries in the order of the file.
+        state: gives the values.
+        rank: the rank.
+        world_size: the number of ranks.
+        place: the rank's place in the strategy; its per-rank values come back to this place only.
+
+    Returns:
+        The paths of the files inside the directory and their sizes in bytes.
+
+    Raises:
+        CaptureError: a value that can't be saved, or memory that isn't what the state says.
+        StorageError: the storage refuses.
+        NoSpaceError: the storage is full.
+    """
+    extra = join(directory, EXTRA_DIRECTORY)
+    storage.make_directory(extra)
+    written = []
+    for file, header, entries in files:
+        write_tensors(storage, join(directory, file.file_name), header, _values(entries, state))
+        written.append((file.file_name, header.file_size))
+    name = rank_extra_file(rank)
+    write_extra(storage, join(extra, name), {"rank_values": dict(state.rank_values), "world_size": world_size, "place": place})
+    there = storage.stat(join(extra, name))
+    written.append((f"{EXTRA_DIRECTORY}/{name}", 0 if there is None else there.size))
+    storage.sync_directory(extra)
+    storage.sync_directory(directory)
+    return written
+
+
+def _values(entries: Sequence[WriteEntry], state: State) -> Iterator[tuple[str, np.ndarray]]:
+    tensors = state.tensors
+    for entry in entries:
+        if 0 in entry.shape:
+            yield entry.name, np.empty(entry.shape, entry.dtype.numpy)
+        else:
+            yield entry.name, tensors[entry.key].shards[entry.shard].memory.read()

@@ -1,0 +1,320 @@
+"""The saver: every rank's part of a save, and what they tell each other."""
+
+from __future__ import annotations
+
+import operator
+import posixpath
+import secrets
+import time
+from dataclasses import dataclass
+from types import TracebackType
+from typing import SupportsIndex
+
+import msgspec
+
+from reshard.comm import Communicator
+from reshard.comm.together import attempt, from_first
+from reshard.errors import MetadataError, ReshardError, UsageError
+from reshard.format.common import CommonInfo, decode_common, encode_common
+from reshard.format.extra import global_tree, write_extra
+from reshard.format.names import COMMON_FILE, EXTRA_DIRECTORY, GLOBAL_EXTRA_FILE, METADATA_FILE, data_file_name, iteration_name
+from reshard.saving.commit import Undo, check_presence, publish
+from reshard.saving.groups import GroupOptions, encode_options, merge_groups
+from reshard.saving.outcome import UNCHANGED, Failure, Outcome, Verdict, describe_failure, failure_of_ranks
+from reshard.saving.rank_files import check_space, write_rank
+from reshard.saving.retention import retire
+from reshard.saving.root import discard, open_root, saving_name
+from reshard.saving.structure import RankPlan, Structures
+from reshard.state import Kind, State
+from reshard.storage import Lock, Storage
+from reshard.storage.storage import join
+
+
+@dataclass(frozen=True)
+class SaveOptions:
+    """How checkpoints are saved; the same on every rank.
+
+    Attributes:
+        prefix: the first part of data files' names; None for none.
+        keep_checkpoint_max: how many committed checkpoints stay on disk, whoever wrote them; None keeps all.
+        save_optimizer: whether optimizer tensors are saved.
+        remove_redundancy: whether of equal regions on several ranks only one is written; not in this version.
+        lock_timeout: seconds to wait for a root that another process holds.
+
+    Raises:
+        UsageError: an option that can't be.
+    """
+
+    prefix: str | None = "CKP"
+    keep_checkpoint_max: int | None = 5
+    save_optimizer: bool = True
+    remove_redundancy: bool = False
+    lock_timeout: float = 10.0
+
+    def __post_init__(self) -> None:
+        data_file_name(self.prefix, Kind.MODEL, 0, 1)
+        keep = self.keep_checkpoint_max
+        if keep is not None and (not isinstance(keep, int) or isinstance(keep, bool) or keep < 1):
+            raise UsageError(
+                "at least one checkpoint must be kept", field="keep_checkpoint_max", found=keep, expected="1 or more, or None to keep all"
+            )
+        if self.remove_redundancy:
+            raise UsageError("remove_redundancy is not in this version of reshard", field="remove_redundancy", found=True, expected=False)
+        if not self.lock_timeout >= 0:
+            raise UsageError("a waiting time is not negative", field="lock_timeout", found=self.lock_timeout, expected="seconds, 0 or more")
+
+
+@dataclass(frozen=True)
+class SaveReport:
+    """A save that was committed.
+
+    Attributes:
+        step: the iteration.
+        directory: where it lies.
+        nbytes: bytes of data that this rank wrote.
+        seconds: how long this rank was in the save.
+        removed: the iterations that were removed to keep no more than allowed.
+    """
+
+    step: int
+    directory: str
+    nbytes: int
+    seconds: float
+    removed: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A rank's part of a save before anything is written."""
+
+    step: int
+    plan: RankPlan
+    options: list[GroupOptions]
+    common: bytes
+
+
+class Saver:
+    """Saves the states of a run's ranks as iterations of one checkpoint root.
+
+    Making one is collective, and so is `save`: every rank calls it, in the same order. One saver at a time writes a root.
+
+    Args:
+        storage: where the root lies; one that all ranks share.
+        comm: the ranks.
+        root: the absolute path of the root; made if needed.
+        options: the same on every rank.
+        protect: as in the method of this name.
+
+    Raises:
+        RootLockedError: another run writes this root (on every rank).
+        UsageError: the root is no absolute path.
+        StorageError: the root can't be made (on every rank).
+    """
+
+    def __init__(
+        self, storage: Storage, comm: Communicator, root: str, options: SaveOptions | None = None, protect: int | None = None
+    ) -> None:
+        if not root.startswith("/"):
+            raise UsageError("the checkpoint root must be an absolute path", field="directory", found=root)
+        self.root = posixpath.normpath(root)
+        self.options = options if options is not None else SaveOptions()
+        self._storage = storage
+        self._comm = comm
+        self._protected = protect
+        self._sequence = 0
+        self._structures = Structures(comm.rank, comm.world_size, self.options.prefix, self.options.save_optimizer)
+        self._lock: Lock | None = None
+        self._is_open = True
+
+        def open_here() -> str:
+            self._lock = open_root(storage, self.root, self.options.lock_timeout)
+            return secrets.token_hex(4)
+
+        try:
+            self._token = from_first(comm, open_here, str, what="this run can't save there")
+        except BaseException:
+            self.close()
+            raise
+
+    def protect(self, step: int | None) -> None:
+        """Keep an iteration (the one that the run was loaded from) until a newer one is committed. Not collective."""
+        self._protected = step
+
+    def save(self, step: SupportsIndex, state: State, common: CommonInfo, error: ReshardError | None = None) -> SaveReport:
+        """Save the states of all ranks as an iteration. Collective.
+
+        When it returns, the checkpoint is committed and durable. When it raises, on every rank the same, nothing was committed and what
+        existed is as it was.
+
+        Args:
+            step: the number of the iteration; one that exists is replaced in one step.
+            state: what this rank holds.
+            common: the training information of the iteration; rank 0's is stored.
+            error: what already failed on this rank (it couldn't capture its state): then nothing is saved, and every rank hears of it.
+
+        Raises:
+            SaveError: names each rank that failed, and why.
+            NoSpaceError: likewise, when a rank found no room.
+            CaptureError: likewise, when all that failed had something that can't be saved.
+            UsageError: likewise; or the saver is closed.
+            CommunicationError: a rank is gone. Whether the checkpoint was committed can be seen on disk.
+        """
+        if not self._is_open:
+            raise UsageError("this saver is closed", field="step", found=step)
+        started = time.perf_counter()
+        self._sequence += 1
+        prepared: _Prepared | None = None
+        if error is None:
+            prepared, error = attempt(lambda: self._prepare(step, state, common))
+        files: list[tuple[str, int]] = []
+        if self._agree(prepared) and prepared is not None:
+            part = prepared
+            written, error = attempt(lambda: self._write(part, state))
+            files = written if written is not None else files
+        outcomes = self._tell(prepared, error, files)
+        mine = self._judge(prepared, state, outcomes) if self._comm.rank == 0 else None
+        verdict = msgspec.msgpack.decode(self._comm.broadcast(msgspec.msgpack.encode(mine)), type=Verdict)
+        if verdict.failure is not None:
+            raise verdict.failure.error_class(verdict.failure.text) from error
+        assert prepared is not None  # else its failure would have been in the verdict
+        if self._protected is not None and prepared.step > self._protected:
+            self._protected = None
+        return SaveReport(
+            prepared.step,
+            join(self.root, iteration_name(prepared.step)),
+            sum(size for _, size in files),
+            time.perf_counter() - started,
+            tuple(verdict.removed),
+        )
+
+    def close(self) -> None:
+        """Let go of the root. Not collective."""
+        self._is_open = False
+        lock, self._lock = self._lock, None
+        if lock is not None:
+            lock.release()
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    @property
+    def _mark(self) -> str:
+        return f"{self._token}-{self._sequence}"
+
+    def _temporary(self, step: int) -> str:
+        return join(self.root, saving_name(step, self._mark))
+
+    def _prepare(self, step: SupportsIndex, state: State, common: CommonInfo) -> _Prepared:
+        number = _check_step(step)
+        encoded = _check_common(common)
+        return _Prepared(number, self._structures.plan(state), encode_options(state.groups), encoded)
+
+    def _agree(self, prepared: _Prepared | None) -> bool:
+        """The first time, tell each other the structures; whether every rank has one, so that writing makes sense."""
+        if self._structures.is_agreed:
+            return True
+        told = self._comm.all_gather(b"" if prepared is None else prepared.plan.structure)
+        if not all(told):
+            return False
+        self._structures.learn(told)
+        return True
+
+    def _write(self, prepared: _Prepared, state: State) -> list[tuple[str, int]]:
+        temporary = self._temporary(prepared.step)
+        if self._comm.rank == 0:
+            # Whether the states fit together shows here, before rank 0 writes, unless another rank's has changed since the last save.
+            self._structures.metadata(join(self.root, iteration_name(prepared.step)))
+        check_space(self._storage, self.root, temporary, self._structures.nbytes)
+        return write_rank(
+            self._storage,
+            temporary,
+            self._structures.files_to_write(prepared.plan),
+            state,
+            rank=self._comm.rank,
+            world_size=self._comm.world_size,
+            place=prepared.plan.place,
+        )
+
+    def _tell(self, prepared: _Prepared | None, error: ReshardError | None, files: list[tuple[str, int]]) -> list[Outcome]:
+        outcome = Outcome(
+            None if prepared is None else prepared.step,
+            None if error is None else Failure.of(error),
+            files,
+            None if prepared is None or not self._structures.is_agreed else self._structures.news(prepared.plan),
+            [] if prepared is None else prepared.options,
+        )
+        gathered = self._comm.all_gather(msgspec.msgpack.encode(outcome))
+        outcomes = [msgspec.msgpack.decode(data, type=Outcome) for data in gathered]
+        if self._structures.is_agreed:
+            self._structures.learn([outcome.news for outcome in outcomes])
+        return outcomes
+
+    def _judge(self, prepared: _Prepared | None, state: State, outcomes: list[Outcome]) -> Verdict:
+        """Rank 0: commit, or clean up. Whatever happens here, the others hear a verdict."""
+        failure = failure_of_ranks(outcomes)
+        if failure is None and prepared is not None:
+            part = prepared
+            undo = Undo()
+            _, error = attempt(lambda: self._commit(part, state, outcomes, undo))
+            if error is None:
+                return Verdict(None, list(self._retire(prepared.step)))
+            consequence = UNCHANGED if undo.failure is None else f"The commit could not be taken back either ({undo.failure})"
+            failure = describe_failure(prepared.step, {0: Failure.of(error)}, len(outcomes), consequence)
+        else:
+            for step in {outcome.step for outcome in outcomes if outcome.step is not None}:
+                discard(self._storage, self._temporary(step))
+        return Verdict(failure, [])
+
+    def _commit(self, prepared: _Prepared, state: State, outcomes: list[Outcome], undo: Undo) -> None:
+        temporary = self._temporary(prepared.step)
+        try:
+            self._complete(temporary, prepared, state, outcomes)
+        except Exception:
+            discard(self._storage, temporary)
+            raise
+        publish(self._storage, self.root, prepared.step, temporary, self._mark, undo)
+
+    def _complete(self, temporary: str, prepared: _Prepared, state: State, outcomes: list[Outcome]) -> None:
+        """Add to the ranks' files what is of the whole checkpoint, and make all names durable."""
+        storage = self._storage
+        check_presence(storage, temporary, {rank: outcome.files for rank, outcome in enumerate(outcomes)})
+        metadata = self._structures.metadata(join(self.root, iteration_name(prepared.step)))
+        groups = merge_groups([outcome.options for outcome in outcomes], self._structures.members)
+        extra = join(temporary, EXTRA_DIRECTORY)
+        write_extra(storage, join(extra, GLOBAL_EXTRA_FILE), global_tree(state.values, groups))
+        storage.write_bytes(join(temporary, COMMON_FILE), prepared.common)
+        storage.write_bytes(join(temporary, METADATA_FILE), metadata)
+        storage.sync_directory(extra)
+        storage.sync_directory(temporary)
+
+    def _retire(self, step: int) -> tuple[int, ...]:
+        keep = self.options.keep_checkpoint_max
+        if keep is None:
+            return ()
+        spare = {step}
+        if self._protected is not None and self._protected >= step:
+            spare.add(self._protected)
+        removed, _ = attempt(lambda: retire(self._storage, self.root, keep, spare, self._mark))
+        return removed or ()
+
+
+def _check_step(step: SupportsIndex) -> int:
+    try:
+        number = operator.index(step)
+    except TypeError as cause:
+        raise UsageError("the number of an iteration is an integer", field="step", found=repr(step)) from cause
+    iteration_name(number)
+    return number
+
+
+def _check_common(common: CommonInfo) -> bytes:
+    """The encoded training information, seen to be readable again."""
+    try:
+        encoded = encode_common(common)
+        decode_common(encoded, COMMON_FILE)
+    except (TypeError, ValueError, MetadataError) as cause:
+        raise UsageError("training information that common.json can't hold", field="common", found=str(cause)) from cause
+    return encoded

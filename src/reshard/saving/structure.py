@@ -1,0 +1,161 @@
+"""What a rank's state looks like without its values, what ranks tell each other of it, and the plans that follow.
+
+A run's structure hardly ever changes, so that all of this is made once and kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from reshard.format.metadata import encode_metadata
+from reshard.format.safetensors import Header, plan_header
+from reshard.planning.agreement import RankDescription, check_agreement, decode, describe, digest, encode, place_of
+from reshard.planning.write_plan import FilePlan, WriteEntry, plan_catalog, plan_rank_files
+from reshard.state import Kind, State
+
+# The contract's header metadata. A writer that adds digests adds them here.
+_HEADER_METADATA = {"format": "ms"}
+
+# What a tensor takes beside its data, in a header and in `metadata.json`; and a rank's extras (bytes). Rough, for the free-space check.
+_BYTES_PER_TENSOR = 512
+_BYTES_PER_RANK = 64 << 10
+
+
+class RankStructure(msgspec.Struct, array_like=True):
+    """What one rank tells the others.
+
+    Attributes:
+        nbytes: the bytes that it will write, roughly.
+        has_optimizer: whether it holds optimizer tensors.
+        members: the parameters and the unstepped parameters of each of its groups.
+        description: of its tensors, encoded.
+    """
+
+    nbytes: int
+    has_optimizer: bool
+    members: list[tuple[list[str], list[str]]]
+    description: bytes
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """What one rank writes.
+
+    Attributes:
+        structure: what it follows from, encoded.
+        digest: of the structure.
+        has_optimizer: whether the rank holds optimizer tensors.
+        files: the data files, each with its header and its entries in the order of the file.
+        place: the name of the rank's place in the strategy.
+    """
+
+    structure: bytes
+    digest: bytes
+    has_optimizer: bool
+    files: tuple[tuple[FilePlan, Header, tuple[WriteEntry, ...]], ...]
+    place: str
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the data files."""
+        return sum(header.file_size for _, header, _ in self.files)
+
+
+class Structures:
+    """What this rank knows of all ranks' structures."""
+
+    def __init__(self, rank: int, world_size: int, prefix: str | None, save_optimizer: bool) -> None:
+        self._rank = rank
+        self._world_size = world_size
+        self._prefix = prefix
+        self._save_optimizer = save_optimizer
+        self._plan: RankPlan | None = None
+        self._told: bytes | None = None
+        self._ranks: list[RankStructure] = []
+        self._metadata: bytes | None = None
+
+    @property
+    def is_agreed(self) -> bool:
+        """Whether every rank has told its structure once. The same on every rank."""
+        return bool(self._ranks)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes that all ranks write, roughly."""
+        return sum(structure.nbytes for structure in self._ranks)
+
+    @property
+    def members(self) -> list[list[tuple[list[str], list[str]]]]:
+        """Of each rank the parameters and the unstepped parameters of its groups."""
+        return [structure.members for structure in self._ranks]
+
+    def plan(self, state: State) -> RankPlan:
+        """What this rank writes of a state.
+
+        Raises:
+            CaptureError: tensors that files can't hold under their names.
+        """
+        description = describe(state, self._rank)
+        tensors = len(description.tensors)
+        structure = msgspec.msgpack.encode(
+            RankStructure(
+                description.nbytes + tensors * _BYTES_PER_TENSOR + _BYTES_PER_RANK,
+                any(tensor.key.kind is Kind.OPTIMIZER for tensor in description.tensors),
+                [(list(group.parameters), list(group.unstepped)) for group in state.groups],
+                encode(description),
+            )
+        )
+        name = digest(structure)
+        if self._plan is None or self._plan.digest != name:
+            self._plan = self._make(description, state, structure, name)
+        return self._plan
+
+    def _make(self, description: RankDescription, state: State, structure: bytes, name: bytes) -> RankPlan:
+        has_optimizer = any(tensor.key.kind is Kind.OPTIMIZER for tensor in description.tensors)
+        files = []
+        for file in plan_rank_files(description, self._world_size, self._prefix, self._save_optimizer):
+            header = plan_header([(entry.name, entry.dtype, entry.shape) for entry in file.entries], _HEADER_METADATA)
+            by_name = {entry.name: entry for entry in file.entries}
+            files.append((file, header, tuple(by_name[entry] for entry in header.entries)))
+        return RankPlan(structure, name, has_optimizer, tuple(files), place_of(state, self._rank))
+
+    def files_to_write(self, plan: RankPlan) -> list[tuple[FilePlan, Header, tuple[WriteEntry, ...]]]:
+        """The files of a plan, without that of the optimizer when no rank of the run has one."""
+        has_optimizer = plan.has_optimizer or any(structure.has_optimizer for structure in self._ranks)
+        return [file for file in plan.files if file[0].kind is not Kind.OPTIMIZER or has_optimizer]
+
+    def news(self, plan: RankPlan) -> bytes | None:
+        """What the others don't know yet of this rank, or None."""
+        return None if self._told == plan.digest else plan.structure
+
+    def learn(self, told: Sequence[bytes | None]) -> None:
+        """Take in what each rank told (None: nothing new). Every rank must call this with the same.
+
+        Args:
+            told: in rank order; the first time from every rank.
+        """
+        structures = [None if data is None else msgspec.msgpack.decode(data, type=RankStructure) for data in told]
+        if not self._ranks:
+            self._ranks = [structure for structure in structures if structure is not None]
+        else:
+            self._ranks = [new or old for new, old in zip(structures, self._ranks, strict=True)]
+        mine = told[self._rank]
+        if mine is not None:
+            self._told = digest(mine)
+        if any(data is not None for data in told):
+            self._metadata = None
+
+    def metadata(self, directory: str) -> bytes:
+        """`metadata.json` for what all ranks write.
+
+        Raises:
+            CaptureError: the ranks' states don't fit together.
+        """
+        if self._metadata is None:
+            descriptions = [decode(structure.description) for structure in self._ranks]
+            check_agreement(descriptions)
+            self._metadata = encode_metadata(plan_catalog(descriptions, self._prefix, self._save_optimizer, directory))
+        return self._metadata
