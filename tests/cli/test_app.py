@@ -20,7 +20,7 @@ def test_the_version(run_reshard: Run) -> None:
 def test_help_lists_the_subcommands(run_reshard: Run) -> None:
     done = run_reshard("--help")
     assert done.returncode == 0
-    for name in ("ls", "show"):
+    for name in ("ls", "show", "train"):
         assert f"\n  {name} " in done.stdout
 
 

@@ -9,6 +9,7 @@ import typer
 from reshard.cli.ls import ls
 from reshard.cli.output import reporting
 from reshard.cli.show import show
+from reshard.cli.train import train
 from reshard.version import __version__
 
 app = typer.Typer(
@@ -35,6 +36,7 @@ def options(
 
 app.command()(reporting(ls))
 app.command()(reporting(show))
+app.command()(reporting(train))
 
 
 def main() -> None:

@@ -34,6 +34,6 @@ def train(
     """Train a Qwen3 under the strategy of a configuration; save, resume and reshard as it says. Under torchrun it is one rank of it."""
     configuration = read_config(config, overrides or ())
     # Torch is imported only now: a mistake in the configuration shows at once.
-    from reshard.training.launcher import launch  # noqa: PLC0415
+    from reshard.training.launcher import launch
 
     launch(configuration, nproc)
