@@ -14,8 +14,9 @@ from reshard.catalog import Catalog, Chunk, Place, StoredTensor
 from reshard.errors import CaptureError, LayoutError, MetadataError
 from reshard.format import json_text
 from reshard.format.names import is_plain_file_name, kind_of_file, parse_storage_key, parse_tensor_name, storage_key, tensor_name
-from reshard.format.parameter import Parameter, decode_parameter, encode_parameter, slices_to_write
-from reshard.geometry import DType, Region
+from reshard.format.parameter import Parameter, decode_parameter, encode_parameter, number_slices
+from reshard.geometry import DType
+from reshard.geometry.tensor_map import slices_of
 from reshard.state import Kind
 from reshard.version import __version__
 
@@ -64,9 +65,9 @@ def encode_metadata(catalog: Catalog) -> bytes:
             raise CaptureError("two tensors have the same name in files", tensor=name, fix="rename the parameter or the optimizer's slot")
         text, numbers = writer.parameter(tensor, name)
         parameters[name] = text
-        for chunk in tensor.chunks:
+        for chunk, number in zip(tensor.chunks, numbers, strict=True):
             if chunk.places:
-                key = encode_basestring_ascii(storage_key(name, numbers[chunk.region]))
+                key = encode_basestring_ascii(storage_key(name, number))
                 storage.append((chunk.places[0].rank, f"{key}:[{writer.places(chunk, tensor.key.kind, name)}]"))
     # The published writer goes rank by rank; the sort is stable, so that a rank's chunks stay in the order of the tensors.
     storage.sort(key=lambda item: item[0])
@@ -80,13 +81,13 @@ class _Writer:
     """Makes each kind of text once."""
 
     def __init__(self) -> None:
-        self._parameters: dict[object, tuple[str, dict[Region, int]]] = {}
+        self._parameters: dict[object, tuple[str, list[int]]] = {}
         self._places: dict[tuple[Place, Kind, tuple[int, ...]], str] = {}
         self._groups: dict[tuple[int, ...], str] = {}
         self._heads: dict[tuple[str, int, Kind], str] = {}
 
-    def parameter(self, tensor: StoredTensor, name: str) -> tuple[str, dict[Region, int]]:
-        """The tensor's entry, and the slice id of each chunk's region."""
+    def parameter(self, tensor: StoredTensor, name: str) -> tuple[str, list[int]]:
+        """The tensor's entry, and the slice id of each chunk."""
         layout = tensor.layout
         if layout is not None and (len(layout.split) != len(tensor.global_shape) or not layout.is_even(tensor.global_shape)):
             layout = None
@@ -97,11 +98,14 @@ class _Writer:
         made = self._parameters.get(key)
         if made is None:
             try:
-                slices = slices_to_write(layout, tensor.global_shape, regions)
+                numbers = number_slices(layout, tensor.global_shape, regions)
             except LayoutError as cause:
-                raise LayoutError(cause.what, tensor=name, found=cause.found) from cause
+                raise LayoutError(cause.what, tensor=name, found=cause.found, expected=cause.expected) from cause
+            # The contract lists a layout's slices in the order in which its ranks hold them first.
+            order = None if layout is None else {number: place for place, number in enumerate(slices_of(layout, tensor.global_shape))}
+            slices = dict(sorted(zip(numbers, regions, strict=True), key=lambda item: item[0] if order is None else order[item[0]]))
             text = encode_parameter(Parameter(tensor.dtype, tensor.dtype.mindspore, tensor.global_shape, layout, slices, kind))
-            made = self._parameters[key] = (text, {region: number for number, region in slices.items()})
+            made = self._parameters[key] = (text, numbers)
         for chunk in tensor.chunks:
             if not chunk.places and not chunk.region.is_empty:
                 raise MetadataError(
@@ -252,7 +256,9 @@ class _Reader:
         try:
             return parse_storage_key(key)
         except MetadataError as cause:
-            raise MetadataError(cause.what, file=self._file, field=cause.field, found=cause.found, expected=cause.expected) from cause
+            raise MetadataError(
+                cause.what, file=self._file, field=cause.field, found=cause.found, expected=cause.expected, fix=_DAMAGED
+            ) from cause
 
     def _read(self, text: bytes, name: str) -> _Stored:
         stored = self._stored.get(text)
@@ -261,8 +267,11 @@ class _Reader:
         return stored
 
     def _understand(self, text: bytes, name: str) -> _Stored:
-        entries = json_text.decode(text, _ENTRIES, self._file)
-        json_text.check_duplicate_keys(text, None, self._file)
+        try:
+            entries = json_text.decode(text, _ENTRIES, self._file)
+            json_text.check_duplicate_keys(text, None, self._file)
+        except MetadataError as cause:
+            raise self._error(cause.what, name, field="storage_data", found=cause.found) from cause
         holders: set[int] = set()
         kinds = set()
         for entry in entries:

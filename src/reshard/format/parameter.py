@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -111,11 +111,11 @@ def encode_parameter(parameter: Parameter) -> str:
     return json.dumps(fields, separators=(",", ":"))
 
 
-def slices_to_write(layout: Layout | None, global_shape: tuple[int, ...], regions: tuple[Region, ...]) -> dict[int, Region]:
-    """The slice ids under which the contract stores these chunks, in its order.
+def number_slices(layout: Layout | None, global_shape: tuple[int, ...], regions: Sequence[Region]) -> list[int]:
+    """The slice id under which the contract stores each of a tensor's chunks.
 
-    Without a layout one chunk has id 0 and is the whole tensor; several start at 1, since the published reader would take what it finds
-    under 0 for the whole tensor.
+    Without a layout a single chunk has id 0; several start at 1, since the published reader would take what it finds under 0 for the
+    whole tensor.
 
     Raises:
         LayoutError: the chunks are not those of the layout, or don't cover the tensor exactly once.
@@ -124,15 +124,20 @@ def slices_to_write(layout: Layout | None, global_shape: tuple[int, ...], region
         fault = cover_fault(regions, global_shape)
         if fault is not None:
             raise LayoutError("the chunks of a tensor don't cover it exactly once", found=fault)
-        return dict(enumerate(regions, start=0 if len(regions) == 1 else 1))
-    given = set(regions)
+        return list(range(len(regions))) if len(regions) == 1 else list(range(1, len(regions) + 1))
+    # Of an empty tensor several slices are the same region: each chunk takes one of them.
     expected = slices_of(layout, global_shape)
-    slices = {number: region for number, region in expected.items() if region in given}
-    if len(slices) != len(regions) or _lacks(slices, expected, global_shape):
+    left: dict[Region, list[int]] = {}
+    for number in reversed(expected):
+        left.setdefault(expected[number], []).append(number)
+    numbers = [left[region].pop() for region in regions if left.get(region)]
+    if len(numbers) != len(regions) or _lacks(dict.fromkeys(numbers), expected, global_shape):
         raise LayoutError(
-            "the chunks of a tensor are not the slices of its layout", found=f"{len(regions)} chunks, {len(slices)} of them slices"
+            "the chunks of a tensor are not the slices of its layout",
+            found=f"{len(numbers)} of {len(regions)} chunks are",
+            expected=f"{len(expected)} slices",
         )
-    return slices
+    return numbers
 
 
 def decode_parameter(text: bytes, name: str, file: str) -> Parameter:
@@ -170,11 +175,10 @@ def _decode(text: bytes, file: str) -> Parameter:
         raise MetadataError(
             "fragments contradict the layout", field="axis_fragmentations", found=wire.axis_fragmentations, expected=list(fragments)
         )
+    numbers = [chunk.global_offset[0] for chunk in wire.chunk]
+    if len(set(numbers)) != len(numbers):
+        raise MetadataError("two chunks of a tensor have one slice id", field="global_offset", found=_some(numbers))
     slices = _free_slices(wire.chunk, shape) if layout is None else _layout_slices(wire.chunk, layout, shape)
-    if len(slices) != len(wire.chunk):
-        raise MetadataError(
-            "two chunks of a tensor have one slice id", field="global_offset", found=[c.global_offset[0] for c in wire.chunk]
-        )
     return Parameter(dtype, wire.properties.dtype, shape, layout, slices, wire.kind)
 
 
@@ -206,7 +210,7 @@ def _free_slices(chunks: list[_Chunk], shape: tuple[int, ...]) -> dict[int, Regi
                 )
             offset = [0] * len(shape)
         slices[chunk.global_offset[0]] = Region(tuple(offset), tuple(chunk.local_shape))
-    fault = cover_fault(tuple(slices.values()), shape) if len(slices) == len(chunks) else None
+    fault = cover_fault(tuple(slices.values()), shape)
     if fault is not None:
         raise MetadataError(
             "the chunks of a tensor don't cover it exactly once", field="chunk", found=fault, expected=f"a tensor of {list(shape)}"
@@ -249,7 +253,7 @@ def _layout_slices(chunks: list[_Chunk], layout: Layout, shape: tuple[int, ...])
     return slices
 
 
-def _lacks(slices: Mapping[int, Region], expected: Mapping[int, Region], shape: tuple[int, ...]) -> list[int]:
+def _lacks(slices: Mapping[int, Any], expected: Mapping[int, Region], shape: tuple[int, ...]) -> list[int]:
     """The slice ids that are missing; of an empty tensor none is needed."""
     return [] if 0 in shape else [number for number in expected if number not in slices]
 
