@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
@@ -16,7 +16,7 @@ from reshard.comm import Communicator
 from reshard.comm.together import attempt, from_first, settle, together
 from reshard.errors import UsageError
 from reshard.format.common import CommonInfo, decode_common
-from reshard.format.extra import read_extra
+from reshard.format.extra import groups_of, read_extra
 from reshard.format.names import COMMON_FILE, EXTRA_DIRECTORY, GLOBAL_EXTRA_FILE, rank_extra_file, tensor_name
 from reshard.frameworks.adapter import Adapter, Destination
 from reshard.frameworks.select import default_communicator, select_adapter
@@ -224,7 +224,8 @@ class CheckpointManager:
             _logger.warning("%s", note)
         if self._saver is not None and resolved.root == self.directory and resolved.iteration is not None:
             self._saver.protect(resolved.iteration)
-        return _report(resolved, opened, loaded, random, extra_values, notes, time.perf_counter() - started)
+        report = _report(resolved, opened, loaded)
+        return replace(report, random=random, extra=extra_values, notes=(*report.notes, *notes), seconds=time.perf_counter() - started)
 
     def wait(self) -> None:
         """Return when the save in flight is committed; raise its error. A synchronous save never is in flight."""
@@ -258,8 +259,9 @@ class CheckpointManager:
         common_file = join(directory, COMMON_FILE)
         has_common = self._storage.stat(common_file) is not None
         common = decode_common(self._storage.read_bytes(common_file), common_file) if has_common else None
-        tree = read_extra(self._storage, join(directory, EXTRA_DIRECTORY, GLOBAL_EXTRA_FILE))
-        groups = groups_of(tree)
+        global_file = join(directory, EXTRA_DIRECTORY, GLOBAL_EXTRA_FILE)
+        tree = read_extra(self._storage, global_file)
+        groups = groups_of(tree, global_file)
         destination = adapter.prepare(model, optimizer, catalog, groups)
         mine = None
         if restore_random:
@@ -290,15 +292,7 @@ def _restore_parts(values: Mapping[str, Any], parts: Mapping[str, Any]) -> tuple
     return tuple(notes)
 
 
-def _report(
-    resolved: Resolved,
-    opened: _Opened,
-    loaded: TensorsLoaded,
-    random: str,
-    extra: Any,
-    notes: tuple[str, ...],
-    seconds: float,
-) -> RestoreReport:
+def _report(resolved: Resolved, opened: _Opened, loaded: TensorsLoaded) -> RestoreReport:
     misfits = loaded.misfits
     return RestoreReport(
         directory=resolved.directory,
@@ -308,12 +302,10 @@ def _report(
         missing=tuple(tensor_name(key) for key in misfits.missing),
         unexpected=tuple(tensor_name(key) for key in misfits.unexpected),
         mismatched=tuple(tensor_name(mismatch.key) for mismatch in misfits.mismatched),
-        random=random,
+        random="untouched",
         ranks=loaded.ranks,
         common=opened.common,
-        extra=extra,
-        notes=(*resolved.notes, *opened.catalog.notes, *notes),
-        seconds=seconds,
+        notes=(*resolved.notes, *opened.catalog.notes),
     )
 
 

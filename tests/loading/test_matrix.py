@@ -8,15 +8,16 @@ import pytest
 
 import reshard
 from reshard.comm import Communicator
-from reshard.state import Kind
+from reshard.format.names import tensor_name
+from reshard.state import Kind, State
 from reshard.testing import differences, run_ranks, state_on_rank
 from tests.strategies import STRATEGIES, Strategy, arrays, layouts
 
 ARRAYS = arrays()
 
 
-def parts(state: reshard.state.State, kind: Kind) -> dict:
-    return {key: tensor for key, tensor in state.tensors.items() if key.kind is kind}
+def parts(state: State, kind: Kind) -> dict:
+    return {tensor_name(key): tensor for key, tensor in state.tensors.items() if key.kind is kind}
 
 
 @pytest.fixture(scope="module")

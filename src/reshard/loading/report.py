@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from reshard.format.common import CommonInfo
@@ -59,7 +59,6 @@ class RestoreReport:
     extra: Any = None
     notes: tuple[str, ...] = ()
     seconds: float = 0.0
-    rank_extra: Any = field(default=None, repr=False)
 
     @property
     def bytes_needed(self) -> int:

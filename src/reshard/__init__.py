@@ -1,0 +1,23 @@
+"""reshard: save a training run under any parallel strategy, resume it under any other."""
+
+from reshard.checkpoint import Checkpoint
+from reshard.errors import ReshardError
+from reshard.format.common import CommonInfo
+from reshard.loading.report import RestoreReport
+from reshard.loading.strictness import Strictness
+from reshard.manager import CheckpointManager, load, save
+from reshard.saving.saver import SaveReport
+from reshard.version import __version__
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointManager",
+    "CommonInfo",
+    "ReshardError",
+    "RestoreReport",
+    "SaveReport",
+    "Strictness",
+    "__version__",
+    "load",
+    "save",
+]
