@@ -1,0 +1,230 @@
+"""Every field of a training configuration: its name, type, default and meaning.
+
+The names are those of MindSpore Transformers, so that a user of Checkpoint 2.0 writes what they know. `describe_fields` lists them all with
+what is allowed; the documentation is made from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+ResumeMode = Literal["never", "auto"]
+ScheduleType = Literal["ConstantWarmUpLR", "LinearWithWarmUpLR", "CosineWithWarmUpLR"]
+
+Positive = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[int, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """A mapping of the YAML: no unknown fields, no silent conversion of types."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class ParallelConfig(Section):
+    """`parallel_config`: how many ranks share the work, and how."""
+
+    data_parallel: Positive | None = Field(
+        default=None, description="replicas of the model that see different samples; null: all ranks that the other two leave"
+    )
+    model_parallel: Positive = Field(default=1, description="ranks that split every matrix of a layer between them (tensor parallelism)")
+    pipeline_stage: Positive = Field(default=1, description="ranks that have different layers")
+    micro_batch_num: Positive | None = Field(
+        default=None,
+        description="micro-batches of one step with pipeline stages; null: what the global batch needs; at least pipeline_stage",
+    )
+
+
+class ParallelContext(Section):
+    """`parallel`: what data-parallel replicas do with the optimizer."""
+
+    enable_parallel_optimizer: bool = Field(
+        default=False,
+        description="whether data-parallel ranks split parameters, gradients and optimizer between them (FSDP) or each keeps all of them",
+    )
+    optimizer_weight_shard_size: Annotated[int, Field(ge=-1)] = Field(
+        default=-1,
+        description="with the parallel optimizer: data-parallel ranks that share one copy; -1: all of them; fewer: hybrid sharding (HSDP)",
+    )
+
+
+class RunnerConfig(Section):
+    """`runner_config`: how long, and how large a step."""
+
+    max_steps: Positive | None = Field(
+        default=None, description="optimizer steps of the whole run, resumed parts included; null: what epochs make"
+    )
+    epochs: Positive = Field(default=1, description="passes over the data, where max_steps is null")
+    batch_size: Positive = Field(default=1, description="samples of one micro-batch on one data-parallel rank")
+    gradient_accumulation_steps: Positive | None = Field(
+        default=None,
+        description="micro-batches (with stages: of micro_batch_num each) added up for a step; null: what the global batch needs, else 1",
+    )
+    global_batch_size: Positive | None = Field(
+        default=None,
+        description="samples of one step over all ranks, which then stay the same under any strategy; null: the product of the others",
+    )
+
+
+class ModelSettings(Section):
+    """`model`: a Qwen3, with the names of its Hugging Face configuration."""
+
+    model_type: Literal["qwen3"] = Field(default="qwen3", description="the model family")
+    vocab_size: Positive = Field(default=256, description="tokens; at least 256, the data are bytes")
+    hidden_size: Positive = Field(default=64, description="width of the residual stream")
+    intermediate_size: Positive = Field(default=192, description="width of the feed-forward layers")
+    num_hidden_layers: Positive = Field(default=4, description="decoder layers")
+    num_attention_heads: Positive = Field(default=8, description="query heads")
+    num_key_value_heads: Positive | None = Field(default=None, description="key and value heads; null: as many as query heads")
+    head_dim: Positive | None = Field(default=None, description="width of a head, even; null: hidden_size / num_attention_heads")
+    hidden_act: Literal["silu", "gelu", "relu"] = Field(default="silu", description="activation of the feed-forward layers")
+    max_position_embeddings: Positive = Field(default=4096, description="longest sequence; at least train_dataset.seq_length")
+    initializer_range: Annotated[float, Field(gt=0)] = Field(default=0.02, description="standard deviation of the initial matrices")
+    rms_norm_eps: Annotated[float, Field(gt=0)] = Field(default=1e-6, description="epsilon of the norms")
+    rope_theta: Annotated[float, Field(gt=0)] = Field(default=1_000_000.0, description="base of the rotary embedding")
+    attention_bias: bool = Field(default=False, description="whether the attention's projections have a bias")
+    attention_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.0, description="dropout on attention weights")
+    tie_word_embeddings: bool = Field(default=False, description="whether embedding and output layer are one parameter")
+
+
+class OptimizerSettings(Section):
+    """`optimizer`."""
+
+    type: Literal["AdamW"] = Field(default="AdamW", description="the algorithm")
+    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = Field(
+        default=[0.9, 0.95], description="decay of the two moments"
+    )
+    eps: Annotated[float, Field(gt=0)] = Field(default=1e-8, description="epsilon of the denominator")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(
+        default=0.0, description="decoupled weight decay of matrices; norms and biases have none"
+    )
+    learning_rate: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="peak learning rate, where lr_schedule doesn't give one"
+    )
+
+
+class ScheduleSettings(Section):
+    """`lr_schedule`: warm-up and decay of the learning rate."""
+
+    type: ScheduleType = Field(default="CosineWithWarmUpLR", description="what follows the warm-up: constant, linear decay or cosine decay")
+    learning_rate: Annotated[float, Field(gt=0)] | None = Field(default=None, description="peak learning rate; null: that of the optimizer")
+    warmup_steps: NotNegative = Field(default=0, description="steps over which the rate rises linearly from 0")
+    total_steps: Annotated[int, Field(ge=-1)] = Field(default=-1, description="step at which the decay ends; -1: the run's last")
+    lr_end: Annotated[float, Field(ge=0)] = Field(default=0.0, description="learning rate at the end of the decay")
+
+
+class DatasetSettings(Section):
+    """`train_dataset`: bytes of text in windows of a fixed length."""
+
+    path: str = Field(
+        default="",
+        description="a file, or a folder all of whose files are read; empty: the source of the running Python's standard library",
+    )
+    seq_length: Positive = Field(default=128, description="tokens of a sample")
+
+
+class CheckpointMonitor(Section):
+    """`callbacks: - type: CheckpointMonitor`: saves while training."""
+
+    type: Literal["CheckpointMonitor"] = Field(description="this callback")
+    prefix: str = Field(default="CKP", description="begin of the names of data files; the model's name, best")
+    directory: str | None = Field(default=None, description="the checkpoint root; null: {output_dir}/checkpoint")
+    save_checkpoint_steps: Positive | None = Field(default=1, description="steps between two saves; null: nothing is ever saved")
+    keep_checkpoint_max: Positive = Field(
+        default=5, description="checkpoints that are kept; the oldest is removed after a newer one was committed"
+    )
+    async_save: bool = Field(default=False, description="whether saving runs in the background")
+    checkpoint_format: str = Field(default="safetensors", description="the only format of Checkpoint 2.0; others are converted to it")
+    remove_redundancy: bool = Field(default=False, description="whether replicas are stored once")
+    save_optimizer: bool = Field(default=True, description="whether the optimizer is saved too; without it a run can't be resumed exactly")
+
+
+class LossMonitor(Section):
+    """`callbacks: - type: MFLossMonitor`: how often progress is printed."""
+
+    type: Literal["MFLossMonitor"] = Field(description="this callback")
+    per_print_times: Positive = Field(default=1, description="steps between two lines of progress, where the output is no terminal")
+
+
+Callback = Annotated[CheckpointMonitor | LossMonitor, Field(discriminator="type")]
+
+
+class RunConfig(Section):
+    """The whole configuration."""
+
+    seed: NotNegative = Field(default=42, description="of initial weights, order of samples and random numbers")
+    output_dir: str = Field(default="./output", description="where metrics.jsonl and, by default, the checkpoints go")
+    load_checkpoint: str = Field(
+        default="", description="a checkpoint root (then its tracker chooses the iteration) or one iteration; empty: none"
+    )
+    resume_training: bool = Field(
+        default=False,
+        description="with load_checkpoint: continue that run (step, optimizer, schedule, data, random numbers), or take the weights only",
+    )
+    resume: ResumeMode = Field(
+        default="never",
+        description="auto: continue from the newest checkpoint of this run's own root if there is one, else start; never: don't look",
+    )
+    no_load_optim: bool = Field(
+        default=False, description="whether a resumed run leaves the checkpoint's optimizer out and begins with fresh moments"
+    )
+    pretrained_model_dir: str = Field(default="", description="a folder with Hugging Face weights")
+    balanced_load: bool = Field(default=False, description="whether ranks share the reading")
+    use_legacy_format: bool | None = Field(
+        default=None, description="False: Checkpoint 2.0, which is also what absence means; True (Checkpoint 1.0) is not supported"
+    )
+    load_ckpt_format: str = Field(default="safetensors", description="the only format of Checkpoint 2.0; others are converted to it")
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
+        default=1.0, description="largest global norm of the gradient, larger ones are scaled down; null: no clipping"
+    )
+    parallel_config: ParallelConfig = Field(default_factory=ParallelConfig, description="parallel sizes")
+    parallel: ParallelContext = Field(default_factory=ParallelContext, description="the parallel optimizer")
+    runner_config: RunnerConfig = Field(default_factory=RunnerConfig, description="steps and batches")
+    model: ModelSettings = Field(default_factory=ModelSettings, description="the model")
+    optimizer: OptimizerSettings = Field(default_factory=OptimizerSettings, description="the optimizer")
+    lr_schedule: ScheduleSettings = Field(default_factory=ScheduleSettings, description="the learning rate over the steps")
+    train_dataset: DatasetSettings = Field(default_factory=DatasetSettings, description="the data")
+    callbacks: list[Callback] = Field(default_factory=list, description="what happens beside training")
+
+    @property
+    def monitor(self) -> CheckpointMonitor | None:
+        """The checkpoint monitor, if there is one."""
+        return next((callback for callback in self.callbacks if isinstance(callback, CheckpointMonitor)), None)
+
+    @property
+    def learning_rate(self) -> float:
+        """The peak learning rate."""
+        return self.lr_schedule.learning_rate or self.optimizer.learning_rate or 1e-3
+
+
+def describe_fields(section: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
+    """Every field as (dotted name, type, default, meaning), sections before their fields."""
+    for name, field in section.model_fields.items():
+        nested = list(_sections(field.annotation))
+        default = "required" if field.is_required() else "" if nested else repr(field.get_default(call_default_factory=True))
+        yield f"{prefix}{name}", _type_name(field.annotation), default, field.description or ""
+        for kind in nested:
+            mark = f"[{kind.__name__}]" if len(nested) > 1 else ""
+            yield from describe_fields(kind, f"{prefix}{name}{mark}.")
+
+
+def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in getattr(annotation, "__args__", ()):
+        yield from _sections(part)
+
+
+def _type_name(annotation: Any) -> str:
+    if isinstance(annotation, type):
+        return "section" if issubclass(annotation, BaseModel) else annotation.__name__
+    if getattr(annotation, "__origin__", None) is Literal:
+        return " or ".join(str(value) for value in annotation.__args__)
+    parts = [_type_name(part) for part in getattr(annotation, "__args__", ()) if part is not None]
+    origin = getattr(annotation, "__origin__", None)
+    if origin is list:
+        return f"list of {parts[0]}"
+    return " or ".join(dict.fromkeys("null" if part == "NoneType" else part for part in parts))

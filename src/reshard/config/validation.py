@@ -1,0 +1,326 @@
+"""A document becomes a configuration, or an error that says which field is wrong and what is allowed."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from reshard.config.document import Document, FieldPath, apply_overrides, dotted, read_document
+from reshard.config.fields import CheckpointMonitor, LossMonitor, RunConfig
+from reshard.errors import ConfigError
+
+_CALLBACKS: dict[str, type[BaseModel]] = {"CheckpointMonitor": CheckpointMonitor, "MFLossMonitor": LossMonitor}
+
+# pydantic's names of what is wrong, in the words of a YAML file.
+_EXPECTED = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "bool_type": "True or False",
+    "string_type": "text",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "model_type": "a section with fields of its own",
+    "model_attributes_type": "a section with fields of its own",
+    "dict_type": "a section with fields of its own",
+    "union_tag_not_found": "an entry with a `type`",
+    "finite_number": "a finite number",
+}
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """What was read.
+
+    Attributes:
+        run: the validated fields.
+        notes: what the user should hear: what an absent field means, what was converted.
+        file: where it was read.
+    """
+
+    run: RunConfig
+    notes: tuple[str, ...]
+    file: str
+
+
+def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Configuration:
+    """Read and validate a training configuration.
+
+    Args:
+        path: a YAML file.
+        overrides: `dotted.name=value`, applied after reading.
+
+    Raises:
+        ConfigError: naming the field, what was given and what is allowed.
+    """
+    return validate(apply_overrides(read_document(path), overrides))
+
+
+def validate(document: Document) -> Configuration:
+    """Check every field of a document.
+
+    Raises:
+        ConfigError: as `read_config`.
+    """
+    try:
+        run = RunConfig.model_validate(document.data)
+    except ValidationError as error:
+        raise _config_error(error, document) from error
+    notes: list[str] = []
+    _check_versions(run, document, notes)
+    _check_later_features(run, document)
+    _check_model(run, document)
+    _check_schedule(run, document)
+    _check_callbacks(run, document)
+    return Configuration(run, tuple(notes), document.file)
+
+
+def _config_error(error: ValidationError, document: Document) -> ConfigError:
+    problems = error.errors()
+    # An unknown field first: the field it was meant to be is often "missing" further down.
+    problems.sort(key=lambda problem: problem["type"] != "extra_forbidden")
+    first, rest = problems[0], problems[1:]
+    path, section = _place(first["loc"])
+    others = sorted({dotted(_place(problem["loc"])[0]) for problem in rest} - {dotted(path)})
+    fix = f"then look at {', '.join(others)}, which {'is' if len(others) == 1 else 'are'} wrong too" if others else None
+    kind, given, context = first["type"], first["input"], first.get("ctx", {})
+    name = dotted(path)
+    if kind == "extra_forbidden":
+        known = sorted(section.model_fields)
+        near = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.5)
+        elsewhere = [] if near else _same_name_elsewhere(str(path[-1]))
+        nearest = f"did you mean {dotted((*path[:-1], near[0]))}?" if near else f"did you mean {elsewhere[0]}?" if elsewhere else None
+        return ConfigError(
+            f"{name} is not a field of the configuration" + (f"; {nearest}" if nearest else ""),
+            file=document.where(path),
+            field=name,
+            found=given,
+            expected=f"one of: {', '.join(known)}",
+            fix=fix,
+        )
+    if kind == "missing":
+        return ConfigError(f"{name} is missing", file=document.where(path), field=name, expected=_meaning(section, path), fix=fix)
+    if kind == "union_tag_invalid":
+        name = f"{name}.type"
+        given = context.get("tag", given)
+        near = difflib.get_close_matches(str(given), _CALLBACKS, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        return ConfigError(
+            f"there is no callback {given!r}{hint}",
+            file=document.where(path),
+            field=name,
+            found=given,
+            expected=f"one of: {', '.join(_CALLBACKS)}",
+            fix=fix,
+        )
+    wrong_type = kind in _EXPECTED
+    what = f"{name} has the wrong type" if wrong_type else f"{name} has a value that is not allowed"
+    found = f"{given!r} ({_yaml_type(given)})" if wrong_type else repr(given)
+    return ConfigError(
+        what, file=document.where(path), field=name, found=found, expected=_allowed(kind, context, first["msg"], section, path), fix=fix
+    )
+
+
+def _place(location: Sequence[int | str]) -> tuple[FieldPath, type[BaseModel]]:
+    """The path of a field without pydantic's own parts, and the section that it stands in."""
+    path: list[Any] = []
+    section: type[BaseModel] = RunConfig
+    for depth, part in enumerate(location):
+        if len(path) == 2 and path[0] == "callbacks" and part in _CALLBACKS and depth == 2:
+            section = _CALLBACKS[str(part)]
+            continue
+        path.append(part)
+        if len(path) == 1 and depth < len(location) - 1 and part in RunConfig.model_fields:
+            annotation = RunConfig.model_fields[str(part)].annotation
+            if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+                section = annotation
+    return tuple(path), section
+
+
+def _allowed(kind: str, context: dict[str, Any], message: str, section: type[BaseModel], path: FieldPath) -> str:
+    if kind in _EXPECTED:
+        allowed = _EXPECTED[kind]
+        field = section.model_fields.get(str(path[-1]))
+        return f"{allowed} or null" if field is not None and _takes_null(field.annotation) else allowed
+    if kind == "literal_error":
+        return f"one of: {context.get('expected', message)}"
+    bounds = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
+    for key, word in bounds.items():
+        if key in context:
+            return f"{word} {context[key]}"
+    if kind in ("too_short", "too_long"):
+        return f"{context.get('min_length', context.get('max_length'))} entries"
+    return message
+
+
+def _takes_null(annotation: Any) -> bool:
+    return type(None) in getattr(annotation, "__args__", ())
+
+
+def _meaning(section: type[BaseModel], path: FieldPath) -> str | None:
+    field = section.model_fields.get(str(path[-1]))
+    return None if field is None else field.description
+
+
+def _same_name_elsewhere(name: str) -> list[str]:
+    found = []
+    for outer, field in RunConfig.model_fields.items():
+        annotation = field.annotation
+        if outer == name:
+            found.append(outer)
+        elif isinstance(annotation, type) and issubclass(annotation, BaseModel) and name in annotation.model_fields:
+            found.append(f"{outer}.{name}")
+    return found
+
+
+def _yaml_type(value: Any) -> str:
+    names = {
+        bool: "True or False",
+        int: "a whole number",
+        float: "a number",
+        str: "text",
+        list: "a list",
+        dict: "a section",
+        type(None): "null",
+    }
+    return names.get(type(value), type(value).__name__)
+
+
+def _check_versions(run: RunConfig, document: Document, notes: list[str]) -> None:
+    if run.use_legacy_format is None:
+        notes.append("use_legacy_format is not given: checkpoints are Checkpoint 2.0")
+    elif run.use_legacy_format:
+        raise ConfigError(
+            "use_legacy_format: True asks for Checkpoint 1.0, which this version neither writes nor reads",
+            file=document.where(("use_legacy_format",)),
+            field="use_legacy_format",
+            found=True,
+            expected="False (Checkpoint 2.0), or no such line",
+            fix="set use_legacy_format: False; a 1.0 checkpoint has to be loaded and saved as 2.0 by the tool that wrote it",
+        )
+    given = [("load_ckpt_format", run.load_ckpt_format)]
+    for index, callback in enumerate(run.callbacks):
+        if isinstance(callback, CheckpointMonitor):
+            given.append((f"callbacks[{index}].checkpoint_format", callback.checkpoint_format))
+    notes += [
+        f"{name} {value!r} was converted to 'safetensors', the only format of Checkpoint 2.0"
+        for name, value in given
+        if value != "safetensors"
+    ]
+
+
+def _check_later_features(run: RunConfig, document: Document) -> None:
+    """Options of the format that this version doesn't have: never ignored in silence."""
+    later: list[tuple[FieldPath, Any, str]] = []
+    for index, callback in enumerate(run.callbacks):
+        if isinstance(callback, CheckpointMonitor):
+            later.append((("callbacks", index, "async_save"), callback.async_save, "False: saves are synchronous"))
+            later.append((("callbacks", index, "remove_redundancy"), callback.remove_redundancy, "False: every rank writes what it holds"))
+    later.append((("balanced_load",), run.balanced_load, "False: every rank reads what it needs"))
+    later.append((("pretrained_model_dir",), run.pretrained_model_dir, "nothing; load_checkpoint takes Checkpoint 2.0 checkpoints"))
+    for path, given, expected in later:
+        if given:
+            raise ConfigError(
+                f"{dotted(path)} is not in this version of reshard; it comes with a later one",
+                file=document.where(path),
+                field=dotted(path),
+                found=given,
+                expected=expected,
+                fix="take the line out",
+            )
+
+
+def _check_model(run: RunConfig, document: Document) -> None:
+    model = run.model
+
+    def refuse(name: str, what: str, found: object, expected: str) -> None:
+        raise ConfigError(what, file=document.where(("model", name)), field=f"model.{name}", found=found, expected=expected)
+
+    if model.vocab_size < 256:
+        refuse("vocab_size", "the vocabulary is smaller than the data: tokens are bytes", model.vocab_size, "at least 256")
+    if model.head_dim is None and model.hidden_size % model.num_attention_heads:
+        refuse(
+            "hidden_size",
+            "the width can't be divided among the heads",
+            f"hidden_size {model.hidden_size}, num_attention_heads {model.num_attention_heads}",
+            "a multiple of num_attention_heads, or an explicit head_dim",
+        )
+    head_dim = model.head_dim or model.hidden_size // model.num_attention_heads
+    if head_dim % 2:
+        refuse("head_dim", "the rotary embedding turns pairs: the width of a head is even", head_dim, "an even number")
+    if model.num_key_value_heads is not None and model.num_attention_heads % model.num_key_value_heads:
+        refuse(
+            "num_key_value_heads",
+            "query heads can't be shared evenly among the key and value heads",
+            f"num_attention_heads {model.num_attention_heads}, num_key_value_heads {model.num_key_value_heads}",
+            "a divisor of num_attention_heads",
+        )
+    if run.train_dataset.seq_length > model.max_position_embeddings:
+        refuse(
+            "max_position_embeddings",
+            "samples are longer than the model's longest sequence",
+            model.max_position_embeddings,
+            f"at least train_dataset.seq_length, {run.train_dataset.seq_length}",
+        )
+
+
+def _check_schedule(run: RunConfig, document: Document) -> None:
+    schedule = run.lr_schedule
+    if schedule.total_steps == 0:
+        raise ConfigError(
+            "the decay has no steps",
+            file=document.where(("lr_schedule", "total_steps")),
+            field="lr_schedule.total_steps",
+            found=0,
+            expected="-1 (the run's last step) or at least 1",
+        )
+    if schedule.total_steps > 0 and schedule.warmup_steps > schedule.total_steps:
+        raise ConfigError(
+            "the warm-up is longer than the schedule",
+            file=document.where(("lr_schedule", "warmup_steps")),
+            field="lr_schedule.warmup_steps",
+            found=schedule.warmup_steps,
+            expected=f"at most lr_schedule.total_steps, {schedule.total_steps}",
+        )
+
+
+def _check_callbacks(run: RunConfig, document: Document) -> None:
+    kinds = [callback.type for callback in run.callbacks]
+    for index, kind in enumerate(kinds):
+        if kind in kinds[:index]:
+            raise ConfigError(
+                f"there are two callbacks of type {kind}",
+                file=document.where(("callbacks", index)),
+                field=f"callbacks[{index}]",
+                fix="keep one of them",
+            )
+    if run.resume_training and not run.load_checkpoint:
+        raise ConfigError(
+            "resume_training needs a checkpoint to continue from",
+            file=document.where(("resume_training",)),
+            field="resume_training",
+            found="True without load_checkpoint",
+            fix="set load_checkpoint, or set resume: auto to continue from the newest checkpoint of the run's own root",
+        )
+    if run.resume == "auto" and run.monitor is None:
+        raise ConfigError(
+            "resume: auto looks for checkpoints in the root of the CheckpointMonitor, and there is none",
+            file=document.where(("resume",)),
+            field="resume",
+            found="auto",
+            fix="add a callback of type CheckpointMonitor",
+        )
+    for index, callback in enumerate(run.callbacks):
+        if isinstance(callback, CheckpointMonitor) and "/" in callback.prefix:
+            raise ConfigError(
+                "a prefix is part of a file's name",
+                file=document.where(("callbacks", index, "prefix")),
+                field=f"callbacks[{index}].prefix",
+                found=callback.prefix,
+                expected="no slash; directory says where files go",
+            )

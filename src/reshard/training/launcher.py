@@ -1,0 +1,120 @@
+"""Starts the ranks of a run on this machine, through torch's own elastic launcher."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import sys
+import tempfile
+from typing import Any
+
+import reshard.errors
+from reshard.config.fields import RunConfig
+from reshard.config.sizes import batch_sizes, expected_ranks, parallel_sizes
+from reshard.config.validation import Configuration
+from reshard.errors import ConfigError, ReshardError
+
+# Imported once by the process that all ranks are forked from: torch and transformers cost seconds, and ranks share few processors.
+_PRELOADED = ("reshard.training.worker",)
+
+
+def launch(configuration: Configuration, nproc: int | None = None) -> None:
+    """Train as the environment says: as a plain worker where torchrun or a scheduler has started this process, else with ranks of our own.
+
+    Args:
+        configuration: what to do.
+        nproc: how many ranks to start; None: as many as the parallel sizes make up.
+
+    Raises:
+        ReshardError: as the first rank that failed.
+        RuntimeError: a rank failed with something else; the message has its traceback.
+    """
+    run = configuration.run
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        _check_sizes(run, int(os.environ["WORLD_SIZE"]), nproc)
+        _run_here(configuration)
+        return
+    ranks = nproc if nproc is not None else expected_ranks(run)
+    _check_sizes(run, ranks, nproc)
+    # Before torch is imported: one thread a rank, unless the user knows better.
+    if ranks > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        _launch_elastic(configuration, ranks)
+    else:
+        _run_here(configuration)
+
+
+def _check_sizes(run: RunConfig, ranks: int, nproc: int | None) -> None:
+    """What is wrong with the sizes shows before anything is started."""
+    if nproc is not None and nproc != ranks:
+        raise ConfigError(
+            "this process was started as one of several ranks already",
+            field="--nproc",
+            found=nproc,
+            expected=f"WORLD_SIZE of the environment, {ranks}",
+            fix="leave --nproc out under torchrun",
+        )
+    batch_sizes(run, parallel_sizes(run, ranks))
+
+
+def _run_here(configuration: Configuration) -> None:
+    from reshard.training.worker import run_rank
+
+    run_rank(configuration)
+
+
+def _launch_elastic(configuration: Configuration, ranks: int) -> None:
+    multiprocessing.set_start_method("forkserver", force=True)
+    multiprocessing.set_forkserver_preload(list(_PRELOADED))
+    # It imports while this process does.
+    multiprocessing.forkserver.ensure_running()  # type: ignore[attr-defined]
+
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    from reshard.training.worker import launched
+
+    if sys.platform == "linux":
+        # All ranks are on this machine, and its name may lead nowhere.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    _silence_launcher()
+    with tempfile.TemporaryDirectory(prefix="reshard-launch-") as logs:
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=ranks,
+            run_id=f"reshard-{os.getpid()}",
+            rdzv_backend="c10d",
+            rdzv_endpoint="127.0.0.1:0",
+            local_addr="127.0.0.1",
+            max_restarts=0,
+            start_method="forkserver",
+            logs_specs=DefaultLogsSpecs(log_dir=logs),
+        )
+        try:
+            elastic_launch(config, launched)(configuration)
+        except ChildFailedError as failed:
+            raise _error_of(failed) from None
+        except SignalException as stopped:
+            raise KeyboardInterrupt(str(stopped)) from None
+
+
+def _error_of(failed: Any) -> Exception:
+    """The error of the rank that failed first, as it was raised there."""
+    _, failure = failed.get_first_failure()
+    message = failure.message
+    if not isinstance(message, dict):
+        return RuntimeError(f"rank {failure.local_rank} died: {message} (exit code {failure.exitcode})")
+    kind = getattr(reshard.errors, message["kind"], None)
+    if isinstance(kind, type) and issubclass(kind, ReshardError):
+        return kind(message["message"])
+    return RuntimeError(f"rank {message['rank']} failed:\n{message['message']}")
+
+
+def _silence_launcher() -> None:
+    """The launcher logs every failure at length, with its own stack; what failed is said once, by us."""
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith(("torch.distributed.elastic", "torch.multiprocessing")):
+            logging.getLogger(name).setLevel(logging.CRITICAL)

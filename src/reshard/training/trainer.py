@@ -1,0 +1,219 @@
+"""The training loop: builds what the configuration describes, resumes, steps, and tells the callbacks."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from reshard.config.fields import LossMonitor, RunConfig
+from reshard.config.sizes import batch_sizes
+from reshard.config.validation import Configuration
+from reshard.loading.report import RestoreReport
+from reshard.manager import CheckpointManager
+from reshard.training.callbacks import CheckpointCallback, MetricsCallback, all_callbacks
+from reshard.training.corpus import open_corpus
+from reshard.training.mesh import Place
+from reshard.training.metrics import METRICS_FILE, MetricsFile, StepMetrics
+from reshard.training.optimization import build_optimizer, build_scheduler, go_to_step
+from reshard.training.parallelize import build_model
+from reshard.training.progress import Progress
+from reshard.training.samples import SampleStream
+from reshard.training.seeds import derived_seed, seed_generators
+from reshard.training.step import TrainStep, clip_gradients
+
+
+class Trainer:
+    """One rank's side of a run.
+
+    Args:
+        configuration: what to do.
+        place: this rank's.
+
+    Raises:
+        ConfigError: something that only shows when it is built (no data, sizes that don't fit).
+    """
+
+    def __init__(self, configuration: Configuration, place: Place) -> None:
+        run = configuration.run
+        self._run = run
+        self._notes = configuration.notes
+        self._place = place
+        self._batch = batch_sizes(run, place.sizes)
+        self.stream = SampleStream(open_corpus(run.train_dataset.path), run.train_dataset.seq_length, run.seed)
+        self.max_steps = run.runner_config.max_steps or math.ceil(run.runner_config.epochs * self.stream.windows / self._batch.total)
+        self.model = build_model(run.model, run.seed, place)
+        self.optimizer = build_optimizer(self.model, run.optimizer, run.learning_rate)
+        self.scheduler = build_scheduler(self.optimizer, run, self.max_steps)
+        self._train_step = TrainStep(self.model, run.model, place, self._batch, run.train_dataset.seq_length)
+        self.done = 0
+        self._seed_from(0)
+
+    def train(self) -> None:
+        """Resume or begin, and train to the last step.
+
+        Raises:
+            ReshardError: what was to be loaded can't be, or a save failed.
+        """
+        with ExitStack() as open_things:
+            every = next((callback.per_print_times for callback in self._run.callbacks if isinstance(callback, LossMonitor)), 1)
+            progress = open_things.enter_context(Progress(self.max_steps, every, shown=self._place.rank == 0))
+            for note in self._notes:
+                progress.note(note)
+            progress.note(self._introduction())
+            manager = open_things.enter_context(_manager(self._run))
+            resumed = self._resume(manager, progress)
+            metrics = None
+            if self._place.rank == 0:
+                metrics = MetricsFile(os.path.join(self._run.output_dir, METRICS_FILE))
+                open_things.callback(metrics.close)
+                metrics.event("start", **self._start_facts(resumed))
+            saving = self._checkpoint_callback(manager, progress, metrics)
+            callbacks = all_callbacks((MetricsCallback(progress, metrics), saving))
+            if self.done >= self.max_steps:
+                progress.note(f"nothing to do: the run is at step {self.done} of {self.max_steps}")
+                return
+            while self.done < self.max_steps:
+                result = self.step()
+                for callback in callbacks:
+                    callback.on_step(result)
+            for callback in reversed(callbacks):
+                callback.on_end()
+
+    def step(self) -> StepMetrics:
+        """One optimizer step."""
+        started = time.perf_counter()
+        samples = self.stream.next_batch(self._batch.total, self._place.data_index, self._place.sizes.data).to(self._place.device)
+        loss, norm = self._train_step.run(samples)
+        clip_gradients(self.model.parameters(), norm, self._run.max_grad_norm)
+        rate = float(self.scheduler.get_last_lr()[0])
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        self.done += 1
+        return StepMetrics(
+            step=self.done,
+            loss=loss,
+            lr=rate,
+            grad_norm=norm,
+            tokens=self._batch.total * self._run.train_dataset.seq_length,
+            seconds=time.perf_counter() - started,
+            consumed_samples=self.stream.consumed_samples,
+        )
+
+    def parts(self) -> dict[str, Any]:
+        """What a checkpoint of this run consists of: the manager's arguments."""
+        return {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler, "dataloader": self.stream}
+
+    def _resume(self, manager: CheckpointManager | None, progress: Progress) -> RestoreReport | None:
+        run = self._run
+        if run.resume == "auto":
+            assert manager is not None  # validation: `auto` needs a monitor
+            report = manager.load(missing_ok=True, **self._loaded_parts())
+            if report is not None:
+                return self._continue(report, "resume: auto: continuing from", progress)
+            progress.note(f"resume: auto: no checkpoint in {manager.directory}, a fresh start")
+        if not run.load_checkpoint:
+            return None
+        reader = manager if manager is not None else CheckpointManager(run.load_checkpoint, read_only=True)
+        try:
+            if run.resume_training:
+                report = reader.load(run.load_checkpoint, **self._loaded_parts())
+                assert report is not None
+                return self._continue(report, "resume_training: continuing from", progress)
+            report = reader.load(run.load_checkpoint, model=self.model, restore_random=False)
+            progress.note(f"load_checkpoint: weights of {report}; optimizer, schedule and data begin anew")
+            return None
+        finally:
+            if reader is not manager:
+                reader.close()
+
+    def _loaded_parts(self) -> dict[str, Any]:
+        parts = self.parts()
+        if self._run.no_load_optim:
+            parts["optimizer"] = None
+        return parts
+
+    def _continue(self, report: RestoreReport, how: str, progress: Progress) -> RestoreReport:
+        common = report.common
+        step = common.global_step if common is not None and common.global_step is not None else report.iteration
+        self.done = step or 0
+        progress.note(f"{how} {report}")
+        if self.scheduler.last_epoch != self.done:
+            go_to_step(self.scheduler, self.done)
+            progress.note(f"the schedule was put after step {self.done}")
+        if self.stream.consumed_samples == 0 and self.done > 0:
+            known = common.consumed_samples if common is not None else None
+            self.stream.consumed_samples = known if known is not None else self.done * self._batch.total
+            progress.note(f"the data were put after {self.stream.consumed_samples} samples")
+        if report.random != "restored":
+            self._seed_from(self.done)
+            progress.note(f"random numbers go on from the seed, step {self.done} and each rank's place: the strategy is another one")
+        for note in self.stream.notes:
+            progress.note(note)
+        if common is not None and common.global_batch_size not in (None, self._batch.total):
+            progress.note(f"a step had {common.global_batch_size} samples and now has {self._batch.total}")
+        return report
+
+    def _seed_from(self, step: int) -> None:
+        """Seed this rank's generators. Ranks of one tensor-parallel group get the same numbers: what they compute in common must agree."""
+        place = self._place
+        seed_generators(derived_seed(self._run.seed, "random", step, place.stage, place.data_index))
+
+    def _checkpoint_callback(
+        self, manager: CheckpointManager | None, progress: Progress, metrics: MetricsFile | None
+    ) -> CheckpointCallback | None:
+        monitor = self._run.monitor
+        if manager is None or monitor is None or monitor.save_checkpoint_steps is None:
+            return None
+        return CheckpointCallback(
+            manager,
+            monitor.save_checkpoint_steps,
+            self.parts(),
+            windows=self.stream.windows,
+            global_batch_size=self._batch.total,
+            progress=progress,
+            metrics=metrics,
+        )
+
+    def _introduction(self) -> str:
+        settings = self._run.model
+        batch = self._batch
+        return (
+            f"{settings.model_type} of {settings.num_hidden_layers} layers, width {settings.hidden_size}, on {self._place.sizes.ranks} "
+            f"rank{'s' if self._place.sizes.ranks > 1 else ''} ({self._place.sizes}); steps of {batch.total} samples of "
+            f"{self._run.train_dataset.seq_length} tokens; data: {self.stream.corpus.name}, {self.stream.corpus.size / 1e6:.1f} MB"
+        )
+
+    def _start_facts(self, resumed: RestoreReport | None) -> dict[str, Any]:
+        sizes = self._place.sizes
+        return {
+            "time": time.time(),
+            "ranks": sizes.ranks,
+            "strategy": str(sizes),
+            "resumed_from": None if resumed is None else self.done,
+            "checkpoint": None if resumed is None else resumed.directory,
+            "max_steps": self.max_steps,
+            "global_batch_size": self._batch.total,
+        }
+
+
+@contextmanager
+def _manager(run: RunConfig) -> Iterator[CheckpointManager | None]:
+    """The manager of the run's own root, if the configuration has a CheckpointMonitor; one that only reads where nothing is to be saved."""
+    monitor = run.monitor
+    if monitor is None:
+        yield None
+        return
+    directory = monitor.directory or os.path.join(run.output_dir, "checkpoint")
+    with CheckpointManager(
+        directory,
+        prefix=monitor.prefix,
+        keep_checkpoint_max=monitor.keep_checkpoint_max,
+        save_optimizer=monitor.save_optimizer,
+        read_only=monitor.save_checkpoint_steps is None,
+    ) as manager:
+        yield manager

@@ -1,0 +1,75 @@
+"""One rank of a run, from its start to its end."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import sys
+import time
+import traceback
+import warnings
+
+import torch
+import torch.distributed as dist
+
+from reshard.config.sizes import parallel_sizes
+from reshard.config.validation import Configuration
+from reshard.errors import ReshardError
+from reshard.training.mesh import local_device, make_place
+from reshard.training.trainer import Trainer
+
+# Longest wait for another rank; saving a large checkpoint is inside of it.
+_TIMEOUT = datetime.timedelta(minutes=30)
+
+# A user's mistake or a checkpoint's damage, explained; anything else ends with 1 and a traceback.
+EXIT_EXPLAINED = 2
+EXIT_UNEXPECTED = 1
+
+
+def run_rank(configuration: Configuration) -> None:
+    """Train as the rank that the environment says (`RANK`, `WORLD_SIZE`, as torchrun sets them), or alone.
+
+    Raises:
+        ReshardError: as `Trainer`.
+    """
+    if "OMP_NUM_THREADS" in os.environ:
+        # A forked rank has inherited torch's own idea.
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    sizes = parallel_sizes(configuration.run, ranks)
+    # FSDP warns of in-place changes to its output, whose gradients would be lost. Nothing here makes one.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
+    if ranks > 1:
+        device = local_device()
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
+    try:
+        Trainer(configuration, make_place(sizes)).train()
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def launched(configuration: Configuration) -> None:
+    """What the launcher calls in each of its processes. An error goes into the launcher's error file; the exit code says its kind."""
+    try:
+        run_rank(configuration)
+    except ReshardError as error:
+        _leave_error(type(error).__name__, str(error))
+        sys.exit(EXIT_EXPLAINED)
+    except Exception as error:  # noqa: BLE001 - whatever it was: the launcher says it, with its stack
+        _leave_error(type(error).__name__, traceback.format_exc())
+        sys.exit(EXIT_UNEXPECTED)
+
+
+def _leave_error(kind: str, text: str) -> None:
+    """Write the file in which torch's launcher looks for the reason of a failure."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file is None:
+        return
+    facts = {"kind": kind, "rank": os.environ.get("RANK", "0")}
+    extra = {"timestamp": str(int(time.time())), "py_callstack": text}
+    with open(file, "w", encoding="utf-8") as output:
+        json.dump({"message": {"message": text, "extraInfo": extra, **facts}}, output)
