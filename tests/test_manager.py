@@ -1,0 +1,314 @@
+"""The manager on simulated ranks: what it saves comes back, what doesn't fit is said, what is damaged changes nothing."""
+
+from __future__ import annotations
+
+import logging
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import reshard
+from reshard.comm import Communicator
+from reshard.errors import (
+    CaptureError,
+    CheckpointNotFoundError,
+    DataFileError,
+    MetadataError,
+    MismatchError,
+    RootLockedError,
+    SaveError,
+    TrackerError,
+    UsageError,
+)
+from reshard.testing import run_ranks, run_ranks_settled
+
+WEIGHTS = {"a.weight": np.arange(24, dtype=np.float32).reshape(4, 6), "b.bias": np.arange(6, dtype=np.float64)}
+MOMENTS = {f"{slot}.{name}": array.astype(np.float32) / 7 for slot in ("adam_m", "adam_v") for name, array in WEIGHTS.items()}
+
+
+def blank(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name: np.full_like(array, -7) for name, array in arrays.items()}
+
+
+def same(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> bool:
+    return left.keys() == right.keys() and all(left[name].tobytes() == right[name].tobytes() for name in left)
+
+
+class Counter:
+    """Something with a state, as schedulers and loaders are."""
+
+    def __init__(self, value: int) -> None:
+        self.value = value
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"value": self.value, "pair": (1, 2.5)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        assert state["pair"] == (1, 2.5)
+        self.value = state["value"]
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A root with the iterations 10 and 20."""
+    root = tmp_path / "root"
+    with reshard.CheckpointManager(root) as manager:
+        manager.save(10, model=WEIGHTS, optimizer={**MOMENTS, "global_step": np.array([10], np.int32)})
+        manager.save(20, model={name: array + 1 for name, array in WEIGHTS.items()}, optimizer=MOMENTS)
+    return root
+
+
+def test_everything_comes_back(tmp_path: Path) -> None:
+    counters = Counter(3), Counter(4), Counter(5)
+    common = reshard.CommonInfo(epoch_num=2, step_num=10, global_step=10, loss_scale=None, global_batch_size=8, consumed_samples=80)
+    with reshard.CheckpointManager(tmp_path, prefix="qwen3") as manager:
+        saved = manager.save(
+            10,
+            model=WEIGHTS,
+            optimizer=MOMENTS,
+            scheduler=counters[0],
+            dataloader=counters[1],
+            extra={"ema": counters[2], "note": "hello", "grid": np.eye(2), 3: None},
+            common=common,
+        )
+        assert saved.step == 10
+        assert saved.nbytes > sum(array.nbytes for array in (*WEIGHTS.values(), *MOMENTS.values()))
+        weights, moments = blank(WEIGHTS), blank(MOMENTS)
+        fresh = Counter(0), Counter(0), Counter(0)
+        report = manager.load(model=weights, optimizer=moments, scheduler=fresh[0], dataloader=fresh[1], extra={"ema": fresh[2]})
+    assert report is not None
+    assert same(weights, WEIGHTS)
+    moments.pop("global_step", None)
+    assert same(moments, MOMENTS)
+    assert [counter.value for counter in fresh] == [3, 4, 5]
+    assert report.common == common
+    assert report.iteration == 10
+    assert report.directory == saved.directory
+    assert report.extra["note"] == "hello"
+    assert report.extra[3] is None
+    assert np.array_equal(report.extra["grid"], np.eye(2))
+    assert set(report.restored) == {*WEIGHTS, *MOMENTS, "global_step"}
+    assert report.notes == ()
+    assert "tensors restored" in str(report)
+    assert (Path(saved.directory) / "qwen3-model-0000000-0000001.safetensors").exists()
+
+
+def test_the_tracker_decides_also_when_it_was_edited(root: Path) -> None:
+    (root / "latest_checkpointed_iteration.txt").write_text("10\n")
+    weights = blank(WEIGHTS)
+    report = reshard.load(root, model=weights)
+    assert report is not None
+    assert report.iteration == 10
+    assert same(weights, WEIGHTS)
+    assert any("20" in note for note in report.notes)
+
+
+def test_one_iteration_by_its_own_path(root: Path) -> None:
+    weights = blank(WEIGHTS)
+    report = reshard.load(root / "iteration_00000010", model=weights)
+    assert report is not None
+    assert same(weights, WEIGHTS)
+
+
+def test_nothing_to_load(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointNotFoundError, match="no such checkpoint"):
+        reshard.load(tmp_path / "nowhere", model=blank(WEIGHTS))
+    assert reshard.load(tmp_path / "nowhere", model=blank(WEIGHTS), missing_ok=True) is None
+    assert not (tmp_path / "nowhere").exists(), "a load makes nothing"
+
+
+@pytest.mark.parametrize("text", ["", "soon", "30"])
+def test_a_broken_tracker_is_an_error_also_in_a_restart_loop(root: Path, text: str) -> None:
+    (root / "latest_checkpointed_iteration.txt").write_text(text)
+    for missing_ok in (False, True):
+        with pytest.raises(TrackerError, match="latest_checkpointed_iteration"):
+            reshard.load(root, model=blank(WEIGHTS), missing_ok=missing_ok)
+
+
+def test_weights_only_leaves_optimizer_tensors_out_of_the_question(root: Path) -> None:
+    report = reshard.load(root, model=blank(WEIGHTS))
+    assert report is not None
+    assert report.unexpected == ()
+    assert set(report.restored) == set(WEIGHTS)
+
+
+def test_a_checkpoint_without_optimizer_says_what_allows_it(tmp_path: Path) -> None:
+    reshard.save(tmp_path, 1, model=WEIGHTS, optimizer=MOMENTS, save_optimizer=False)
+    weights, moments = blank(WEIGHTS), blank(MOMENTS)
+    with pytest.raises(MismatchError, match=r"no optimizer state[\s\S]*optimizer=None[\s\S]*missing='warn'"):
+        reshard.load(tmp_path, model=weights, optimizer=moments)
+    assert same(weights, blank(WEIGHTS)), "nothing was changed"
+    report = reshard.load(tmp_path, model=weights, optimizer=moments, strict=reshard.Strictness(missing="ignore"))
+    assert report is not None
+    assert same(weights, WEIGHTS)
+    assert set(report.missing) >= set(MOMENTS)
+
+
+@pytest.mark.parametrize(
+    ("change", "field", "words"),
+    [
+        (lambda w: w | {"c.weight": np.zeros(2, np.float32)}, "missing", "c.weight"),
+        (lambda w: w | {"a.weight": np.zeros((4, 7), np.float32)}, "shape", r"\[4, 6\][\s\S]*\[4, 7\]"),
+        (lambda w: w | {"a.weight": np.zeros((4, 6), np.float16)}, "dtype", r"float32[\s\S]*float16"),
+        (lambda w: {"a.weight": w["a.weight"]}, "unexpected", "b.bias"),
+    ],
+)
+def test_each_misfit_is_an_error_or_a_warning_or_let_pass(
+    root: Path, change: Any, field: str, words: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    weights = change(blank(WEIGHTS))
+    before = {name: array.copy() for name, array in weights.items()}
+    with pytest.raises(MismatchError, match=words):
+        reshard.load(root, model=weights, strict=reshard.Strictness(**{field: "error"}))
+    assert same(weights, before), "nothing was changed"
+    with caplog.at_level(logging.WARNING, "reshard"):
+        report = reshard.load(root, model=weights, strict=reshard.Strictness(**{field: "warn"}))
+    assert report is not None
+    assert len(caplog.records) == 1
+    names = {"shape": report.mismatched, "dtype": report.mismatched, "missing": report.missing, "unexpected": report.unexpected}[field]
+    assert len(names) == 1
+    touched = [name for name in weights if name not in names]
+    assert all(weights[name].tobytes() != before[name].tobytes() for name in touched)
+    assert all(weights[name].tobytes() == before[name].tobytes() for name in names if name in weights)
+    caplog.clear()
+    reshard.load(root, model=weights, strict=reshard.Strictness(**{field: "ignore"}))
+    assert not caplog.records
+
+
+def test_a_strictness_that_does_not_exist() -> None:
+    with pytest.raises(UsageError, match="missing"):
+        reshard.Strictness(missing="perhaps")  # type: ignore[arg-type]
+
+
+def data_file(root: Path, kind: str = "model") -> Path:
+    return next((root / "iteration_00000020").glob(f"*-{kind}-*.safetensors"))
+
+
+def truncate(root: Path) -> None:
+    path = data_file(root)
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def swap(root: Path) -> None:
+    shutil.copy(data_file(root, "opt"), data_file(root))
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "words"),
+    [
+        (truncate, DataFileError, "safetensors"),
+        (swap, DataFileError, "promises a tensor"),
+        (lambda root: data_file(root).unlink(), DataFileError, "safetensors"),
+        (lambda root: (root / "iteration_00000020/metadata.json").write_text("{"), MetadataError, "metadata.json"),
+        (lambda root: (root / "iteration_00000020/common.json").write_text("[]"), MetadataError, "common.json"),
+        (lambda root: (root / "iteration_00000020/extra/global.safetensors").write_bytes(b"x" * 40), DataFileError, "global.safetensors"),
+    ],
+)
+def test_damage_is_named_and_changes_nothing(root: Path, damage: Any, error: type[Exception], words: str) -> None:
+    damage(root)
+    weights = blank(WEIGHTS)
+    with pytest.raises(error, match=words):
+        reshard.load(root, model=weights)
+    assert same(weights, blank(WEIGHTS))
+    reshard.load(root / "iteration_00000010", model=weights)
+    assert same(weights, WEIGHTS)
+
+
+def test_old_checkpoints_go_over_restarts_but_not_the_one_in_use(root: Path) -> None:
+    (root / "latest_checkpointed_iteration.txt").write_text("10")
+    with reshard.CheckpointManager(root, keep_checkpoint_max=2) as manager:
+        manager.load(model=blank(WEIGHTS))
+        assert manager.save(30, model=WEIGHTS).removed == (10,), "a newer one is committed: the one that was loaded may go"
+        assert manager.save(40, model=WEIGHTS).removed == (20,)
+    with reshard.CheckpointManager(root, keep_checkpoint_max=2) as manager:
+        assert manager.save(50, model=WEIGHTS).removed == (30,)
+    assert sorted(path.name for path in root.glob("iteration_*")) == ["iteration_00000040", "iteration_00000050"]
+    assert (root / "latest_checkpointed_iteration.txt").read_bytes() == b"50"
+
+
+def test_a_read_only_root_loads_and_does_not_save(root: Path) -> None:
+    with reshard.CheckpointManager(root), reshard.CheckpointManager(root, read_only=True) as reader:
+        weights = blank(WEIGHTS)
+        reader.load(model=weights)
+        assert same(weights, {name: array + 1 for name, array in WEIGHTS.items()})
+        with pytest.raises(UsageError, match="read-only"):
+            reader.save(30, model=WEIGHTS)
+
+
+def test_two_writers_of_one_root(root: Path) -> None:
+    with reshard.CheckpointManager(root), pytest.raises(RootLockedError, match="another run writes"):
+        reshard.CheckpointManager(root, lock_timeout=0.0)
+
+
+@pytest.mark.parametrize("option", ["async_save", "remove_redundancy"])
+def test_what_this_version_lacks_is_refused(tmp_path: Path, option: str) -> None:
+    with pytest.raises(UsageError, match=option):
+        reshard.CheckpointManager(tmp_path / "root", **{option: True})
+    assert not (tmp_path / "root").exists()
+
+
+def test_random_states_come_back_to_the_same_place_only(tmp_path: Path) -> None:
+    random.seed(5)
+    np.random.seed(5)  # noqa: NPY002 - the state that is saved
+    reshard.save(tmp_path, 1, model=WEIGHTS)
+    expected = random.random(), np.random.random()  # noqa: NPY002
+    report = reshard.load(tmp_path, model=blank(WEIGHTS))
+    assert report is not None
+    assert report.random == "restored"
+    assert (random.random(), np.random.random()) == expected  # noqa: NPY002
+
+    def elsewhere(comm: Communicator) -> str:
+        report = reshard.load(tmp_path, model=blank(WEIGHTS), communicator=comm, reseed=None if comm.rank < 0 else 11)
+        assert report is not None
+        return report.random
+
+    assert run_ranks(2, elsewhere) == ["reseeded"] * 2
+    state = random.getstate()
+    report = reshard.load(tmp_path, model=blank(WEIGHTS), restore_random=False)
+    assert report is not None
+    assert report.random == "untouched"
+    assert random.getstate() == state
+
+
+def test_one_rank_that_can_not_save_fails_all_and_nothing_is_committed(root: Path) -> None:
+    def work(comm: Communicator) -> None:
+        with reshard.CheckpointManager(root, communicator=comm) as manager:
+            odd = {"odd": np.zeros(3, np.complex128 if comm.rank == 2 else np.complex64)}
+            manager.save(30, model=WEIGHTS | odd)
+
+    outcomes = run_ranks_settled(4, work)
+    assert all(isinstance(outcome, CaptureError | SaveError) for outcome in outcomes)
+    assert len({str(outcome) for outcome in outcomes}) == 1
+    assert "rank 2" in str(outcomes[0])
+    assert "odd" in str(outcomes[0])
+    assert (root / "latest_checkpointed_iteration.txt").read_text() == "20"
+    assert sorted(path.name for path in root.iterdir() if not path.name.startswith(".reshard")) == [
+        "iteration_00000010",
+        "iteration_00000020",
+        "latest_checkpointed_iteration.txt",
+    ]
+
+
+def test_one_rank_that_can_not_load_fails_all(root: Path) -> None:
+    def work(comm: Communicator) -> Any:
+        weights = blank(WEIGHTS)
+        if comm.rank == 1:
+            weights["a.weight"] = np.zeros((5, 6), np.float32)
+        return reshard.load(root, model=weights, communicator=comm)
+
+    outcomes = run_ranks_settled(2, work)
+    assert [type(outcome) for outcome in outcomes] == [MismatchError] * 2
+
+
+def test_a_rank_cares_for_its_own_place_when_the_world_grows(root: Path) -> None:
+    def work(comm: Communicator) -> bool:
+        weights = blank(WEIGHTS)
+        report = reshard.load(root / "iteration_00000010", model=weights, communicator=comm)
+        assert report is not None
+        return same(weights, WEIGHTS)
+
+    assert run_ranks(3, work) == [True] * 3
