@@ -148,12 +148,16 @@ class _Encoder:
         return encoded
 
     def _mapping(self, value: dict[Any, Any], kind: type, path: str) -> Any:
+        def inside(key: Any) -> str:
+            if type(key) is str:
+                return f"{path}.{key}" if path else key
+            return f"{path}[{_short(key)}]"
+
         if kind is dict and all(type(key) is str and not key.startswith("$") for key in value):
-            return {key: self.encode(item, f"{path}.{key}" if path else key) for key, item in value.items()}
+            return {key: self.encode(item, inside(key)) for key, item in value.items()}
         pairs = []
         for key, item in value.items():
-            where = f"{path}[{_short(key)}]"
-            pairs.append([self.encode(key, f"{where} (the key)"), self.encode(item, where)])
+            pairs.append([self.encode(key, f"{inside(key)} (the key)"), self.encode(item, inside(key))])
         return {_MAPPING_TAGS[kind]: pairs}
 
 
