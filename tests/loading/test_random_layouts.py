@@ -17,6 +17,7 @@ from reshard.state import ShardedTensor, State, TensorKey, model_key
 from reshard.storage.memory import MemoryStorage
 from reshard.testing import differences, every_placement, run_ranks, split, state_on_rank
 
+
 def named(state: State) -> dict[str, ShardedTensor]:
     return {key.parameter: tensor for key, tensor in state.tensors.items()}
 
