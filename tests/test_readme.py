@@ -36,14 +36,34 @@ def test_the_code_of_the_documents_runs(
     # One program, as a reader would type it; twice, since the second run resumes from the first.
     for _ in range(2):
         run_python("\n".join(python), cwd=tmp_path)
-    commands = [line[2:] for block in blocks(document, "console") for line in block.splitlines() if line.startswith("$ ")]
-    assert commands
-    for command in commands:
+    shown = [session for block in blocks(document, "console") for session in sessions(block)]
+    assert shown
+    for command, output in shown:
         program, *arguments = shlex.split(command, comments=True)
         assert program == "reshard"
         done = run_reshard(*arguments, cwd=tmp_path)
         assert done.returncode == 0, f"{command}\n{done.stderr}"
         assert done.stdout.strip()
+        if output:
+            assert plain(done.stdout.splitlines()) == plain(output)
+
+
+def sessions(block: str) -> list[tuple[str, list[str]]]:
+    """The commands of a block, each with the lines that the document shows as its output."""
+    found: list[tuple[str, list[str]]] = []
+    for line in block.splitlines():
+        if line.startswith("$ "):
+            found.append((line[2:], []))
+        else:
+            found[-1][1].append(line)
+    return found
+
+
+def plain(lines: list[str]) -> list[str]:
+    """Lines without what differs from run to run: sizes and ages, where it lies, the width of columns."""
+    text = "\n".join(re.sub(r"─+", "─", re.sub(r"\s+", " ", line).strip()) for line in lines)
+    text = re.sub(r"/\S*/output/", "/output/", text)
+    return re.sub(r"[\d.]+ (B|KiB|s|min)\b", r"0 \1", text).splitlines()
 
 
 def test_the_versions_in_the_readme_are_those_of_the_test_environment() -> None:
