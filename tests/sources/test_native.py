@@ -1,0 +1,197 @@
+"""A directory becomes a catalog, and files are held against it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from reshard.catalog import Place
+from reshard.errors import CheckpointNotFoundError, DataFileError, MetadataError
+from reshard.format.names import tensor_name
+from reshard.geometry import Region
+from reshard.geometry.dtypes import by_name
+from reshard.sources.native import Headers, check_promises, open_catalog
+from reshard.state import GLOBAL_STEP, Kind, model_key, slot_key
+from reshard.storage import PosixStorage
+from tests.golden import CASES, expected, iteration
+
+STORAGE = PosixStorage()
+F32 = by_name("float32")
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A writable copy of a golden iteration."""
+
+    def make(case: str) -> Path:
+        return shutil.copytree(iteration(case), tmp_path / case)
+
+    return make
+
+
+def opened(directory):
+    return open_catalog(STORAGE, str(directory)), Headers(STORAGE, str(directory))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_golden_catalogs(case):
+    catalog, headers = opened(iteration(case))
+    whole = expected(case)
+    assert {tensor_name(key) for key in catalog.tensors} == set(whole)
+    for key, tensor in catalog.tensors.items():
+        assert tensor.global_shape == whole[tensor_name(key)].shape
+        assert (key.kind is Kind.OPTIMIZER) == tensor_name(key).startswith(("adam_", "global_step", "learning_rate"))
+    notes = check_promises(catalog, headers)
+    assert ("learning_rate" in "".join(notes)) == (case == "handmade_layout_null")
+
+
+def test_a_single_card_has_whole_tensors():
+    catalog, _ = opened(iteration("single_real_train"))
+    rate = catalog.tensors[slot_key("learning_rate", "")]
+    assert (rate.global_shape, rate.dtype, rate.layout) == ((), F32, None)
+    assert rate.chunks[0].region == Region((), ())
+    assert catalog.tensors[GLOBAL_STEP].global_shape == (1,)
+    assert len(catalog.notes) == 1
+
+
+def test_metadata_missing_from_several_ranks(copy):
+    directory = copy("dp2_tp2")
+    (directory / "metadata.json").unlink()
+    with pytest.raises(MetadataError, match=r"metadata\.json is missing from a checkpoint of several ranks") as caught:
+        opened(directory)
+    assert "4 ranks" in str(caught.value)
+    assert "restore metadata.json" in str(caught.value.fix)
+    assert caught.value.file == str(directory)
+
+
+def test_one_file_of_several_ranks_is_not_taken_for_a_whole(copy):
+    directory = copy("dp2_tp2_noopt")
+    for path in [directory / "metadata.json", *directory.glob("*000[123]-0000004.safetensors")]:
+        path.unlink()
+    with pytest.raises(MetadataError, match="several ranks"):
+        opened(directory)
+
+
+def test_two_files_with_one_name(copy):
+    directory = copy("single_real_train")
+    shutil.copy(directory / "qwen3-model-0000000-0000001.safetensors", directory / "other-model-0000000-0000001.safetensors")
+    with pytest.raises(MetadataError, match="two files hold a tensor of one name"):
+        opened(directory)
+
+
+def test_files_of_any_name_are_whole_tensors_without_metadata(tmp_path):
+    safetensors.numpy.save_file({"w": np.arange(3)}, tmp_path / "weights.safetensors")
+    catalog, _ = opened(tmp_path)
+    assert set(catalog.tensors) == {model_key("w")}
+
+
+def test_no_directory(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "none", tmp_path / "file"):
+        with pytest.raises(CheckpointNotFoundError):
+            opened(path)
+
+
+def test_no_files(tmp_path):
+    (tmp_path / "common.json").write_text("{}")
+    with pytest.raises(MetadataError, match="neither"):
+        opened(tmp_path)
+
+
+def test_damaged_metadata_is_named(copy):
+    directory = copy("dp2_tp2")
+    (directory / "metadata.json").write_text("{")
+    with pytest.raises(MetadataError, match="not JSON") as caught:
+        opened(directory)
+    assert caught.value.file == str(directory / "metadata.json")
+
+
+def test_a_promised_file_is_missing(copy):
+    directory = copy("dp2_tp2")
+    (directory / "qwen3-opt-0000002-0000004.safetensors").unlink()
+    catalog, headers = opened(directory)
+    with pytest.raises(DataFileError, match=r"missing(.|\n)*qwen3-opt-0000002"):
+        check_promises(catalog, headers)
+    model_files = [path.name for path in directory.glob("*-model-*")]
+    assert check_promises(catalog, headers, model_files) == (), "weights alone need no optimizer file"
+
+
+def test_a_promised_file_is_truncated(copy):
+    directory = copy("dp2_tp2")
+    path = directory / "qwen3-model-0000001-0000004.safetensors"
+    os.truncate(path, path.stat().st_size - 4)
+    catalog, headers = opened(directory)
+    with pytest.raises(DataFileError, match=r"truncated(.|\n)*56024 bytes"):
+        check_promises(catalog, headers)
+
+
+def rewrite(path, change):
+    tensors = safetensors.numpy.load_file(path)
+    change(tensors)
+    path.unlink()
+    safetensors.numpy.save_file(tensors, path, {"format": "ms"})
+
+
+NAME = "decoder.final_layernorm.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda tensors: tensors.pop(NAME), "doesn't hold"),
+        (lambda tensors: tensors.update({NAME: tensors[NAME][:16]}), r"shape \[16\](.|\n)*shape \[32\]"),
+        (lambda tensors: tensors.update({NAME: tensors[NAME].reshape(1, 32)}), r"shape \[1, 32\]"),
+        (lambda tensors: tensors.update({NAME: tensors[NAME].astype(np.float64)}), "float64(.|\n)*float32"),
+        (lambda tensors: tensors.update({NAME: tensors[NAME].view(np.int32)}), "int32(.|\n)*float32"),
+    ],
+)
+def test_a_file_is_not_what_metadata_promises(copy, change, said):
+    directory = copy("dp2_tp2_noopt")
+    path = directory / "qwen3-model-0000002-0000004.safetensors"
+    rewrite(path, change)
+    catalog, headers = opened(directory)
+    with pytest.raises(DataFileError, match=said) as caught:
+        check_promises(catalog, headers)
+    assert caught.value.file == str(path)
+    assert caught.value.tensor == NAME
+    place = Place(path.name, NAME, 2)
+    with pytest.raises(DataFileError, match=said):
+        headers.entry(place, F32, (32,))
+
+
+def test_what_files_hold_beyond_metadata_is_noted(copy):
+    directory = copy("dp2_tp2_noopt")
+    rewrite(directory / "qwen3-model-0000002-0000004.safetensors", lambda tensors: tensors.update({f"x{n}": np.zeros(1) for n in range(7)}))
+    catalog, headers = opened(directory)
+    (note,) = check_promises(catalog, headers)
+    assert "x0, x1, x2, x3, x4 and 2 more" in note
+
+
+def test_an_unknown_element_type_is_taken_from_the_file(copy):
+    directory = copy("dp2_tp2_noopt")
+    path = directory / "metadata.json"
+    document = json.loads(path.read_text())
+    document["state_dict_metadata"][NAME]["properties"]["dtype"] = "HiFloat8"
+    path.unlink()
+    path.write_text(json.dumps(document))
+    assert opened(directory)[0].tensors[model_key(NAME)].dtype == F32
+
+
+def test_a_header_is_read_once(copy, monkeypatch):
+    from reshard.sources import native
+
+    directory = copy("dp2_tp2_noopt")
+    read = []
+    real = native.read_header
+    monkeypatch.setattr(native, "read_header", lambda storage, path: read.append(path) or real(storage, path))
+    catalog, headers = opened(directory)
+    assert read == [], "metadata alone makes the catalog"
+    check_promises(catalog, headers)
+    check_promises(catalog, headers)
+    assert len(read) == 4
