@@ -11,6 +11,7 @@ import pytest
 import reshard
 from reshard.config.fields import ModelSettings
 from reshard.config.sizes import ParallelSizes
+from reshard.state import GLOBAL_STEP, Kind, slot_key
 from tests.processes import RankPool
 
 # Vocabulary and feed-forward width divide by no number of ranks: uneven shards everywhere, empty ones on some ranks (norms over 8).
@@ -61,8 +62,10 @@ def wrong_tensors(root: Path, model: Any, optimizer: Any) -> list[str]:
     checkpoint = reshard.Checkpoint(root)
     whole = {checkpoint[name].key: checkpoint[name].read() for name in checkpoint}
     state = select_adapter(model, optimizer).capture(model, optimizer, global_step=2)
+    expected = [slot_key(slot, key.parameter) for key in state.tensors if key.kind is Kind.MODEL for slot in ("adam_m", "adam_v")]
+    missing = [str(key) for key in (*expected, GLOBAL_STEP) if key not in state.tensors]
     assert state.tensors.keys() <= whole.keys()
-    return differences(whole, state)
+    return missing + differences(whole, state)
 
 
 def save(jobs: list[tuple[Path, ModelSettings, ParallelSizes]]) -> list[list[str]]:
