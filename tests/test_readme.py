@@ -102,3 +102,19 @@ def test_every_page_is_in_the_index() -> None:
     index = (REPOSITORY / "docs" / "index.md").read_text(encoding="utf-8")
     missing = [page.name for page in (REPOSITORY / "docs").glob("*.md") if page.name != "index.md" and f"({page.name})" not in index]
     assert missing == []
+
+
+def test_the_page_of_the_configuration_has_every_field(run_python: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    code = "import runpy, sys; sys.stdout.write(runpy.run_path(sys.argv[1])['render']())"
+    page = run_python(code, str(REPOSITORY / "docs" / "make_configuration.py")).stdout
+    assert page == (REPOSITORY / "docs" / "configuration.md").read_text(encoding="utf-8"), "run: python docs/make_configuration.py"
+
+
+@each_document
+def test_the_configurations_of_the_documents_are_valid(document: Path, tmp_path: Path) -> None:
+    from reshard.config.validation import read_config
+
+    for number, block in enumerate(blocks(document, "yaml")):
+        file = tmp_path / f"{number}.yaml"
+        file.write_text(block, encoding="utf-8")
+        assert read_config(file).run.callbacks
