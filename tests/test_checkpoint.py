@@ -54,6 +54,7 @@ def test_every_golden_tensor_is_bit_for_bit_what_is_expected(case):
 
 def test_no_framework_is_needed(run_python):
     code = """
+import sys
 for name in ("torch", "mindspore", "transformers", "safetensors"):
     sys.modules[name] = None  # importing it fails
 from reshard.checkpoint import Checkpoint
