@@ -49,7 +49,7 @@ def encode_metadata(catalog: Catalog) -> bytes:
 
     Beside the contract's keys there are `format_version` and `writer` at the top, per chunk `offset`, per storage entry `name` where the
     tensor has another name in the file, and per tensor `kind` where nothing is stored. A layout that doesn't split evenly can't be said
-    and becomes null.
+    and becomes null. What the published reader can't read (several chunks without a layout) it refuses, naming the tensor.
 
     Raises:
         CaptureError: two tensors of one name in files.
@@ -212,7 +212,8 @@ class _Reader:
                     raise self._error(
                         "a chunk is stored nowhere", name, field="storage_data", found=f"no entry {storage_key(name, number)}"
                     )
-                chunks.append(Chunk(region, ()))
+                if parameter.layout is not None or len(parameter.slices) == 1:
+                    chunks.append(Chunk(region, ()))
             else:
                 kinds.add(stored.kind)
                 places = tuple(Place(entry_file, other or name, rank) for entry_file, other, rank in stored.entries)

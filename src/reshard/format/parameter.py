@@ -87,7 +87,10 @@ class Parameter:
 
 
 def encode_parameter(parameter: Parameter) -> str:
-    """The entry as JSON, in the contract's order of keys; per chunk the true element `offset` besides."""
+    """The entry as JSON, in the contract's order of keys; per chunk the true element `offset` besides.
+
+    Several chunks without a layout are followed by one that is empty and stored nowhere; readers leave such chunks out.
+    """
     layout = parameter.layout
     fields: dict[str, Any] = {
         "properties": {
@@ -99,10 +102,13 @@ def encode_parameter(parameter: Parameter) -> str:
         "global_shape": parameter.global_shape,
         "axis_fragmentations": [1] * len(parameter.global_shape) if layout is None else layout.fragments,
         "layout": None,
-        "chunk": [
-            {"global_offset": [number], "local_shape": region.shape, "offset": region.offset} for number, region in parameter.slices.items()
-        ],
+        "chunk": [_chunk(number, region) for number, region in parameter.slices.items()],
     }
+    if layout is None and len(parameter.slices) > 1:
+        # The published reader would take the first of these chunks for the whole tensor. It refuses a tensor with a chunk that is stored
+        # nowhere ("Storage info not found"): one that holds nothing costs readers of offsets nothing.
+        nothing = (0,) * len(parameter.global_shape)
+        fields["chunk"].append(_chunk(max(parameter.slices) + 1, Region(nothing, nothing)))
     if layout is not None:
         values = (layout.mesh.shape, tensor_map_of(layout), INTERLEAVED_AXIS in layout.mesh.axes, layout.mesh.axes, layout.mesh.ranks)
         fields["layout"] = dict(zip(_LAYOUT_KEYS, values, strict=True))
@@ -111,11 +117,14 @@ def encode_parameter(parameter: Parameter) -> str:
     return json.dumps(fields, separators=(",", ":"))
 
 
+def _chunk(number: int, region: Region) -> dict[str, Any]:
+    return {"global_offset": [number], "local_shape": region.shape, "offset": region.offset}
+
+
 def number_slices(layout: Layout | None, global_shape: tuple[int, ...], regions: Sequence[Region]) -> list[int]:
     """The slice id under which the contract stores each of a tensor's chunks.
 
-    Without a layout a single chunk has id 0; several start at 1, since the published reader would take what it finds under 0 for the
-    whole tensor.
+    Without a layout a single chunk has id 0, which means the whole tensor; several start at 1.
 
     Raises:
         LayoutError: the chunks are not those of the layout, or don't cover the tensor exactly once.
