@@ -86,7 +86,7 @@ class TorchAdapter:
 
 def _named(model: Any) -> tuple[NamedTensors, Meshes]:
     named = name_tensors(model)
-    return named, Meshes(named.all_tensors())
+    return named, Meshes(named.all_tensors(), named.fsdp2)
 
 
 def _capture_model(named: NamedTensors, meshes: Meshes) -> dict[TensorKey, ShardedTensor]:

@@ -119,7 +119,7 @@ class TorchDestination:
                 elif mine or one.state or (one.name in known if known else one.parameter.requires_grad):
                     # A frozen parameter, or one that the checkpoint's run didn't optimize, gets no state that nothing will fill.
                     pending = _Pending(one, _slots_of(one, mine))
-                    pending.is_stored = any(one.key(slot).slot in mine for slot in pending.slots)
+                    pending.is_stored = any(slot != STEP and one.key(slot).slot in mine for slot in pending.slots)
                     self._pending.append(pending)
                     for slot in pending.slots:
                         tensor = self._destination(pending, slot, mine)

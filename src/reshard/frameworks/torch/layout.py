@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,16 +40,24 @@ class Meshes:
     replicated over it: every rank of the home runs the same modules. A plain tensor of a model without DTensors, or with meshes that
     don't lie inside one, has no layout; then what each rank holds is all that is known.
 
+    `_StridedShard` that doesn't divide evenly is filled in two ways: FSDP2 cuts what tensor parallelism has left, one after the other, as
+    a layout does; `distribute_tensor` follows the placements from the first to the last, which no layout says. So it matters whose
+    tensor it is. Optimizer slots are filled as the parameter of their shape and placements is.
+
     Args:
         tensors: the model's.
+        fsdp2: the identities of those that FSDP2 manages.
     """
 
-    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
+    def __init__(self, tensors: Iterable[torch.Tensor], fsdp2: Collection[int] = ()) -> None:
         self._meshes: dict[Any, Mesh] = {}
         self._holdings: dict[Any, _Holding] = {}
+        self._by_fsdp2: set[Any] = set()
         for tensor in tensors:
             if is_dtensor(tensor):
                 self._mesh(tensor.device_mesh)  # pyright: ignore[reportAttributeAccessIssue]
+                if id(tensor) in fsdp2:
+                    self._by_fsdp2.add(_kind_of(tensor))
         meshes = list(dict.fromkeys(self._meshes.values()))
         self._home = max(meshes, key=lambda mesh: (len(mesh.ranks), len(mesh.shape)), default=None)
         self._everywhere = self._home if all(self._home and set(mesh.ranks) <= set(self._home.ranks) for mesh in meshes) else None
@@ -101,7 +109,7 @@ class Meshes:
         """How a DTensor lies; computed once for all tensors with the same shape and placements."""
         shape, local = tuple(tensor.shape), tuple(_local(tensor).shape)
         spec = tensor._spec  # the only place where a release keeps an order apart from the placements
-        cached = (tensor.device_mesh, tensor.placements, getattr(spec, "shard_order", None), shape, local)
+        cached = (_kind_of(tensor), getattr(spec, "shard_order", None), local)
         holding = self._holdings.get(cached)
         if holding is None:
             holding = self._holdings[cached] = self._find(tensor, spec, shape, local, name)
@@ -111,19 +119,21 @@ class Meshes:
         mesh = self._mesh(tensor.device_mesh)
         splits = splits_of(tensor.placements, len(shape), name)
         rank = _rank()
-        if rank not in mesh:
-            return _Holding(self._layout(mesh, _orders(splits, spec, mesh, len(shape)), rank), ())
-        coordinate = mesh.coordinate(mesh.position(rank))
         orders = _orders(splits, spec, mesh, len(shape))
-        layout = self._layout(mesh, orders, rank)
+        if orders is not None and _kind_of(tensor) not in self._by_fsdp2 and not _agree(splits, Layout(mesh, orders), shape):
+            orders = None
+        layout = None if orders is None else self._layout(mesh, orders, rank)
+        if rank not in mesh:
+            return _Holding(layout, ())
         if layout is not None:
             region = layout.rank_region(rank, shape)
-            if _holds(local, region.shape):
-                return _Holding(layout, _pieces([[(o, n)] for o, n in zip(region.offset, region.shape, strict=True)], shape))
-        runs = [runs_of(splits, mesh.shape, coordinate, dimension, size) for dimension, size in enumerate(shape)]
+            runs = [[(begin, count)] for begin, count in zip(region.offset, region.shape, strict=True)]
+        else:
+            coordinate = mesh.coordinate(mesh.position(rank))
+            runs = [runs_of(splits, mesh.shape, coordinate, dimension, size) for dimension, size in enumerate(shape)]
         extent = tuple(sum(count for _, count in dimension) for dimension in runs)
-        if _holds(local, extent):
-            return _Holding(None, _pieces(runs, shape))
+        if tuple(local) == extent or (0 in local and 0 in extent):  # an empty part may have any empty shape
+            return _Holding(layout, _pieces(runs, shape))
         raise CaptureError(
             "the local part of a DTensor doesn't have the shape that its placements give this rank",
             tensor=name,
@@ -133,10 +143,8 @@ class Meshes:
             fix="give DTensor.from_local the global shape and stride of an uneven split",
         )
 
-    def _layout(self, mesh: Mesh, orders: Sequence[tuple[int, ...]] | None, rank: int) -> Layout | None:
+    def _layout(self, mesh: Mesh, orders: Sequence[tuple[int, ...]], rank: int) -> Layout:
         """The layout of these orders of axes, on the home where the mesh is a slice of it."""
-        if orders is None:
-            return None
         home = self._home
         if home is None or home == mesh or not set(mesh.axes) <= set(home.axes) or rank not in home or rank not in mesh:
             return Layout(mesh, tuple(orders))
@@ -176,6 +184,11 @@ def _local(tensor: Any) -> torch.Tensor:
         return tensor.to_local()
 
 
+def _kind_of(tensor: Any) -> tuple[Any, ...]:
+    """What DTensors that lie alike have in common."""
+    return tensor.device_mesh, tuple(tensor.placements), tuple(tensor.shape)
+
+
 def _orders(splits: Sequence[tuple[int, int] | None], spec: Any, mesh: Mesh, dimensions: int) -> tuple[tuple[int, ...], ...] | None:
     explicit = explicit_order(spec, dimensions)
     if explicit is not None and all(split is None or split[1] == 1 for split in splits):
@@ -196,9 +209,19 @@ def _slice(home: Mesh, axes: Sequence[int], rank: int) -> tuple[int, ...]:
     return tuple(ranks)
 
 
-def _holds(local: Sequence[int], extent: Sequence[int]) -> bool:
-    """Whether a local tensor has this extent; an empty one may have any empty shape."""
-    return tuple(local) == tuple(extent) or (0 in local and 0 in extent)
+def _agree(splits: Sequence[tuple[int, int] | None], layout: Layout, shape: tuple[int, ...]) -> bool:
+    """Whether placements that are read from the first to the last give every place of the mesh what a layout gives it."""
+    if all(split is None or split[1] == 1 for split in splits) or layout.is_even(shape):
+        return True
+    mesh = layout.mesh
+    for position in range(len(mesh.ranks)):
+        coordinate, region = mesh.coordinate(position), layout.region(position, shape)
+        for dimension, size in enumerate(shape):
+            count = region.shape[dimension]
+            mine = [(region.offset[dimension], count)] if count else []
+            if runs_of(splits, mesh.shape, coordinate, dimension, size) != mine:
+                return False
+    return True
 
 
 def _pieces(runs: Sequence[Sequence[tuple[int, int]]], shape: tuple[int, ...]) -> tuple[_Piece, ...]:

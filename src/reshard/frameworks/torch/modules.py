@@ -41,11 +41,13 @@ class NamedTensors:
     Attributes:
         tensors: by global name.
         names: the global name of each parameter and buffer by identity, also of each occurrence of a tied one.
+        fsdp2: the identities of the parameters that FSDP2 manages.
         extra_states: the modules that override `get_extra_state`, by the name that `state_dict` would give their extra state.
     """
 
     tensors: dict[str, NamedTensor] = field(default_factory=dict)
     names: dict[int, str] = field(default_factory=dict)
+    fsdp2: set[int] = field(default_factory=set)
     extra_states: dict[str, nn.Module] = field(default_factory=dict)
 
     def all_tensors(self) -> Iterator[torch.Tensor]:
@@ -116,7 +118,8 @@ class _Occurrences:
 
 def _add_module(result: NamedTensors, root: nn.Module, prefix: str) -> None:
     for module in root.modules():
-        _reshard_fsdp2(module)
+        if _reshard_fsdp2(module):
+            result.fsdp2.update(id(parameter) for parameter in module.parameters())
         _refuse_fsdp1(module)
     ties: dict[str, str] = {}
     found: dict[int, _Occurrences] = {}
@@ -196,12 +199,18 @@ def _declared_ties(module: nn.Module) -> dict[str, str]:
     return ties
 
 
-def _reshard_fsdp2(module: nn.Module) -> None:
-    """Put the sharded parameters in the place of gathered ones (after a forward pass without a backward pass)."""
+def _reshard_fsdp2(module: nn.Module) -> bool:
+    """Put the sharded parameters of an FSDP2 module in the place of gathered ones (after a forward pass without a backward pass).
+
+    Returns:
+        Whether it is an FSDP2 module.
+    """
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is not None and isinstance(module, fsdp.FSDPModule):
-        sharded: Any = module
-        sharded.reshard()
+    if fsdp is None or not isinstance(module, fsdp.FSDPModule):
+        return False
+    sharded: Any = module
+    sharded.reshard()
+    return True
 
 
 def _refuse_fsdp1(module: nn.Module) -> None:

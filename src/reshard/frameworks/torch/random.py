@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -46,6 +47,9 @@ def reseed(seed: int) -> None:
         seed: 64 bits.
     """
     reseed_host(seed)
+    if seed >= 2**32:
+        # The generator of torch's CPU takes the low 32 bits only: all of the seed must show in them.
+        seed = int.from_bytes(hashlib.blake2b(seed.to_bytes(8, "little"), digest_size=8).digest(), "little")
     torch.manual_seed(seed)
 
 
