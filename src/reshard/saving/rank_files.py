@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from reshard.errors import NoSpaceError
+from reshard.errors import NoSpaceError, SaveError
 from reshard.format.extra import write_extra
 from reshard.format.names import EXTRA_DIRECTORY, rank_extra_file
 from reshard.format.safetensors import Header, write_tensors
@@ -33,7 +33,14 @@ def check_space(storage: Storage, root: str, temporary: str, nbytes: int) -> Non
 
     Raises:
         NoSpaceError: it doesn't fit.
+        SaveError: this rank doesn't see the root.
     """
+    if storage.stat(root) is None:
+        raise SaveError(
+            "the checkpoint root, made by rank 0, isn't there for this rank",
+            file=root,
+            fix="the checkpoint root must lie on a file system that all ranks share",
+        )
     free = storage.free_bytes(root)
     needed = nbytes + nbytes // _MARGIN_SHARE + _MARGIN_BYTES
     if free is None or free >= needed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import operator
 import posixpath
 import secrets
@@ -28,6 +29,8 @@ from reshard.saving.structure import RankPlan, Structures
 from reshard.state import Kind, State
 from reshard.storage import Lock, Storage
 from reshard.storage.storage import join
+
+_logger = logging.getLogger("reshard")
 
 
 @dataclass(frozen=True)
@@ -192,7 +195,9 @@ class Saver:
         self._is_open = False
         lock, self._lock = self._lock, None
         if lock is not None:
-            lock.release()
+            _, error = attempt(lock.release)
+            if error is not None:
+                _logger.warning("can't release the lock of %s: %s", self.root, error)
 
     def __enter__(self) -> Saver:
         return self

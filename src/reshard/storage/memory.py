@@ -112,7 +112,7 @@ class MemoryStorage:
 
     def __init__(self, *, capacity: int | None = None, can_exchange: bool = True) -> None:
         self.capacity = capacity
-        self._can_exchange = can_exchange
+        self.can_exchange = can_exchange
         self._root = _Directory()
         self._locks: dict[str, str] = {}
         self._guard = threading.RLock()
@@ -224,7 +224,7 @@ class MemoryStorage:
 
     def exchange(self, first: str, second: str) -> bool:
         with self._guard:
-            if not self._can_exchange:
+            if not self.can_exchange:
                 return False
             what = f"can't exchange with {second}"
             one_parent, one = self._parent(first, what)

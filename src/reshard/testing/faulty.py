@@ -90,7 +90,9 @@ class FaultyStorage:
         if error is None:
             return work()
         if self._after:
-            work()
+            result = work()
+            if isinstance(result, _FaultyLock):  # nobody has it, nobody could release it
+                result.let_go()
         elif torn is not None:
             torn()
         if isinstance(error, SimulatedDeath):
@@ -225,10 +227,13 @@ class _FaultyLock:
         self._path = path
         self._inner = inner
 
-    def release(self) -> None:
-        def work() -> None:
+    def let_go(self) -> None:
+        with self._storage._guard:
             if self._inner in self._storage._locks:
                 self._storage._locks.remove(self._inner)
-            self._inner.release()
+        self._inner.release()
 
-        self._storage._do("release", self._path, work)
+    def release(self) -> None:
+        # As with a file: the system lets go of it, whatever it answers.
+        self.let_go()
+        self._storage._do("release", self._path, lambda: None)
