@@ -22,8 +22,10 @@ REPLACED_PREFIX = ".replaced-"
 _ITERATION = re.compile(r"iteration_(\d{8,18})", re.ASCII)
 _DATA_FILE = re.compile(r"(?:.+-)?(model|opt)-(\d+)-(\d+)\.safetensors", re.ASCII | re.DOTALL)
 _RANK_FILE = re.compile(r"rank-(\d{7,18})\.safetensors", re.ASCII)
-# What Python's `str((name, (number,)))` looks like; a name is one string literal, in single quotes unless it holds a single quote only.
-_STORAGE_KEY = re.compile(r"""\(('(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*"), \((\d{1,18}),\)\)""", re.ASCII)
+# What Python's `str((name, (number,)))` looks like: the name is one string literal, in single quotes unless it holds a single quote only,
+# with no other escapes than those that `repr` writes.
+_ESCAPE = r"""\\(?:[\\'"nrt]|x[0-9a-f]{2}|u[0-9a-f]{4}|U[0-9a-f]{8})"""
+_STORAGE_KEY = re.compile(rf"""\(('(?:[^'\\\n]|{_ESCAPE})*'|"(?:[^"\\\n]|{_ESCAPE})*"), \((\d{{1,18}}),\)\)""", re.ASCII)
 
 
 def iteration_name(step: int) -> str:
