@@ -60,18 +60,22 @@ class Progress:
         elif self._shown and (metrics.step % self._every == 0 or metrics.step in (1, self._max_steps)):
             self._print(self._line(metrics))
 
+    def resumed(self, step: int) -> None:
+        """The run continues after a step of a checkpoint."""
+        self._checkpoint = f"resumed from {step}"
+
     def saving(self, step: int) -> None:
         """A save begins."""
         self._checkpoint = f"saving {step} …"
         self._renew()
 
     def saved(self, step: int, seconds: float, nbytes: int) -> None:
-        """A save is committed."""
+        """A save is committed; `nbytes` of it are this rank's."""
         self._checkpoint = f"saved {step}"
         if self._live is not None:
             self._renew()
         elif self._shown:
-            self._print(f"saved step {step}: {nbytes / 1e6:.1f} MB in {seconds:.2f} s")
+            self._print(f"saved step {step} in {seconds:.2f} s (rank 0 wrote {nbytes / 1e6:.1f} MB)")
 
     def _renew(self) -> None:
         if self._live is not None and self._metrics is not None:

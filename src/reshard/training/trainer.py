@@ -142,6 +142,7 @@ class Trainer:
         step = common.global_step if common is not None and common.global_step is not None else report.iteration
         self.done = step or 0
         progress.note(f"{how} {report}")
+        progress.resumed(self.done)
         if self.scheduler.last_epoch != self.done:
             go_to_step(self.scheduler, self.done)
             progress.note(f"the schedule was put after step {self.done}")
