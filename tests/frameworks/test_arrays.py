@@ -68,7 +68,7 @@ def test_what_it_cannot_take() -> None:
 def test_random_states() -> None:
     ADAPTER.reseed(2**40 + 1)
     states = ADAPTER.random_states()
-    first = np.random.rand()
+    first = np.random.rand()  # noqa: NPY002
     ADAPTER.restore_random_states(states)
-    assert np.random.rand() == first
+    assert np.random.rand() == first  # noqa: NPY002
     assert ADAPTER.from_value(ADAPTER.to_value({"a": 1})) == {"a": 1}

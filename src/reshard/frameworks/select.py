@@ -87,6 +87,6 @@ def _kinds(part: Any, items: list[Any]) -> str:
 
 
 def _torch_adapter() -> Adapter:
-    from reshard.frameworks.torch import TorchAdapter  # noqa: PLC0415 - only a process that has torch may import it
+    from reshard.frameworks.torch import TorchAdapter
 
     return TorchAdapter()

@@ -86,7 +86,7 @@ def test_types_that_checkpoints_do_not_hold(dtype) -> None:
     [
         (lambda: torch.zeros(2, device="meta"), "meta device"),
         (lambda: torch.eye(2).to_sparse(), "dense"),
-        (lambda: torch.nn.parameter.UninitializedParameter(), "lazy"),
+        (torch.nn.UninitializedParameter, "lazy"),
         (lambda: torch.zeros(2, dtype=torch.complex64).conj(), "conjugated"),
         (lambda: torch.quantize_per_tensor(torch.ones(2), 1.0, 0, torch.quint8), "element type"),
     ],

@@ -82,7 +82,9 @@ def test_seeds_of_64_bits(seed) -> None:
     assert draw() == first
 
 
-@pytest.mark.parametrize("break_", [lambda s: s.pop("torch"), lambda s: s.update(python=3), lambda s: s.update(torch=np.zeros(4, np.uint8))])
+@pytest.mark.parametrize(
+    "break_", [lambda s: s.pop("torch"), lambda s: s.update(python=3), lambda s: s.update(torch=np.zeros(4, np.uint8))]
+)
 def test_states_that_cannot_be_understood(break_) -> None:
     states = dict(ADAPTER.random_states())
     break_(states)

@@ -61,7 +61,7 @@ class TorchCommunicator:
         )
 
     def all_gather(self, data: bytes) -> list[bytes]:
-        first = torch.empty((self.world_size, _INLINE), dtype=torch.uint8)
+        first = _buffer(self.world_size, _INLINE)
         self._try("gather", lambda: torch.distributed.all_gather(list(first.unbind()), _head(data), group=self._group))
         heads = [row.numpy() for row in first]
         lengths = [_length(head) for head in heads]
@@ -99,7 +99,7 @@ class TorchCommunicator:
 
     def recv(self, source: int) -> bytes:
         self._check_peer(source)
-        head = torch.empty(_INLINE, dtype=torch.uint8)
+        head = _buffer(_INLINE)
         self._try(f"hear from rank {source}", lambda: torch.distributed.recv(head, source, group=self._group))
         array = head.numpy()
         length = _length(array)
@@ -122,10 +122,10 @@ class TorchCommunicator:
         for begin in range(0, max(rest), block):
             size = min(block, max(rest) - begin)
             start = _INLINE - _LENGTH + begin
-            mine = torch.zeros(size, dtype=torch.uint8)
+            mine = _buffer(size)
             piece = _tensor(data, min(start, len(data)), min(start + size, len(data)))
             mine[: piece.numel()] = piece
-            rows = torch.empty((self.world_size, size), dtype=torch.uint8)
+            rows = _buffer(self.world_size, size)
             self._try("gather", lambda mine=mine, rows=rows: torch.distributed.all_gather(list(rows.unbind()), mine, group=self._group))
             for part, length, row in zip(parts, rest, rows, strict=True):
                 part += row[: max(min(length - begin, size), 0)].numpy().tobytes()
@@ -134,7 +134,7 @@ class TorchCommunicator:
         """Broadcast what didn't fit inline, and append it."""
         inline = _INLINE - _LENGTH
         for begin, end in _blocks(inline, inline + rest):
-            block = _tensor(data, begin, end) if self.rank == source else torch.empty(end - begin, dtype=torch.uint8)
+            block = _tensor(data, begin, end) if self.rank == source else _buffer(end - begin)
             self._try("broadcast", lambda block=block: torch.distributed.broadcast(block, source, group=self._group))
             part += block.numpy().tobytes()
 
@@ -158,6 +158,10 @@ class TorchCommunicator:
 
 def _nbytes(data: bytes | memoryview) -> int:
     return data.nbytes if isinstance(data, memoryview) else len(data)
+
+
+def _buffer(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape, dtype=torch.uint8, device="cpu")  # whatever the default device is
 
 
 def _blocks(begin: int, end: int) -> Iterator[tuple[int, int]]:

@@ -162,7 +162,7 @@ def _slots_by_parameter(catalog: Catalog) -> StoredSlots:
 
 def _slots_of(one: OptimizedParameter, stored: Mapping[str, StoredTensor]) -> dict[str, Any]:
     """All slots of a parameter: the optimizer's, completed by those that it would make at its first step."""
-    with torch.no_grad():
+    with torch.inference_mode(mode=False), torch.no_grad():
         recipe = recipe_of(one.optimizer, one.group, one.parameter)
         if recipe is not None:
             made = {slot: one.state[slot] if slot in one.state else make() for slot, make in recipe.items()}
