@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import random
 import shutil
@@ -127,6 +128,18 @@ def test_a_broken_tracker_is_an_error_also_in_a_restart_loop(root: Path, text: s
     for missing_ok in (False, True):
         with pytest.raises(TrackerError, match="latest_checkpointed_iteration"):
             reshard.load(root, model=blank(WEIGHTS), missing_ok=missing_ok)
+
+
+def test_tensors_that_metadata_does_not_list_are_ignored_with_a_note(root: Path) -> None:
+    metadata = root / "iteration_00000020/metadata.json"
+    content = json.loads(metadata.read_text())
+    del content["state_dict_metadata"]["b.bias"]
+    del content["storage_data"]["('b.bias', (0,))"]
+    metadata.write_text(json.dumps(content))
+    report = reshard.load(root, model={"a.weight": blank(WEIGHTS)["a.weight"]})
+    assert report is not None
+    assert any("b.bias" in note for note in report.notes)
+    assert report.unexpected == ()
 
 
 def test_weights_only_leaves_optimizer_tensors_out_of_the_question(root: Path) -> None:

@@ -305,7 +305,7 @@ def _report(resolved: Resolved, opened: _Opened, loaded: TensorsLoaded) -> Resto
         random="untouched",
         ranks=loaded.ranks,
         common=opened.common,
-        notes=(*resolved.notes, *opened.catalog.notes),
+        notes=(*resolved.notes, *opened.catalog.notes, *loaded.notes),
     )
 
 

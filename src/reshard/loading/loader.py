@@ -13,7 +13,7 @@ from reshard.catalog import Catalog
 from reshard.comm import Communicator
 from reshard.comm.together import attempt, settle
 from reshard.format.common import CommonInfo
-from reshard.format.names import tensor_name
+from reshard.format.names import kind_of_file, parse_tensor_name, tensor_name
 from reshard.geometry import Region
 from reshard.loading.reader import check_plan, read_plan
 from reshard.loading.report import RankReport
@@ -24,6 +24,9 @@ from reshard.sources.native import Headers
 from reshard.state import GLOBAL_STEP, Kind, Shard, State, TensorKey
 from reshard.storage import Storage
 
+# A note names so many tensors.
+_NAMES_SHOWN = 8
+
 
 class _Findings(msgspec.Struct, array_like=True):
     """What a rank tells the others before it reads."""
@@ -32,6 +35,7 @@ class _Findings(msgspec.Struct, array_like=True):
     missing: list[tuple[str, str | None, str]] = []
     mismatched: list[tuple[tuple[str, str | None, str], str, str, str]] = []
     has_random: bool = False
+    unlisted: list[str] = []
 
 
 class _Outcome(msgspec.Struct, array_like=True):
@@ -52,6 +56,7 @@ class TensorsLoaded:
         misfits: likewise.
         ranks: likewise.
         all_have_random: whether every rank found the random states of its own place in the same strategy.
+        notes: what else there is to know.
     """
 
     restored: tuple[TensorKey, ...]
@@ -59,6 +64,7 @@ class TensorsLoaded:
     misfits: Misfits
     ranks: tuple[RankReport, ...]
     all_have_random: bool
+    notes: tuple[str, ...]
 
 
 def load_tensors(
@@ -102,7 +108,10 @@ def load_tensors(
         return planned, filled
 
     planned, error = attempt(plan)
-    payload = msgspec.msgpack.encode(_findings(planned, keys, has_random=has_random)) if planned is not None else b""
+    payload = b""
+    if planned is not None:
+        unlisted = _unlisted(planned[0].files, headers, catalog)
+        payload = msgspec.msgpack.encode(_findings(planned, keys, has_random=has_random, unlisted=unlisted))
     payloads = settle(comm, error, payload, what="the load failed; nothing was changed")
     assert planned is not None  # settle raises when any rank has no plan
     read, filled = planned
@@ -128,10 +137,14 @@ def load_tensors(
     ranks = tuple(RankReport(rank, o.bytes_needed, o.bytes_read, o.seconds) for rank, o in enumerate(outcomes))
     mismatched = {m.key for m in misfits.mismatched}
     restored = tuple(key for key in present if key not in mismatched)
-    return TensorsLoaded(restored, filled, misfits, ranks, all(f.has_random for f in findings))
+    names = sorted({name for finding in findings for name in finding.unlisted})
+    notes = (f"the files hold tensors that the metadata doesn't list; ignored: {', '.join(names[:_NAMES_SHOWN])}",) if names else ()
+    return TensorsLoaded(restored, filled, misfits, ranks, all(f.has_random for f in findings), notes)
 
 
-def _findings(planned: tuple[ReadPlan, tuple[TensorKey, ...]], keys: Sequence[TensorKey], *, has_random: bool) -> _Findings:
+def _findings(
+    planned: tuple[ReadPlan, tuple[TensorKey, ...]], keys: Sequence[TensorKey], *, has_random: bool, unlisted: list[str]
+) -> _Findings:
     plan, filled = planned
     present = set(plan.restored) | {mismatch.key for mismatch in plan.mismatched}
     return _Findings(
@@ -139,7 +152,25 @@ def _findings(planned: tuple[ReadPlan, tuple[TensorKey, ...]], keys: Sequence[Te
         [_key_out(key) for key in plan.missing if key not in filled],
         [(_key_out(mismatch.key), mismatch.field, mismatch.stored, mismatch.wanted) for mismatch in plan.mismatched],
         has_random,
+        unlisted,
     )
+
+
+def _unlisted(files: Sequence[str], headers: Headers, catalog: Catalog) -> list[str]:
+    """Tensors of these files that the catalog doesn't have; the first few."""
+    names: list[str] = []
+    for file in files:
+        kind = kind_of_file(file) or Kind.MODEL
+        for name in headers.get(file).entries:
+            # A rank's further parts of a tensor have names of their own: `w@1`.
+            if (
+                parse_tensor_name(name, kind) not in catalog.tensors
+                and parse_tensor_name(name.rpartition("@")[0], kind) not in catalog.tensors
+            ):
+                names.append(name)
+                if len(names) == _NAMES_SHOWN:
+                    return names
+    return names
 
 
 def _fill(shard: Shard, value: int | None) -> None:

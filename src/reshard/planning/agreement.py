@@ -58,12 +58,17 @@ def encode(description: RankDescription) -> bytes:
     """Bytes for the other ranks; each mesh and each layout is written once."""
     meshes: dict[Mesh, int] = {}
     layouts: dict[Layout, int] = {}
+    # Hashing a layout goes over every rank of its mesh; most tensors share the few layout objects of their adapter.
+    known: dict[int, int] = {}
     tensors = []
     for t in description.tensors:
         index = -1
         if t.layout is not None:
-            meshes.setdefault(t.layout.mesh, len(meshes))
-            index = layouts.setdefault(t.layout, len(layouts))
+            found = known.get(id(t.layout))
+            if found is None:
+                meshes.setdefault(t.layout.mesh, len(meshes))
+                found = known[id(t.layout)] = layouts.setdefault(t.layout, len(layouts))
+            index = found
         regions = [(r.offset, r.shape) for r in t.regions]
         tensors.append((t.key.kind.value, t.key.slot, t.key.parameter, t.dtype.name, t.global_shape, index, regions))
     return msgspec.msgpack.encode(
