@@ -13,10 +13,11 @@ from matplotlib.lines import Line2D
 from runs import Run
 
 INK, FAINT, GRID = "#1f2430", "#8a90a0", "#e6e8ee"
-REFERENCE = "#b9bfcc"
-COLOURS = ("#3b6fd4", "#e9964f", "#1d7f60")
+REFERENCE = "#c9cdd8"
+COLOURS = ("#4f7fe0", "#f2a154", "#14674c")
 # Curves that lie on each other stay visible when each is narrower than the one below.
-WIDTHS = (8.5, 5.0, 3.2, 1.4)
+WIDTHS = (6.0, 4.2, 1.7)
+REFERENCE_WIDTH = 10.0
 SIZES = (6.5, 5.0, 3.0)
 KILL = "#d1334a"
 
@@ -59,8 +60,8 @@ def draw(groups: Sequence[tuple[str, Run, Sequence[Run]]], path: Path) -> None:
 def _losses(axis: Axes, title: str, reference: Run, runs: Sequence[Run]) -> None:
     losses = losses_of(reference)
     axis.set_title(title, loc="left", fontsize=12, color=INK, pad=10)
-    axis.plot(list(losses), list(losses.values()), color=REFERENCE, linewidth=WIDTHS[0], solid_capstyle="round", zorder=1)
-    for run, colour, width in zip(runs, COLOURS, WIDTHS[1:], strict=False):
+    axis.plot(list(losses), list(losses.values()), color=REFERENCE, linewidth=REFERENCE_WIDTH, solid_capstyle="round", zorder=1)
+    for run, colour, width in zip(runs, COLOURS, WIDTHS if len(runs) > 1 else WIDTHS[1:], strict=False):
         for number, segment in enumerate(segments_of(run)):
             steps = [metrics.step for metrics in segment.steps]
             values = [metrics.loss for metrics in segment.steps]

@@ -1,7 +1,7 @@
 """The demo: a Qwen3 is trained on 8 ranks, killed, and resumed on 8, on 4 and on 1, with the same losses. `make demo` runs it.
 
-Real processes, real text, real SIGKILLs. It takes some minutes on 2 cores, and ends with a table and a picture. The exit code is 0 when every
-comparison came out as promised.
+Real processes, real text, real SIGKILLs. It takes some minutes on 2 cores, and ends with a table and a picture. The exit code is 0 when
+every comparison came out as promised.
 """
 
 from __future__ import annotations

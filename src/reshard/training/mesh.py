@@ -42,10 +42,12 @@ class Place:
 
     @property
     def is_first_stage(self) -> bool:
+        """Whether this rank embeds the tokens."""
         return self.stage == 0
 
     @property
     def is_last_stage(self) -> bool:
+        """Whether this rank computes the loss."""
         return self.stage == self.sizes.pipeline - 1
 
     @property
@@ -55,6 +57,7 @@ class Place:
 
     @property
     def tensor_index(self) -> int:
+        """Which part of the layers' matrices this rank has."""
         return self.coordinate("tp")
 
 

@@ -24,6 +24,7 @@ class Qwen3Stage(Qwen3ForCausalLM):
     takes_tokens = True
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """Hidden states or logits, as the class says."""
         given: dict[str, Any] = {"input_ids": inputs} if self.takes_tokens else {"inputs_embeds": inputs}
         output: Any = super().forward(**given, use_cache=False)
         return output.logits
