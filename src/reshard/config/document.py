@@ -92,23 +92,21 @@ def read_document(path: str | Path) -> Document:
 
 def _note_lines(node: yaml.Node, path: FieldPath, lines: dict[FieldPath, int], file: str) -> None:
     if isinstance(node, yaml.MappingNode):
+        own: dict[str, int] = {}
         for key, value in node.value:
-            name = key.value
-            inner = (*path, name)
             line = key.start_mark.line + 1
             if key.tag == "tag:yaml.org,2002:merge":
-                _note_lines(value, path, lines, file)
                 continue
-            if inner in lines and lines[inner] != line and key.start_mark.line >= node.start_mark.line:
+            if key.value in own:
                 raise ConfigError(
                     "a field is given twice",
                     file=f"{file}:{line}",
-                    field=dotted(inner),
-                    found=f"also on line {lines[inner]}",
+                    field=dotted((*path, key.value)),
+                    found=f"also on line {own[key.value]}",
                     fix="keep one of them",
                 )
-            lines[inner] = line
-            _note_lines(value, inner, lines, file)
+            own[key.value] = lines[(*path, key.value)] = line
+            _note_lines(value, (*path, key.value), lines, file)
     elif isinstance(node, yaml.SequenceNode):
         for index, value in enumerate(node.value):
             lines[(*path, index)] = value.start_mark.line + 1
