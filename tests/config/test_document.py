@@ -59,6 +59,8 @@ def test_an_anchor_is_no_second_field(tmp_path: Path) -> None:
         ("a: [1, 2\nb: 3\n", "not YAML", 2),
         ("- 1\n- 2\n", "not a mapping", 1),
         ("a: b: c\n", "not YAML", 1),
+        ("? [1]\n: 2\n", "name of a field is text", 1),
+        ("a: &a\n  b: *a\n", "nested too deeply", 1),
         ("a: !!python/object/apply:os.system ['true']\n", "not YAML", 1),
     ],
 )

@@ -14,6 +14,9 @@ from reshard.errors import ConfigError
 
 FieldPath = tuple[Any, ...]
 
+# No field lies deeper; a section that contains itself does.
+_DEEPEST = 20
+
 
 @dataclass(frozen=True)
 class Document:
@@ -91,10 +94,18 @@ def read_document(path: str | Path) -> Document:
 
 
 def _note_lines(node: yaml.Node, path: FieldPath, lines: dict[FieldPath, int], file: str) -> None:
+    if len(path) > _DEEPEST:
+        raise ConfigError(
+            "the configuration is nested too deeply",
+            file=f"{file}:{node.start_mark.line + 1}",
+            fix="is an alias (*name) inside of its anchor (&name)?",
+        )
     if isinstance(node, yaml.MappingNode):
         own: dict[str, int] = {}
         for key, value in node.value:
             line = key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode):
+                raise ConfigError("the name of a field is text", file=f"{file}:{line}", found="a list or a section")
             if key.tag == "tag:yaml.org,2002:merge":
                 continue
             if key.value in own:

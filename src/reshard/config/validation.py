@@ -30,6 +30,7 @@ _EXPECTED = {
     "dict_type": "a section with fields of its own",
     "union_tag_not_found": "an entry with a `type`",
     "finite_number": "a finite number",
+    "invalid_key": "a name, as text",
 }
 
 
