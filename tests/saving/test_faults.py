@@ -105,6 +105,9 @@ def test_an_operation_that_fails(action, exchange, world_size, error):
             assert found == existing, where
             assert runs.tracked(storage) == (2 if existing else None) if storage.stat(runs.ROOT) else not existing
             assert "simulated failure" in str(results[0])
+            if existing:
+                directories = [name for name in runs.names(storage) if not name.startswith((".saving", "latest", ".reshard"))]
+                assert directories == ["iteration_00000001", "iteration_00000002"], where
         check_next_save(storage, world_size, where)
 
 

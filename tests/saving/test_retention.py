@@ -85,6 +85,15 @@ def test_the_checkpoint_that_the_run_was_loaded_from_stays_until_a_newer_one_is_
         assert runs.committed(storage) == {8: 8}
 
 
+def test_once_a_newer_one_is_there_the_protection_is_over():
+    storage = MemoryStorage()
+    runs.save(storage, [(6, 6)])
+    with Saver(storage, SingleProcess(), runs.ROOT, keep(2), protect=6) as saver:
+        for step, left in ((7, {6: 6, 7: 7}), (3, {3: 3, 7: 7})):
+            saver.save(step, runs.state(0, 1, step), CommonInfo())
+            assert runs.committed(storage) == left
+
+
 def test_what_is_not_recognised_stays_and_does_not_count():
     storage = MemoryStorage()
     runs.save(storage, [(1, 1)])

@@ -162,9 +162,18 @@ def test_a_run_without_optimizer_writes_no_optimizer_files(tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    [{"keep_checkpoint_max": 0}, {"keep_checkpoint_max": -1}, {"keep_checkpoint_max": True}, {"keep_checkpoint_max": 1.5}, {"prefix": "a/b"},
-     {"prefix": ""}, {"lock_timeout": -1}, {"lock_timeout": float("nan")}, {"remove_redundancy": True}],
-)  # fmt: skip
+    [
+        {"keep_checkpoint_max": 0},
+        {"keep_checkpoint_max": -1},
+        {"keep_checkpoint_max": True},
+        {"keep_checkpoint_max": 1.5},
+        {"prefix": "a/b"},
+        {"prefix": ""},
+        {"lock_timeout": -1},
+        {"lock_timeout": float("nan")},
+        {"remove_redundancy": True},
+    ],
+)
 def test_options_that_can_not_be(options):
     with pytest.raises(UsageError) as caught:
         SaveOptions(**options)
