@@ -7,10 +7,16 @@ import pytest
 import torch
 
 from reshard.errors import CaptureError
-from reshard.frameworks.torch.memory import DeviceMemory, MirrorMemory, dtype_of, memory_of, to_numpy, to_tensor, torch_dtype
+from reshard.frameworks.torch import memory as torch_memory
+from reshard.frameworks.torch.memory import DeviceMemory, MirrorMemory, checked_dtype, dtype_of, to_numpy, to_tensor, torch_dtype
 from reshard.geometry import Region
 from reshard.geometry.dtypes import ALL
 from reshard.state import HostMemory
+
+
+def memory_of(tensor: torch.Tensor, name: str):
+    checked_dtype(tensor, name)
+    return torch_memory.memory_of(tensor, name)
 
 
 def bytes_of(tensor: torch.Tensor) -> bytes:

@@ -45,15 +45,17 @@ def checked_dtype(tensor: torch.Tensor, name: str) -> DType:
     Raises:
         CaptureError: a tensor whose elements don't lie in plain memory, or of a type that checkpoints don't hold.
     """
-    if hasattr(type(tensor), "__tensor_flatten__"):
+    kind = type(tensor)
+    is_plain = kind is torch.Tensor or kind is torch.nn.Parameter  # nearly all are: states have 100,000 tensors
+    if not is_plain and hasattr(kind, "__tensor_flatten__"):
         raise CaptureError(
             "a tensor subclass that keeps its elements in tensors of its own can't be captured",
             tensor=name,
-            found=f"{type(tensor).__module__}.{type(tensor).__qualname__}",
+            found=f"{kind.__module__}.{kind.__qualname__}",
             expected="a plain tensor or a DTensor",
             fix="save the plain tensors that it consists of, or convert it back before saving",
         )
-    if isinstance(tensor, UninitializedTensorMixin):
+    if not is_plain and isinstance(tensor, UninitializedTensorMixin):
         raise CaptureError(
             "a lazy tensor has no shape yet", tensor=name, found=type(tensor).__name__, fix="run one forward pass before saving or loading"
         )
@@ -72,12 +74,11 @@ def checked_dtype(tensor: torch.Tensor, name: str) -> DType:
 
 
 def memory_of(tensor: torch.Tensor, name: str) -> Memory:
-    """The memory of a plain tensor: on the host without a copy, whatever its strides.
+    """The memory of a plain tensor that `checked_dtype` has passed: on the host without a copy, whatever its strides.
 
     Raises:
-        CaptureError: as `checked_dtype`.
+        CaptureError: memory that can't be reached.
     """
-    checked_dtype(tensor, name)
     if tensor.device.type == "cpu":
         return HostMemory(_view(tensor, name))
     return DeviceMemory(tensor.detach())

@@ -150,14 +150,20 @@ def capture_slots(parameters: Iterable[OptimizedParameter], meshes: Meshes, glob
     found: dict[TensorKey, list[ShardedTensor]] = {}
     for one in parameters:
         for slot, value in one.state.items():
-            # An optimizer that torch doesn't come with has all its counts stored: nothing else tells a later load that it counts.
-            is_known = recipe_of(one.optimizer, one.group, one.parameter) is not None
-            if value is not None and not (slot == STEP and is_known and counts[id(one.parameter)] == global_step):
+            if value is not None and not (slot == STEP and _is_implied(one, counts, global_step)):
                 found.setdefault(one.key(slot), []).append(slot_tensor(one, slot, value, meshes))
     tensors = {key: mirrored(group, tensor_name(key)) for key, group in found.items()}
     if global_step is not None:
         tensors[GLOBAL_STEP] = global_step_tensor(global_step, meshes)
     return tensors
+
+
+def _is_implied(one: OptimizedParameter, counts: Mapping[int, float], global_step: int | None) -> bool:
+    """Whether `global_step` says a parameter's step count.
+
+    An optimizer that torch doesn't come with has all its counts stored: nothing else would tell a later load that it counts.
+    """
+    return counts[id(one.parameter)] == global_step and recipe_of(one.optimizer, one.group, one.parameter) is not None
 
 
 def slot_tensor(one: OptimizedParameter, slot: str, value: Any, meshes: Meshes) -> ShardedTensor:

@@ -6,6 +6,7 @@ Source: `_init_group` of each class in `torch.optim` (2.8 to 2.13). No recipe dr
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -35,7 +36,12 @@ def recipe_of(optimizer: optim.Optimizer, group: Group, parameter: torch.Tensor)
 
 def is_adam(optimizer: optim.Optimizer) -> bool:
     """Whether an optimizer's `exp_avg` and `exp_avg_sq` are Adam's first and second moment, by the names of its class and their bases."""
-    names = [base.__name__.lower() for base in type(optimizer).__mro__]
+    return _is_adam_class(type(optimizer))
+
+
+@cache
+def _is_adam_class(kind: type) -> bool:
+    names = [base.__name__.lower() for base in kind.__mro__]
     return any("adam" in name for name in names) and not any("adamax" in name for name in names)
 
 
