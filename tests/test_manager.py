@@ -325,3 +325,15 @@ def test_a_rank_cares_for_its_own_place_when_the_world_grows(root: Path) -> None
         return same(weights, WEIGHTS)
 
     assert run_ranks(3, work) == [True] * 3
+
+
+def test_ranks_that_counted_different_steps_must_say_which_one_it_is(tmp_path: Path) -> None:
+    def work(comm: Communicator, common: reshard.CommonInfo | None) -> Any:
+        moments = MOMENTS | {"global_step": np.array([5 + comm.rank // 2], np.int32)}
+        return reshard.save(tmp_path, 6, model=WEIGHTS, optimizer=moments, common=common, communicator=comm)
+
+    outcomes = run_ranks_settled(4, lambda comm: work(comm, None))
+    assert all(isinstance(outcome, SaveError) for outcome in outcomes)
+    assert "5 on ranks 0-1; 6 on ranks 2-3" in str(outcomes[0])
+    run_ranks(4, lambda comm: work(comm, reshard.CommonInfo(step_num=6, global_step=6)))
+    assert reshard.Checkpoint(tmp_path)["global_step"][0] == 6

@@ -130,11 +130,12 @@ class CheckpointManager:
         """
         if self._saver is None:
             raise UsageError("this manager is read-only", field="read_only", found=True, fix="make another one without read_only to save")
-        common = common if common is not None else CommonInfo(step_num=step, global_step=step)
         adapter = select_adapter(model, optimizer)
+        # A step count that the caller doesn't state is the optimizer's own, not the number of the iteration.
+        counted = None if common is None else common.global_step
 
         def capture() -> State:
-            captured = adapter.capture(model, optimizer, global_step=common.global_step)
+            captured = adapter.capture(model, optimizer, global_step=counted)
             values = {
                 name: adapter.to_value(values_of(part))
                 for name, part in (("scheduler", scheduler), ("dataloader", dataloader), ("extra", extra))
@@ -144,6 +145,8 @@ class CheckpointManager:
             return State(tensors=captured.tensors, groups=captured.groups, values=values, rank_values=random)
 
         state, error = attempt(capture)
+        if common is None:
+            common = CommonInfo(step_num=step, global_step=step)
         return self._saver.save(step, state if state is not None else State(), common, error)
 
     def load(

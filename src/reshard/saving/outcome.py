@@ -39,6 +39,7 @@ class Outcome(msgspec.Struct, array_like=True):
         files: the paths of its files inside the iteration's directory, and their sizes in bytes.
         news: its structure, when the others don't know it yet.
         options: the hyper-parameters of its groups.
+        global_step: the step count of its optimizers; None when it has none.
     """
 
     step: int | None
@@ -46,6 +47,7 @@ class Outcome(msgspec.Struct, array_like=True):
     files: list[tuple[str, int]]
     news: bytes | None
     options: list[GroupOptions]
+    global_step: int | None = None
 
 
 class Verdict(msgspec.Struct, array_like=True):
@@ -73,11 +75,29 @@ def failure_of_ranks(outcomes: Sequence[Outcome]) -> Failure | None:
         error = SaveError(
             "the ranks disagree over the iteration to save; nothing was saved",
             field="step",
-            found="; ".join(f"{step} on {name_ranks(ranks)}" for step, ranks in steps.items()),
+            found=_name_values(steps),
             expected="the same on every rank",
         )
         return Failure.of(error)
+    counts: dict[int, list[int]] = {}
+    for rank, outcome in enumerate(outcomes):
+        if outcome.global_step is not None:
+            counts.setdefault(outcome.global_step, []).append(rank)
+    if len(counts) > 1:
+        # Every rank stores the count, and a load takes any one: they must be the same.
+        error = SaveError(
+            "the ranks' optimizers have counted different numbers of steps; nothing was saved",
+            field="global_step",
+            found=_name_values(counts),
+            expected="the same on every rank",
+            fix="say which one is the run's: common=CommonInfo(global_step=...); parameters that count otherwise keep their own counts",
+        )
+        return Failure.of(error)
     return None
+
+
+def _name_values(values: Mapping[int, Sequence[int]]) -> str:
+    return "; ".join(f"{value} on {name_ranks(ranks)}" for value, ranks in values.items())
 
 
 # What a failed save means for what is on disk.

@@ -26,7 +26,7 @@ from reshard.saving.rank_files import check_space, write_rank
 from reshard.saving.retention import retire
 from reshard.saving.root import discard, open_root, saving_name
 from reshard.saving.structure import RankPlan, Structures
-from reshard.state import Kind, State
+from reshard.state import GLOBAL_STEP, Kind, State
 from reshard.storage import Lock, Storage
 from reshard.storage.storage import join
 
@@ -94,6 +94,7 @@ class _Prepared:
     plan: RankPlan
     options: list[GroupOptions]
     common: bytes
+    global_step: int | None
 
 
 class Saver:
@@ -215,7 +216,7 @@ class Saver:
     def _prepare(self, step: SupportsIndex, state: State, common: CommonInfo) -> _Prepared:
         number = _check_step(step)
         encoded = _check_common(common)
-        return _Prepared(number, self._structures.plan(state), encode_options(state.groups), encoded)
+        return _Prepared(number, self._structures.plan(state), encode_options(state.groups), encoded, _counted_steps(state))
 
     def _agree(self, prepared: _Prepared | None) -> bool:
         """The first time, tell each other the structures; whether every rank has one, so that writing makes sense."""
@@ -250,6 +251,7 @@ class Saver:
             files,
             None if prepared is None or not self._structures.is_agreed else self._structures.news(prepared.plan),
             [] if prepared is None else prepared.options,
+            None if prepared is None else prepared.global_step,
         )
         gathered = self._comm.all_gather(msgspec.msgpack.encode(outcome))
         outcomes = [msgspec.msgpack.decode(data, type=Outcome) for data in gathered]
@@ -304,6 +306,13 @@ class Saver:
             spare.add(self._protected)
         removed, _ = attempt(lambda: retire(self._storage, self.root, keep, spare, self._mark))
         return removed or ()
+
+
+def _counted_steps(state: State) -> int | None:
+    tensor = state.tensors.get(GLOBAL_STEP)
+    if tensor is None or not tensor.shards:
+        return None
+    return int(tensor.shards[0].memory.read().reshape(-1)[0])
 
 
 def _check_step(step: SupportsIndex) -> int:
