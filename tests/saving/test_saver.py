@@ -416,6 +416,22 @@ def test_a_rank_that_is_gone_is_no_hang():
     assert isinstance(results[1], KeyboardInterrupt)
 
 
+@pytest.mark.parametrize("broken", ["merge_groups", "failure_of_ranks", "publish", "write_rank", "encode_options"])
+def test_a_defect_is_everybodys_error_and_no_hang(monkeypatch, broken):
+    def fail(*arguments: object, **named: object) -> None:
+        raise RuntimeError("a defect")
+
+    storage = MemoryStorage()
+    monkeypatch.setattr(f"reshard.saving.saver.{broken}", fail)
+    for result in runs.save(storage, [(1, 10)], world_size=2, settled=True):
+        assert type(result) is SaveError
+        assert "RuntimeError: a defect" in str(result)
+    assert not [name for name in runs.names(storage) if name.startswith("iteration")]
+    monkeypatch.undo()
+    runs.save(storage, [(1, 10)], world_size=2)
+    assert runs.committed(storage) == {1: 10}
+
+
 def test_nothing_at_all_can_be_saved(tmp_path):
     report = save_one(tmp_path / "root", State())
     assert report.nbytes > 0

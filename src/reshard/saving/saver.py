@@ -176,7 +176,12 @@ class Saver:
             written, error = attempt(lambda: self._write(part, state))
             files = written if written is not None else files
         outcomes = self._tell(prepared, error, files)
-        mine = self._judge(prepared, state, outcomes) if self._comm.rank == 0 else None
+        mine: Verdict | None = None
+        if self._comm.rank == 0:
+            # Whatever happens here, the others hear a verdict.
+            mine, problem = attempt(lambda: self._judge(prepared, state, outcomes))
+            if problem is not None:
+                mine = Verdict(describe_failure(None, {0: Failure.of(problem)}, len(outcomes)), [])
         verdict = msgspec.msgpack.decode(self._comm.broadcast(msgspec.msgpack.encode(mine)), type=Verdict)
         if verdict.failure is not None:
             raise verdict.failure.error_class(verdict.failure.text) from error
@@ -260,7 +265,7 @@ class Saver:
         return outcomes
 
     def _judge(self, prepared: _Prepared | None, state: State, outcomes: list[Outcome]) -> Verdict:
-        """Rank 0: commit, or clean up. Whatever happens here, the others hear a verdict."""
+        """Rank 0: commit, or clean up."""
         failure = failure_of_ranks(outcomes)
         if failure is None and prepared is not None:
             part = prepared
