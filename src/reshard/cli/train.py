@@ -34,6 +34,11 @@ def train(
     """Train a Qwen3 under the strategy of a configuration; save, resume and reshard as it says. Under torchrun it is one rank of it."""
     configuration = read_config(config, overrides or ())
     # Torch is imported only now: a mistake in the configuration shows at once.
-    from reshard.training.launcher import launch
+    from reshard.training.launcher import RankFailedError, launch
 
-    launch(configuration, nproc)
+    try:
+        launch(configuration, nproc)
+    except RankFailedError as failure:
+        # The stack that matters is the rank's, and the message has it.
+        typer.echo(str(failure), err=True)
+        raise typer.Exit(1) from None

@@ -19,6 +19,10 @@ from reshard.errors import ConfigError, ReshardError
 _PRELOADED = ("reshard.training.worker",)
 
 
+class RankFailedError(RuntimeError):
+    """A rank ended by something that no error of this package explains; the message has its traceback, or the signal that killed it."""
+
+
 def launch(configuration: Configuration, nproc: int | None = None) -> None:
     """Train as the environment says: as a plain worker where torchrun or a scheduler has started this process, else with ranks of our own.
 
@@ -28,7 +32,7 @@ def launch(configuration: Configuration, nproc: int | None = None) -> None:
 
     Raises:
         ReshardError: as the first rank that failed.
-        RuntimeError: a rank failed with something else; the message has its traceback.
+        RankFailedError: a rank failed with something else.
     """
     run = configuration.run
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
@@ -106,11 +110,11 @@ def _error_of(failed: Any) -> Exception:
     _, failure = failed.get_first_failure()
     message = failure.message
     if not isinstance(message, dict):
-        return RuntimeError(f"rank {failure.local_rank} died: {message} (exit code {failure.exitcode})")
+        return RankFailedError(f"rank {failure.local_rank} died: {message}")
     kind = getattr(reshard.errors, message["kind"], None)
     if isinstance(kind, type) and issubclass(kind, ReshardError):
         return kind(message["message"])
-    return RuntimeError(f"rank {message['rank']} failed:\n{message['message']}")
+    return RankFailedError(f"rank {message['rank']} failed:\n{message['message']}")
 
 
 def _silence_launcher() -> None:

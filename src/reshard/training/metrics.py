@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from reshard.errors import StorageError
+
 METRICS_FILE = "metrics.jsonl"
 
 
@@ -56,12 +58,21 @@ class Segment:
 
 
 class MetricsFile:
-    """Appends lines; each is on disk when the call returns."""
+    """Appends lines; each is on disk when the call returns.
+
+    Raises:
+        StorageError: the folder or the file can't be made.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115 - closed by close()
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115 - closed by close()
+        except OSError as error:
+            raise StorageError(
+                f"the metrics can't be written: {error.strerror}", file=self.path, fix="choose another output_dir"
+            ) from error
         # A run that died while it wrote leaves half a line: the next one begins on its own.
         if self._file.seek(0, os.SEEK_END) > 0:
             self._file.seek(-1, os.SEEK_END)

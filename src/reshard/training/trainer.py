@@ -14,6 +14,8 @@ from reshard.config.sizes import batch_sizes
 from reshard.config.validation import Configuration
 from reshard.loading.report import RestoreReport
 from reshard.manager import CheckpointManager
+from reshard.sources.resolve import list_iterations
+from reshard.storage.posix import PosixStorage
 from reshard.training.callbacks import CheckpointCallback, MetricsCallback, all_callbacks
 from reshard.training.corpus import open_corpus
 from reshard.training.mesh import Place
@@ -66,6 +68,8 @@ class Trainer:
             progress.note(self._introduction())
             manager = open_things.enter_context(_manager(self._run))
             resumed = self._resume(manager, progress)
+            if resumed is None and manager is not None and self._place.rank == 0:
+                _warn_of_other_run(manager.directory, progress)
             metrics = None
             if self._place.rank == 0:
                 metrics = MetricsFile(os.path.join(self._run.output_dir, METRICS_FILE))
@@ -200,6 +204,15 @@ class Trainer:
             "max_steps": self.max_steps,
             "global_batch_size": self._batch.total,
         }
+
+
+def _warn_of_other_run(directory: str, progress: Progress) -> None:
+    there = list_iterations(PosixStorage(), directory)
+    if there:
+        progress.note(
+            f"{directory} holds iterations {there[0][0]} to {there[-1][0]} of an earlier run, which this one will replace step by step; "
+            "resume: auto would have continued it"
+        )
 
 
 @contextmanager

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import datetime
 import json
+import multiprocessing
 import os
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -15,7 +17,7 @@ import torch.distributed as dist
 
 from reshard.config.sizes import parallel_sizes
 from reshard.config.validation import Configuration
-from reshard.errors import ReshardError
+from reshard.errors import CommunicationError, ReshardError
 from reshard.training.mesh import local_device, make_place
 from reshard.training.trainer import Trainer
 
@@ -25,6 +27,10 @@ _TIMEOUT = datetime.timedelta(minutes=30)
 # A user's mistake or a checkpoint's damage, explained; anything else ends with 1 and a traceback.
 EXIT_EXPLAINED = 2
 EXIT_UNEXPECTED = 1
+
+# A rank whose peer died hears of it at once and fails too. It waits a moment (seconds), so that the launcher, which looks ten times a
+# second and tells of the first failure that it sees, sees the peer.
+_AFTER_YOU = 1.0
 
 
 def run_rank(configuration: Configuration) -> None:
@@ -54,22 +60,40 @@ def run_rank(configuration: Configuration) -> None:
 
 def launched(configuration: Configuration) -> None:
     """What the launcher calls in each of its processes. An error goes into the launcher's error file; the exit code says its kind."""
+    threading.Thread(target=_end_with_launcher, name="reshard-launcher-watch", daemon=True).start()
     try:
         run_rank(configuration)
+    except CommunicationError as error:
+        _leave_error(error)
+        time.sleep(_AFTER_YOU)
+        sys.exit(EXIT_EXPLAINED)
     except ReshardError as error:
-        _leave_error(type(error).__name__, str(error))
+        _leave_error(error)
         sys.exit(EXIT_EXPLAINED)
     except Exception as error:  # noqa: BLE001 - whatever it was: the launcher says it, with its stack
-        _leave_error(type(error).__name__, traceback.format_exc())
+        _leave_error(error)
+        time.sleep(_AFTER_YOU)
         sys.exit(EXIT_UNEXPECTED)
 
 
-def _leave_error(kind: str, text: str) -> None:
+def _end_with_launcher() -> None:
+    """End this rank when its launcher is killed.
+
+    The fork server between them lives as long as its ranks do, so the kernel's signal on a parent's death doesn't come.
+    """
+    launcher = multiprocessing.parent_process()
+    if launcher is not None:
+        launcher.join()
+        os._exit(EXIT_UNEXPECTED)
+
+
+def _leave_error(error: Exception) -> None:
     """Write the file in which torch's launcher looks for the reason of a failure."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file is None:
         return
-    facts = {"kind": kind, "rank": os.environ.get("RANK", "0")}
+    text = str(error) if isinstance(error, ReshardError) else traceback.format_exc()
+    facts = {"kind": type(error).__name__, "rank": os.environ.get("RANK", "0")}
     extra = {"timestamp": str(int(time.time())), "py_callstack": text}
     with open(file, "w", encoding="utf-8") as output:
         json.dump({"message": {"message": text, "extraInfo": extra, **facts}}, output)

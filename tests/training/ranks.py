@@ -1,0 +1,100 @@
+"""What the ranks of a pool do for the trainer's tests, and the small configuration that they train."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from reshard.config.document import Document
+from reshard.config.sizes import BatchSizes, batch_sizes, parallel_sizes
+from reshard.config.validation import Configuration, validate
+from reshard.training.mesh import Place, make_place
+from reshard.training.parallelize import build_model
+from reshard.training.step import TrainStep, clip_gradients
+from reshard.training.trainer import Trainer
+
+MODEL = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+}
+
+
+def settings(data: int = 1, tensor: int = 1, pipeline: int = 1, shard: int | None = -1, **more: Any) -> Configuration:
+    """A small run: 8 samples a step under every strategy; `shard` None: data-parallel ranks repeat the optimizer."""
+    fields: dict[str, Any] = {
+        "seed": 3,
+        "use_legacy_format": False,
+        "model": MODEL,
+        "train_dataset": {"seq_length": 16},
+        "runner_config": {"max_steps": 6, "batch_size": 1, "global_batch_size": 8},
+        "parallel_config": {"data_parallel": data, "model_parallel": tensor, "pipeline_stage": pipeline},
+        "parallel": {"enable_parallel_optimizer": shard is not None, "optimizer_weight_shard_size": shard or -1},
+        "optimizer": {"learning_rate": 1e-3, "weight_decay": 0.05},
+        "lr_schedule": {"warmup_steps": 2, "total_steps": 6},
+    }
+    for name, value in more.items():
+        fields[name] = {**fields[name], **value} if isinstance(value, dict) else value
+    return validate(Document("test", fields))
+
+
+def rank_place(configuration: Configuration) -> tuple[Place, BatchSizes]:
+    """This rank's place, alone or in its pool."""
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    sizes = parallel_sizes(configuration.run, ranks)
+    return make_place(sizes), batch_sizes(configuration.run, sizes)
+
+
+def gradients(configuration: Configuration) -> dict[str, Any]:
+    """Loss, norm and every whole gradient of one step, before and after clipping to a fifth."""
+    run = configuration.run
+    place, batch = rank_place(configuration)
+    model = build_model(run.model, run.seed, place)
+    step = TrainStep(model, run.model, place, batch, run.train_dataset.seq_length)
+    samples = torch.randint(0, 256, (batch.total, run.train_dataset.seq_length + 1), generator=torch.Generator().manual_seed(1))
+    share = batch.total // place.sizes.data
+    loss, norm = step.run(samples[place.data_index * share : (place.data_index + 1) * share])
+    whole = {name: _whole(parameter.grad) for name, parameter in model.named_parameters()}
+    clip_gradients(model.parameters(), norm, norm / 5)
+    clipped = {name: _whole(parameter.grad) for name, parameter in model.named_parameters()}
+    weights = {name: _whole(parameter) for name, parameter in model.named_parameters()}
+    return {"loss": loss, "norm": norm, "gradients": whole, "clipped": clipped, "weights": weights, "stage": place.stage}
+
+
+def _whole(tensor: Any) -> Any:
+    full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return full.detach().numpy().copy()
+
+
+def train(configuration: Configuration, output: Path, steps: int) -> tuple[list[float], str]:
+    """Train on from the newest checkpoint below `output`, up to a step; every loss, and what was shown."""
+    more = {
+        "output_dir": str(output),
+        "resume": "auto",
+        "callbacks": [{"type": "CheckpointMonitor", "save_checkpoint_steps": 2}],
+        "runner_config": {**configuration.run.runner_config.model_dump(), "max_steps": steps},
+    }
+    fields = {**configuration.run.model_dump(), **more}
+    configuration = validate(Document("test", fields))
+    trainer = Trainer(configuration, rank_place(configuration)[0])
+    losses: list[float] = []
+    one_step = trainer.step
+
+    def noted() -> Any:
+        metrics = one_step()
+        losses.append(metrics.loss)
+        return metrics
+
+    trainer.step = noted  # type: ignore[method-assign]
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown):
+        trainer.train()
+    return losses, shown.getvalue()
