@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
 import time
@@ -312,38 +311,89 @@ def _report(resolved: Resolved, opened: _Opened, loaded: TensorsLoaded) -> Resto
     )
 
 
-def save(directory: str | os.PathLike[str], step: int, **arguments: Any) -> SaveReport:
-    """Save one checkpoint: a manager's life in one call. It keeps every checkpoint that is there.
+def save(
+    directory: str | os.PathLike[str],
+    step: int,
+    *,
+    model: Any = None,
+    optimizer: Any = None,
+    scheduler: Any = None,
+    dataloader: Any = None,
+    extra: Any = None,
+    common: CommonInfo | None = None,
+    prefix: str | None = "CKP",
+    save_optimizer: bool = True,
+    communicator: Communicator | None = None,
+    storage: Storage | None = None,
+) -> SaveReport:
+    """Save one checkpoint: a manager's life in one call. Collective. It keeps every checkpoint that is there.
 
     Args:
         directory: the checkpoint root.
-        step: the number of the iteration.
-        arguments: those of `CheckpointManager.save` (model, optimizer, …), and of `CheckpointManager` (prefix, …).
+        step: as in `CheckpointManager.save`, and so are `model` to `common`.
+        model: see there.
+        optimizer: see there.
+        scheduler: see there.
+        dataloader: see there.
+        extra: see there.
+        common: see there.
+        prefix: as in `CheckpointManager`, and so are the others.
+        save_optimizer: see there.
+        communicator: see there.
+        storage: see there.
 
     Raises:
         ReshardError: as `CheckpointManager` and its `save`.
     """
-    options, arguments = _divide(arguments)
-    with CheckpointManager(directory, **{"keep_checkpoint_max": None, **options}) as manager:
-        return manager.save(step, **arguments)
+    with CheckpointManager(
+        directory, prefix=prefix, keep_checkpoint_max=None, save_optimizer=save_optimizer, communicator=communicator, storage=storage
+    ) as manager:
+        return manager.save(step, model=model, optimizer=optimizer, scheduler=scheduler, dataloader=dataloader, extra=extra, common=common)
 
 
-def load(path: str | os.PathLike[str], **arguments: Any) -> RestoreReport | None:
-    """Load one checkpoint: a root or an iteration.
+def load(
+    path: str | os.PathLike[str],
+    *,
+    model: Any = None,
+    optimizer: Any = None,
+    scheduler: Any = None,
+    dataloader: Any = None,
+    extra: Any = None,
+    strict: Strictness | None = None,
+    missing_ok: bool = False,
+    restore_random: bool = True,
+    reseed: int | None = None,
+    communicator: Communicator | None = None,
+    storage: Storage | None = None,
+) -> RestoreReport | None:
+    """Load one checkpoint: a root or an iteration. Collective. Nothing there is changed or locked.
 
     Args:
-        path: where it is. Nothing there is changed or locked.
-        arguments: those of `CheckpointManager.load` (model, optimizer, strict, …), and `communicator`, `storage`.
+        path: as in `CheckpointManager.load`, and so are `model` to `reseed`.
+        model: see there.
+        optimizer: see there.
+        scheduler: see there.
+        dataloader: see there.
+        extra: see there.
+        strict: see there.
+        missing_ok: see there.
+        restore_random: see there.
+        reseed: see there.
+        communicator: as in `CheckpointManager`.
+        storage: likewise.
 
     Raises:
         ReshardError: as `CheckpointManager.load`.
     """
-    options, arguments = _divide(arguments)
-    with CheckpointManager(path, **options, read_only=True) as manager:
-        return manager.load(**arguments)
-
-
-def _divide(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The arguments of the manager, and the others."""
-    names = inspect.signature(CheckpointManager).parameters
-    return {k: v for k, v in arguments.items() if k in names}, {k: v for k, v in arguments.items() if k not in names}
+    with CheckpointManager(path, communicator=communicator, storage=storage, read_only=True) as manager:
+        return manager.load(
+            model=model,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            dataloader=dataloader,
+            extra=extra,
+            strict=strict,
+            missing_ok=missing_ok,
+            restore_random=restore_random,
+            reseed=reseed,
+        )
