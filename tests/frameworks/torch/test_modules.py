@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from types import MappingProxyType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -149,6 +150,23 @@ def test_a_rank_with_both_ends_saves_one_and_fills_both(order) -> None:
     shard.memory.write(Region((0, 0), (4, 3)), np.full((4, 3), 5, np.float32))
     assert (first.embed.weight == 5).all()
     assert (last.head.weight == 5).all()
+
+
+def test_one_declaration_is_enough_for_three_stages() -> None:
+    stages = [nn.Linear(2, 2, bias=False) for _ in range(3)]
+    tie(stages[1], {"weight": "weight"})
+    assert len(name_tensors(stages).tensors["weight"].tensors) == 3
+
+
+def test_a_declaration_of_transformers_counts_only_where_the_configuration_says_so() -> None:
+    class Head(nn.Linear):
+        _tied_weights_keys = MappingProxyType({"weight": "embed.weight"})
+        config = SimpleNamespace(tie_word_embeddings=False)
+
+    head = Head(1, 1, bias=False)
+    assert names(head) == ["weight"]
+    head.config = SimpleNamespace(tie_word_embeddings=True)
+    assert names(head) == ["embed.weight"]
 
 
 def test_ends_of_different_shapes_are_an_error() -> None:

@@ -108,6 +108,19 @@ def test_without_counts_there_is_no_step_count_unless_given() -> None:
     assert GLOBAL_STEP not in capture(model, None, 7).tensors
 
 
+def test_a_slot_that_is_none_is_no_slot() -> None:
+    model, other = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
+    optimizer, fresh = (optim.SGD(m.parameters(), lr=0.1, momentum=0.9) for m in (model, other))
+    optimizer.state[model.weight]["momentum_buffer"] = None
+    assert slots(capture(model, optimizer)) == set()
+    assert capture(model, optimizer).groups[0].unstepped == ("weight",)
+    optimizer.state.clear()
+    state = capture(model, stepped(optimizer, model.parameters()))
+    fresh.state[other.weight]["momentum_buffer"] = None
+    assert resume(state, frozen(state), other, fresh) == set()
+    assert torch.equal(fresh.state[other.weight]["momentum_buffer"], optimizer.state[model.weight]["momentum_buffer"])
+
+
 def test_groups_are_kept_by_name() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
     model[1].bias.requires_grad_(False)
@@ -245,6 +258,18 @@ def test_a_checkpoint_without_optimizer_lacks_everything() -> None:
     used = stepped(optim.AdamW(other.parameters()), other.parameters(), 2)
     resume(state, frozen(state), other, used)
     assert used.state[other.weight]["step"].item() == 2
+
+
+def test_moments_without_any_count_leave_the_counts_alone() -> None:
+    model, other = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
+    state = capture(model, stepped(optim.AdamW(model.parameters()), model.parameters(), 5), 5)
+    catalog = Catalog("", {key: tensor for key, tensor in catalog_of(state).tensors.items() if key != GLOBAL_STEP})
+    copies = {key: shards for key, shards in frozen(state).items() if key != GLOBAL_STEP}
+    for times in (0, 2):
+        optimizer = stepped(optim.AdamW(other.parameters()), other.parameters(), times)
+        assert load(catalog, state.groups, copies, other, optimizer) == {GLOBAL_STEP}
+        assert optimizer.state[other.weight]["step"].item() == times
+        assert (optimizer.state[other.weight]["exp_avg"] != 0).all()
 
 
 @pytest.mark.parametrize("make", [optim.AdamW, lambda p: optim.SGD(p, lr=0.1, momentum=0.9), optim.Adagrad])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import nn, optim
 from torch.distributed.fsdp import fully_shard
 
 from reshard.frameworks.torch import TorchAdapter
+from reshard.frameworks.torch.recipes import recipe_of
 from reshard.state import GLOBAL_STEP
 from tests.frameworks.torch.simulated import fake_rank, make_mesh
 from tests.frameworks.torch.transfer import catalog_of, frozen, resume
@@ -103,6 +105,29 @@ def test_the_next_step_is_bit_identical(name, how) -> None:
     train(other, fresh, range(3, 6))
     assert weights(model) == weights(other)
     same_state(optimizer, fresh)
+
+
+@pytest.mark.parametrize(("name", "how"), CASES)
+def test_slots_are_made_as_torch_makes_them(name, how) -> None:
+    """torch's own `_init_group` makes the state of a first step without taking it; each slot must be the same, strides and all."""
+    images = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
+    for tensor in (torch.randn(3, 4).t(), images, torch.randn(())):
+        parameter = nn.Parameter(tensor)
+        parameter.grad = torch.zeros_like(parameter)
+        optimizer = OPTIMIZERS[name]([parameter], **IMPLEMENTATIONS[how])
+        recipe = recipe_of(optimizer, optimizer.param_groups[0], parameter)
+        assert recipe is not None
+        made = {slot: maker() for slot, maker in recipe.items()}
+        arguments = len(inspect.signature(optimizer._init_group).parameters) - 1
+        optimizer._init_group(optimizer.param_groups[0], *([] for _ in range(arguments)))
+        expected = optimizer.state[parameter]
+        if "momentum_buffer" in made and "step" not in made:
+            expected["momentum_buffer"] = torch.zeros_like(parameter)  # SGD makes it in the step itself
+        assert list(made) == list(expected)
+        for slot, mine in made.items():
+            theirs = expected[slot]
+            assert (mine.dtype, mine.device, mine.stride()) == (theirs.dtype, theirs.device, theirs.stride()), slot
+            assert torch.equal(mine, theirs), slot
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

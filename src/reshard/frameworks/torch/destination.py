@@ -128,12 +128,12 @@ class TorchDestination:
         return {key: mirrored(tensors, tensor_name(key)) for key, tensors in found.items()}
 
     def _destination(self, pending: _Pending, slot: str, stored: Mapping[str, StoredTensor]) -> ShardedTensor | None:
-        """A slot as memory to be filled; None for a step count that `global_step` fills, and for what holds nothing."""
+        """A slot as memory to be filled; None for a step count that `global_step` fills."""
         one, value = pending.one, pending.slots[slot]
         if slot == STEP:
             pending.has_own_step = STEP in stored
-        if value is None or (slot == STEP and not pending.has_own_step):
-            return None
+            if not pending.has_own_step:
+                return None
         if isinstance(value, bool | int | float):
             pending.numbers[slot] = np.array(value)
             return number_tensor(one.key(slot), pending.numbers[slot], self._meshes)
@@ -162,15 +162,14 @@ def _slots_by_parameter(catalog: Catalog) -> StoredSlots:
 
 def _slots_of(one: OptimizedParameter, stored: Mapping[str, StoredTensor]) -> dict[str, Any]:
     """All slots of a parameter: the optimizer's, completed by those that it would make at its first step."""
+    present = one.state
     with torch.inference_mode(mode=False), torch.no_grad():
         recipe = recipe_of(one.optimizer, one.group, one.parameter)
         if recipe is not None:
-            made = {slot: one.state[slot] if slot in one.state else make() for slot, make in recipe.items()}
-        elif one.state:
-            made = {}
+            made = {slot: present[slot] if slot in present else make() for slot, make in recipe.items()}
         else:
-            made = _made_from_catalog(one, stored)
-    return {**made, **one.state}
+            made = {} if present else _made_from_catalog(one, stored)
+    return {**made, **present}
 
 
 def _made_from_catalog(one: OptimizedParameter, stored: Mapping[str, StoredTensor]) -> dict[str, Any]:

@@ -107,7 +107,7 @@ def to_numpy(tensor: torch.Tensor, name: str) -> np.ndarray:
 
 def to_tensor(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
     """A tensor of its own with the values of an array of the matching numpy type."""
-    array = np.array(array, copy=True, order="C")
+    array = np.array(array, copy=True)
     carrier = _CARRIERS.get(dtype)
     if carrier is None:
         return torch.from_numpy(array)

@@ -56,8 +56,9 @@ class OptimizedParameter:
 
     @property
     def state(self) -> dict[str, Any]:
-        """The optimizer's state of the parameter; empty when it has none (asking for it makes none)."""
-        return self.optimizer.state.get(self.parameter) or {}
+        """The optimizer's state of the parameter without slots that are None; empty when it has none (asking for it makes none)."""
+        state = self.optimizer.state.get(self.parameter) or {}
+        return state if all(value is not None for value in state.values()) else {k: v for k, v in state.items() if v is not None}
 
     def key(self, slot: str) -> TensorKey:
         """The key of a slot by the optimizer's own name."""
@@ -150,7 +151,7 @@ def capture_slots(parameters: Iterable[OptimizedParameter], meshes: Meshes, glob
     found: dict[TensorKey, list[ShardedTensor]] = {}
     for one in parameters:
         for slot, value in one.state.items():
-            if value is not None and not (slot == STEP and _is_implied(one, counts, global_step)):
+            if not (slot == STEP and _is_implied(one, counts, global_step)):
                 found.setdefault(one.key(slot), []).append(slot_tensor(one, slot, value, meshes))
     tensors = {key: mirrored(group, tensor_name(key)) for key, group in found.items()}
     if global_step is not None:
