@@ -52,6 +52,7 @@ class Meshes:
     def __init__(self, tensors: Iterable[torch.Tensor], fsdp2: Collection[int] = ()) -> None:
         self._meshes: dict[Any, Mesh] = {}
         self._holdings: dict[Any, _Holding] = {}
+        self._layouts: dict[tuple[int, tuple[tuple[int, ...], ...]], Layout] = {}
         self._by_fsdp2: set[Any] = set()
         for tensor in tensors:
             if is_dtensor(tensor):
@@ -64,7 +65,7 @@ class Meshes:
 
     def replicated(self, dimensions: int) -> Layout | None:
         """The layout of a tensor that every rank of the model holds whole."""
-        return None if self._everywhere is None else Layout.replicated(self._everywhere, dimensions)
+        return None if self._everywhere is None else self._one_layout(self._everywhere, ((),) * dimensions)
 
     def sharded(self, key: TensorKey, tensor: torch.Tensor, name: str, like: torch.Tensor | None = None) -> ShardedTensor:
         """A tensor as this rank holds it.
@@ -102,7 +103,8 @@ class Meshes:
         if mesh is None:
             shape = tuple(device_mesh.mesh.shape)
             axes = tuple(device_mesh.mesh_dim_names or (f"axis{index}" for index in range(len(shape))))
-            mesh = self._meshes[device_mesh] = Mesh(shape, axes, tuple(device_mesh.mesh.flatten().tolist()))
+            mesh = Mesh(shape, axes, tuple(device_mesh.mesh.flatten().tolist()))
+            mesh = self._meshes[device_mesh] = next((other for other in self._meshes.values() if other == mesh), mesh)
         return mesh
 
     def _holding(self, tensor: Any, name: str) -> _Holding:
@@ -147,11 +149,18 @@ class Meshes:
         """The layout of these orders of axes, on the home where the mesh is a slice of it."""
         home = self._home
         if home is None or home == mesh or not set(mesh.axes) <= set(home.axes) or rank not in home or rank not in mesh:
-            return Layout(mesh, tuple(orders))
+            return self._one_layout(mesh, tuple(orders))
         axes = [home.axes.index(name) for name in mesh.axes]
         if _slice(home, axes, rank) != mesh.ranks:
-            return Layout(mesh, tuple(orders))
-        return Layout(home, tuple(tuple(axes[axis] for axis in order) for order in orders))
+            return self._one_layout(mesh, tuple(orders))
+        return self._one_layout(home, tuple(tuple(axes[axis] for axis in order) for order in orders))
+
+    def _one_layout(self, mesh: Mesh, split: tuple[tuple[int, ...], ...]) -> Layout:
+        """The same object for the same layout: to compare two by their values means to go over all ranks of a mesh."""
+        layout = self._layouts.get((id(mesh), split))
+        if layout is None:
+            layout = self._layouts[id(mesh), split] = Layout(mesh, split)
+        return layout
 
 
 def mirrored(tensors: Sequence[ShardedTensor], name: str) -> ShardedTensor:
