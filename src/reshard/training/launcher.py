@@ -16,7 +16,7 @@ from reshard.config.validation import Configuration
 from reshard.errors import ConfigError, ReshardError
 
 # Imported once by the process that all ranks are forked from: torch and transformers cost seconds, and ranks share few processors.
-_PRELOADED = ("reshard.training.worker",)
+_PRELOADED = ("reshard.training.preload",)
 
 
 class RankFailedError(RuntimeError):
@@ -78,8 +78,6 @@ def _launch_elastic(configuration: Configuration, ranks: int) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    from reshard.training.worker import launched
-
     if sys.platform == "linux":
         # All ranks are on this machine, and its name may lead nowhere.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -98,11 +96,18 @@ def _launch_elastic(configuration: Configuration, ranks: int) -> None:
             logs_specs=DefaultLogsSpecs(log_dir=logs),
         )
         try:
-            elastic_launch(config, launched)(configuration)
+            elastic_launch(config, _rank)(configuration)
         except ChildFailedError as failed:
             raise _error_of(failed) from None
         except SignalException as stopped:
             raise KeyboardInterrupt(str(stopped)) from None
+
+
+def _rank(configuration: Configuration) -> None:
+    """What runs in each rank's process. Only there is the trainer imported, or found imported already."""
+    from reshard.training.preload import launched
+
+    launched(configuration)
 
 
 def _error_of(failed: Any) -> Exception:
