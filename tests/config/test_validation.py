@@ -195,7 +195,8 @@ def test_every_field_has_a_meaning() -> None:
     described = list(describe_fields())
     assert len(described) > 50
     assert [name for name, _, _, meaning in described if not meaning] == []
-    assert ("runner_config.max_steps", "int or null", "None") == next(row[:3] for row in described if row[0] == "runner_config.max_steps")
+    rows = {name: (kind, default) for name, kind, default, _ in described}
+    assert rows["runner_config.max_steps"] == ("int or null", "None")
 
 
 def test_a_configuration_is_frozen() -> None:

@@ -143,6 +143,22 @@ def test_null_never_saves(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
+def test_a_run_that_never_saves_still_resumes(straight: Path, tmp_path: Path) -> None:
+    root = {"directory": str(straight / "checkpoint"), "save_checkpoint_steps": None}
+    shown = run(tmp_path, steps=9, resume="auto", monitor=root)
+    assert "resume: auto: continuing from iteration 8" in shown
+    assert not (straight / "checkpoint" / "iteration_00000009").exists()
+    none = {"directory": str(tmp_path / "none"), "save_checkpoint_steps": None}
+    assert "a fresh start" in run(tmp_path, steps=1, resume="auto", monitor=none)
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_fresh_start_over_an_earlier_run_is_said(tmp_path: Path) -> None:
+    run(tmp_path, steps=2)
+    shown = run(tmp_path, steps=1)
+    assert f"{tmp_path}/checkpoint holds iterations 2 to 2 of an earlier run" in shown
+
+
 def test_the_directory_is_the_root(tmp_path: Path) -> None:
     run(tmp_path / "out", steps=1, monitor={"directory": str(tmp_path / "elsewhere"), "prefix": "qwen3"})
     assert (tmp_path / "elsewhere" / "iteration_00000001" / "qwen3-model-0000000-0000001.safetensors").exists()

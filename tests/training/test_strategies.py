@@ -17,8 +17,8 @@ Pools = Callable[[int], RankPool]
 
 
 @cache
-def alone(*, tied: bool) -> dict[str, Any]:
-    return ranks.gradients(ranks.settings(model={"tie_word_embeddings": tied}))
+def alone(*, tied: bool, bias: bool = False) -> dict[str, Any]:
+    return ranks.gradients(ranks.settings(model={"tie_word_embeddings": tied, "attention_bias": bias}))
 
 
 @pytest.mark.parametrize(
@@ -29,6 +29,7 @@ def alone(*, tied: bool) -> dict[str, Any]:
         (4, {"tensor": 4}, False),
         (4, {"data": 4, "shard": 2}, False),
         (4, {"data": 2, "tensor": 2, "shard": None}, False),
+        (4, {"data": 2, "tensor": 2, "bias": True}, False),
         (4, {"pipeline": 4}, True),
         (8, {"data": 2, "tensor": 2, "pipeline": 2}, False),
         (8, {"data": 2, "tensor": 2, "pipeline": 2}, True),
@@ -36,8 +37,11 @@ def alone(*, tied: bool) -> dict[str, Any]:
     ids=lambda value: "-".join(f"{name}{size}" for name, size in value.items()) if isinstance(value, dict) else str(value),
 )
 def test_every_strategy_computes_the_same(rank_pool: Pools, world: int, strategy: dict[str, Any], tied: bool) -> None:
-    whole = alone(tied=tied)
-    found = rank_pool(world).run(ranks.gradients, ranks.settings(**strategy, model={"tie_word_embeddings": tied}))
+    bias = strategy.get("bias", False)
+    whole = alone(tied=tied, bias=bias)
+    sizes = {name: size for name, size in strategy.items() if name != "bias"}
+    model = {"tie_word_embeddings": tied, "attention_bias": bias}
+    found = rank_pool(world).run(ranks.gradients, ranks.settings(**sizes, model=model))
     for rank in found:
         assert rank["loss"] == pytest.approx(whole["loss"], rel=1e-6)
         assert rank["norm"] == pytest.approx(whole["norm"], rel=1e-5)

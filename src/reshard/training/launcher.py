@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
 import sys
 import tempfile
+from multiprocessing import forkserver
 from typing import Any
 
 import reshard.errors
@@ -69,10 +69,9 @@ def _run_here(configuration: Configuration) -> None:
 
 
 def _launch_elastic(configuration: Configuration, ranks: int) -> None:
-    multiprocessing.set_start_method("forkserver", force=True)
-    multiprocessing.set_forkserver_preload(list(_PRELOADED))
+    forkserver.set_forkserver_preload(list(_PRELOADED))
     # It imports while this process does.
-    multiprocessing.forkserver.ensure_running()  # type: ignore[attr-defined]
+    forkserver.ensure_running()
 
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
