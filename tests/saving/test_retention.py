@@ -19,16 +19,20 @@ def keep(count: int | None) -> SaveOptions:
     return SaveOptions(keep_checkpoint_max=count, lock_timeout=0)
 
 
-@given(st.sets(st.integers(0, 50)), st.integers(1, 10), st.sets(st.integers(0, 50), max_size=3))
-def test_the_oldest_go_and_no_more_than_must(steps, count, spare):
-    expired = choose_expired(sorted(steps), count, spare)
+@given(st.sets(st.integers(0, 50)), st.integers(1, 10), st.integers(0, 50), st.sets(st.integers(0, 50), max_size=3))
+def test_the_oldest_go_and_no_more_than_must(steps, count, newest, spare):
+    expired = choose_expired(sorted(steps), count, newest, spare)
     left = steps - set(expired)
-    assert not spare & set(expired)
-    assert len(left) == max(min(count, len(steps)), len(left & spare)) or (len(left) > count and left <= spare)
-    assert expired == sorted(expired)
+    stays = spare | {newest}
+    assert not stays & set(expired)
+    assert len(left) == max(min(count, len(steps)), len(left & stays)) or (len(left) > count and left <= stays)
+    # In the order in which they were saved: higher numbers than the newest came before all lower ones that were saved since.
+    given_up, earlier = [[s for s in expired if (s > newest) is later] for later in (True, False)]
+    assert expired == sorted(given_up) + sorted(earlier)
     if expired:
         assert len(steps) > count
-        assert max(expired) < min(left - spare, default=51)
+        assert not earlier or max(earlier) < min({s for s in left - stays if s < newest}, default=51)
+        assert not earlier or not {s for s in left - stays if s > newest}
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -69,6 +73,16 @@ def test_the_trackers_checkpoint_stays_though_others_have_higher_numbers():
     runs.save(storage, [(11, 11)], options=keep(1))
     assert runs.committed(storage) == {11: 11}
     assert runs.tracked(storage) == 11
+
+
+def test_a_run_that_went_back_keeps_its_own_and_not_those_that_it_gave_up():
+    storage = MemoryStorage()
+    runs.save(storage, [(step, step) for step in (100, 200, 300, 400)], options=keep(None))
+    with Saver(storage, SingleProcess(), runs.ROOT, keep(3), protect=100) as saver:
+        for step, left in ((150, [100, 150, 400]), (180, [100, 150, 180]), (210, [150, 180, 210])):
+            saver.save(step, runs.state(0, 1, step), CommonInfo())
+            assert list(runs.committed(storage)) == left
+            assert runs.tracked(storage) == step
 
 
 def test_the_checkpoint_that_the_run_was_loaded_from_stays_until_a_newer_one_is_there():

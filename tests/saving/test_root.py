@@ -13,7 +13,7 @@ import threading
 import pytest
 
 from reshard.comm import SingleProcess
-from reshard.errors import ReshardError, RootLockedError, StorageError
+from reshard.errors import ReshardError, RootLockedError, StorageError, UsageError
 from reshard.saving.root import discard, open_root, saving_name, scratch_name
 from reshard.saving.saver import SaveOptions, Saver
 from reshard.storage import MemoryStorage, PosixStorage
@@ -152,7 +152,7 @@ def test_a_parent_without_write_permission():
     assert "can't make the directory" in str(caught.value)
     assert "Permission denied" in str(caught.value)
     assert f"{parent}/root" in str(caught.value)
-    assert "the right to write" in str(caught.value)
+    assert "the right to read and write there" in str(caught.value)
 
 
 def test_modes_follow_the_umask(tmp_path):
@@ -163,3 +163,21 @@ def test_modes_follow_the_umask(tmp_path):
         os.umask(old)
     for path in (tmp_path / "root").rglob("*"):
         assert path.stat().st_mode & 0o777 == (0o750 if path.is_dir() else 0o640), path
+
+
+@pytest.mark.parametrize(("field", "options"), [("prefix", {"prefix": "other"}), ("save_optimizer", {"save_optimizer": False})])
+def test_ranks_with_different_options_save_nothing(field, options):
+    """Rank 0 would list files that another rank never writes."""
+    storage = MemoryStorage()
+
+    def run(comm):
+        with Saver(storage, comm, runs.ROOT, SaveOptions(lock_timeout=0, **(options if comm.rank == 1 else {}))) as saver:
+            saver.save(1, runs.state(comm.rank, 2, 1), runs.CommonInfo())
+
+    for error in run_ranks_settled(2, run, timeout=20):
+        assert isinstance(error, UsageError)
+        assert f"field:    {field}" in str(error)
+        assert "rank:     1" in str(error)
+    assert runs.names(storage) == [".reshard.lock"]
+    runs.save(storage, [(1, 1)], world_size=2)
+    assert runs.committed(storage) == {1: 1}

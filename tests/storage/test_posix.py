@@ -68,8 +68,9 @@ def test_links_count_as_what_they_lead_to(tmp_path):
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     assert [(e.name, e.is_directory) for e in storage.list(str(tmp_path))] == [("link", True), ("real", True)]
     assert storage.stat(f"{tmp_path}/dangling") is None
-    with pytest.raises(StorageError):
-        storage.remove_tree(f"{tmp_path}/link")
+    # But of a link only the link is removed: checkpoints are moved to another disk, and a link is left in their place.
+    storage.remove_tree(f"{tmp_path}/link")
+    assert not os.path.lexists(tmp_path / "link")
     assert storage.read_bytes(f"{tmp_path}/real/file") == b"123"
 
 
@@ -181,3 +182,9 @@ def test_a_lock_nobody_released_ends_with_its_object(tmp_path):
     again = storage.lock(f"{tmp_path}/lock", "second")
     assert not isinstance(again, str)
     again.release()
+
+
+def test_a_pipe_in_the_place_of_a_file_holds_nobody(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(StorageError, match="not a file"):
+        PosixStorage().open_read(f"{tmp_path}/pipe")

@@ -15,19 +15,24 @@ from reshard.storage.storage import join
 _logger = logging.getLogger("reshard")
 
 
-def choose_expired(steps: Sequence[int], keep: int, spare: Collection[int]) -> list[int]:
-    """The iterations that go, oldest first.
+def choose_expired(steps: Sequence[int], keep: int, newest: int, spare: Collection[int]) -> list[int]:
+    """The iterations that go, those first that were saved first.
+
+    Higher numbers than the one that was just saved are of a continuation that was given up (the run went back to an earlier iteration):
+    they are older than all that has been saved since, whatever their numbers say.
 
     Args:
         steps: the committed ones.
         keep: how many may stay.
-        spare: those that stay in any case; they count.
+        newest: the one that was just saved, which the tracker names; it stays and counts.
+        spare: others that stay in any case; they count.
     """
     surplus = len(steps) - keep
-    return [step for step in sorted(steps) if step not in spare][: max(0, surplus)]
+    ordered = sorted(steps, key=lambda step: (step < newest, step))
+    return [step for step in ordered if step != newest and step not in spare][: max(0, surplus)]
 
 
-def retire(storage: Storage, root: str, keep: int, spare: Collection[int], mark: str) -> tuple[int, ...]:
+def retire(storage: Storage, root: str, keep: int, newest: int, spare: Collection[int], mark: str) -> tuple[int, ...]:
     """Remove the oldest committed checkpoints of a root until `keep` are left.
 
     An iteration first loses its name, durably, so that one that is half removed is never taken for a checkpoint. What can't be removed
@@ -37,7 +42,8 @@ def retire(storage: Storage, root: str, keep: int, spare: Collection[int], mark:
         storage: where the root lies.
         root: the root; whatever else lies in it is left alone.
         keep: how many may stay, counted on disk, whoever wrote them.
-        spare: iterations that stay in any case.
+        newest: the iteration that was just saved; it stays.
+        spare: other iterations that stay in any case.
         mark: the run's token and a number, for temporary names.
 
     Returns:
@@ -45,7 +51,7 @@ def retire(storage: Storage, root: str, keep: int, spare: Collection[int], mark:
     """
     renamed = []
     try:
-        expired = choose_expired([step for step, _ in list_iterations(storage, root)], keep, spare)
+        expired = choose_expired([step for step, _ in list_iterations(storage, root)], keep, newest, spare)
         for step in expired:
             name = iteration_name(step)
             target = join(root, deleting_name(step, mark))

@@ -7,6 +7,7 @@ import operator
 import posixpath
 import secrets
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import SupportsIndex
@@ -14,7 +15,7 @@ from typing import SupportsIndex
 import msgspec
 
 from reshard.comm import Communicator
-from reshard.comm.together import attempt, from_first
+from reshard.comm.together import attempt, settle
 from reshard.errors import MetadataError, ReshardError, UsageError
 from reshard.format.common import CommonInfo, decode_common, encode_common
 from reshard.format.extra import global_tree, write_extra
@@ -97,6 +98,37 @@ class _Prepared:
     global_step: int | None
 
 
+class _Opening(msgspec.Struct, array_like=True):
+    """What a rank tells the others when a saver is made.
+
+    Attributes:
+        token: rank 0's, for temporary names; empty on the others.
+        prefix: as in `SaveOptions`; rank 0 derives every rank's file names from its own.
+        save_optimizer: likewise.
+    """
+
+    token: str
+    prefix: str | None
+    save_optimizer: bool
+
+
+def _agree_on_opening(told: Sequence[_Opening]) -> _Opening:
+    """Rank 0's, when every rank writes the files that rank 0 will list in the metadata."""
+    first = told[0]
+    for rank, other in enumerate(told):
+        for field in ("prefix", "save_optimizer"):
+            if getattr(other, field) != getattr(first, field):
+                raise UsageError(
+                    "the ranks were given different options for saving",
+                    field=field,
+                    rank=rank,
+                    found=repr(getattr(other, field)),
+                    expected=f"{getattr(first, field)!r}, as on rank 0",
+                    fix="give every rank the same options",
+                )
+    return first
+
+
 class Saver:
     """Saves the states of a run's ranks as iterations of one checkpoint root.
 
@@ -111,7 +143,7 @@ class Saver:
 
     Raises:
         RootLockedError: another run writes this root (on every rank).
-        UsageError: the root is no absolute path.
+        UsageError: the root is no absolute path, or the ranks were given different options (on every rank).
         StorageError: the root can't be made (on every rank).
     """
 
@@ -135,7 +167,10 @@ class Saver:
             return secrets.token_hex(4)
 
         try:
-            self._token = from_first(comm, open_here, str, what="this run can't save there")
+            token, error = attempt(open_here) if comm.rank == 0 else ("", None)
+            mine = _Opening(token or "", self.options.prefix, self.options.save_optimizer)
+            told = settle(comm, error, msgspec.msgpack.encode(mine), what="this run can't save there")
+            self._token = _agree_on_opening([msgspec.msgpack.decode(data, type=_Opening) for data in told]).token
         except BaseException:
             self.close()
             raise
@@ -306,18 +341,15 @@ class Saver:
         keep = self.options.keep_checkpoint_max
         if keep is None:
             return ()
-        spare = {step}
-        if self._protected is not None and self._protected >= step:
-            spare.add(self._protected)
-        removed, _ = attempt(lambda: retire(self._storage, self.root, keep, spare, self._mark))
+        spare = {self._protected} if self._protected is not None and self._protected >= step else set()
+        removed, _ = attempt(lambda: retire(self._storage, self.root, keep, step, spare, self._mark))
         return removed or ()
 
 
 def _counted_steps(state: State) -> int | None:
     tensor = state.tensors.get(GLOBAL_STEP)
-    if tensor is None or not tensor.shards:
-        return None
-    return int(tensor.shards[0].memory.read().reshape(-1)[0])
+    held = [] if tensor is None else [shard for shard in tensor.shards if not shard.region.is_empty]
+    return int(held[0].memory.read().reshape(-1)[0]) if held else None
 
 
 def _check_step(step: SupportsIndex) -> int:

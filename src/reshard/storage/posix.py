@@ -26,8 +26,8 @@ _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 # What kernels and file systems answer when they don't know an operation.
 _UNSUPPORTED = frozenset({errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP})
 _FIXES = {
-    errno.EACCES: "give the user that runs this the right to write there, or choose another directory",
-    errno.EPERM: "give the user that runs this the right to write there, or choose another directory",
+    errno.EACCES: "give the user that runs this the right to read and write there, or choose another directory",
+    errno.EPERM: "give the user that runs this the right to read and write there, or choose another directory",
     errno.EROFS: "the file system is mounted read-only: choose another directory",
     errno.EIO: "the device reports an input/output error: look at the system's log",
     errno.ESTALE: "the network file system lost the file: look at the server, then try again",
@@ -209,11 +209,12 @@ class PosixStorage:
 
     def open_read(self, path: str) -> ReadableFile:
         with _saying("can't open the file", path):
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            # Without waiting: a named pipe in the place of a file would hold the process for ever.
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
             status = os.fstat(descriptor)
         if not modes.S_ISREG(status.st_mode):
             os.close(descriptor)
-            raise StorageError("not a file", file=path, found="a directory" if modes.S_ISDIR(status.st_mode) else "a device")
+            raise StorageError("not a file", file=path, found="a directory" if modes.S_ISDIR(status.st_mode) else "a device or a pipe")
         return _PosixReadable(path, descriptor, status.st_size)
 
     def read_bytes(self, path: str) -> bytes:
@@ -277,7 +278,11 @@ class PosixStorage:
     def remove_tree(self, path: str) -> None:
         with _saying("can't remove the directory", path):
             try:
-                shutil.rmtree(path)
+                if os.path.islink(path):
+                    # What it leads to lies elsewhere, and was put there by someone else.
+                    os.unlink(path)
+                else:
+                    shutil.rmtree(path)
             except FileNotFoundError:
                 if os.path.lexists(path):
                     raise

@@ -133,7 +133,7 @@ class Storage(Protocol):
         ...
 
     def remove_tree(self, path: str) -> None:
-        """Remove a directory with all it holds; fine when it is gone."""
+        """Remove a directory with all it holds (of a symbolic link the link only); fine when it is gone."""
         ...
 
     def free_bytes(self, path: str) -> int | None:
