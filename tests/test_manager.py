@@ -25,6 +25,8 @@ from reshard.errors import (
     TrackerError,
     UsageError,
 )
+from reshard.format.extra import write_extra
+from reshard.storage import PosixStorage
 from reshard.testing import run_ranks, run_ranks_settled
 
 WEIGHTS = {"a.weight": np.arange(24, dtype=np.float32).reshape(4, 6), "b.bias": np.arange(6, dtype=np.float64)}
@@ -337,3 +339,69 @@ def test_ranks_that_counted_different_steps_must_say_which_one_it_is(tmp_path: P
     assert "5 on ranks 0-1; 6 on ranks 2-3" in str(outcomes[0])
     run_ranks(4, lambda comm: work(comm, reshard.CommonInfo(step_num=6, global_step=6)))
     assert reshard.Checkpoint(tmp_path)["global_step"][0] == 6
+
+
+def test_what_one_rank_can_not_take_every_rank_hears_of(root: Path) -> None:
+    def save(comm: Communicator) -> None:
+        with reshard.CheckpointManager(root, communicator=comm) as manager:
+            manager.save(30, model=dict(WEIGHTS) if comm.rank == 0 else 5)
+
+    def load(comm: Communicator) -> None:
+        reshard.load(root, model=blank(WEIGHTS) if comm.rank == 0 else 5, communicator=comm)
+
+    for run in (save, load):
+        for error in run_ranks_settled(2, run, timeout=20):
+            assert isinstance(error, UsageError), error
+            assert "a model of a kind that no adapter knows" in str(error)
+    assert reshard.Checkpoint(root).iteration == 20
+
+
+def test_a_rank_without_an_optimizer_judges_as_the_others_do(tmp_path: Path) -> None:
+    reshard.save(tmp_path, 1, model=WEIGHTS, optimizer=MOMENTS)
+    some = {name: array for name, array in MOMENTS.items() if name.startswith("adam_m")}
+
+    def load(comm: Communicator) -> None:
+        strict = reshard.Strictness(unexpected="error")
+        reshard.load(tmp_path, model=blank(WEIGHTS), optimizer=blank(some) if comm.rank else None, strict=strict, communicator=comm)
+
+    for error in run_ranks_settled(2, load, timeout=20):
+        assert isinstance(error, MismatchError), error
+        assert "adam_v.a.weight" in str(error)
+
+
+def test_a_closed_manager_says_so(tmp_path: Path) -> None:
+    manager = reshard.CheckpointManager(tmp_path)
+    manager.save(1, model=WEIGHTS)
+    manager.close()
+    manager.close()
+    for use in (lambda: manager.save(2, model=WEIGHTS), lambda: manager.load(model=blank(WEIGHTS))):
+        with pytest.raises(UsageError, match="this manager is closed"):
+            use()
+
+
+def test_options_that_can_not_be_leave_no_group_of_ranks_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    monkeypatch.setattr("reshard.manager.default_communicator", lambda: made.append("a communicator"))
+    with pytest.raises(UsageError, match="at least one checkpoint"):
+        reshard.CheckpointManager(tmp_path, keep_checkpoint_max=0)
+    assert not made
+
+
+@pytest.mark.parametrize(
+    ("file", "tree"),
+    [
+        ("global.safetensors", {"values": [1]}),
+        ("global.safetensors", {"values": {1: 2}}),
+        ("rank-0000000.safetensors", [1]),
+        ("rank-0000000.safetensors", {"rank_values": 7}),
+    ],
+)
+def test_extras_of_another_shape_are_damage(root: Path, file: str, tree: Any) -> None:
+    path = root / "iteration_00000020" / "extra" / file
+    path.unlink()
+    write_extra(PosixStorage(), str(path), tree)
+    model = blank(WEIGHTS)
+    with pytest.raises(MetadataError, match="extras can't be understood") as caught:
+        reshard.load(root, model=model)
+    assert str(path) in str(caught.value)
+    assert same(model, blank(WEIGHTS))

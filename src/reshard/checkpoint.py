@@ -15,7 +15,7 @@ import numpy as np
 from reshard.catalog import Catalog, Chunk, StoredTensor
 from reshard.errors import UsageError
 from reshard.format.common import CommonInfo, decode_common
-from reshard.format.extra import groups_of, read_extra
+from reshard.format.extra import groups_of, read_extra, values_in
 from reshard.format.names import COMMON_FILE, EXTRA_DIRECTORY, GLOBAL_EXTRA_FILE, tensor_name
 from reshard.geometry import DType, Layout, Region
 from reshard.planning.byte_runs import plan_blocks, strides_of
@@ -70,8 +70,7 @@ class Checkpoint:
     @property
     def values(self) -> Mapping[str, Any]:
         """The global values that were saved beside the tensors (scheduler, data position, extras); empty when there are none."""
-        tree = self._extra
-        return tree.get("values", {}) if isinstance(tree, dict) else {}
+        return values_in(self._extra, self._extra_file)
 
     @property
     def groups(self) -> tuple[ParameterGroup, ...]:

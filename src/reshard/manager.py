@@ -15,7 +15,7 @@ from reshard.comm import Communicator
 from reshard.comm.together import attempt, from_first, settle, together
 from reshard.errors import UsageError
 from reshard.format.common import CommonInfo, decode_common
-from reshard.format.extra import groups_of, read_extra
+from reshard.format.extra import groups_of, rank_values_in, read_extra, values_in
 from reshard.format.names import COMMON_FILE, EXTRA_DIRECTORY, GLOBAL_EXTRA_FILE, rank_extra_file, tensor_name
 from reshard.frameworks.adapter import Adapter, Destination
 from reshard.frameworks.select import default_communicator, select_adapter
@@ -39,9 +39,10 @@ _logger = logging.getLogger("reshard")
 class _Opened:
     """A checkpoint as one rank sees it before it loads."""
 
+    adapter: Adapter
     catalog: Catalog
     common: CommonInfo | None
-    values: Mapping[str, Any] | None
+    values: Mapping[str, Any]
     groups: tuple[ParameterGroup, ...]
     destination: Destination
     rank_values: Mapping[str, Any] | None
@@ -86,15 +87,17 @@ class CheckpointManager:
                 raise UsageError(
                     f"{name} is not in this version of reshard", field=name, found=given, expected=False, fix=f"leave {name} out"
                 )
+        # Before anything that would have to be given back.
+        options = SaveOptions(
+            prefix=prefix, keep_checkpoint_max=keep_checkpoint_max, save_optimizer=save_optimizer, lock_timeout=lock_timeout
+        )
         self.directory = os.path.abspath(os.fspath(directory))
         self._storage: Storage = storage if storage is not None else PosixStorage()
         self._owns_communicator = communicator is None
         self._comm = communicator if communicator is not None else default_communicator()
         self._saver: Saver | None = None
+        self._is_open = True
         if not read_only:
-            options = SaveOptions(
-                prefix=prefix, keep_checkpoint_max=keep_checkpoint_max, save_optimizer=save_optimizer, lock_timeout=lock_timeout
-            )
             try:
                 self._saver = Saver(self._storage, self._comm, self.directory, options)
             except BaseException:
@@ -127,14 +130,15 @@ class CheckpointManager:
             SaveError: on every rank the same, naming each failed rank and its cause.
             CaptureError: something that can't be saved.
         """
+        self._check_open()
         if self._saver is None:
             raise UsageError("this manager is read-only", field="read_only", found=True, fix="make another one without read_only to save")
-        adapter = select_adapter(model, optimizer)
-        # A step count that the caller doesn't state is the optimizer's own, not the number of the iteration.
-        counted = None if common is None else common.global_step
 
         def capture() -> State:
-            captured = adapter.capture(model, optimizer, global_step=counted)
+            # Inside: what a single rank can't take, the others must hear of.
+            adapter = select_adapter(model, optimizer)
+            # A step count that the caller doesn't state is the optimizer's own, not the number of the iteration.
+            captured = adapter.capture(model, optimizer, global_step=None if common is None else common.global_step)
             values = {
                 name: adapter.to_value(values_of(part))
                 for name, part in (("scheduler", scheduler), ("dataloader", dataloader), ("extra", extra))
@@ -144,9 +148,8 @@ class CheckpointManager:
             return State(tensors=captured.tensors, groups=captured.groups, values=values, rank_values=random)
 
         state, error = attempt(capture)
-        if common is None:
-            common = CommonInfo(step_num=step, global_step=step)
-        return self._saver.save(step, state if state is not None else State(), common, error)
+        stated = common if common is not None else CommonInfo(step_num=step, global_step=step)
+        return self._saver.save(step, state if state is not None else State(), stated, error)
 
     def load(
         self,
@@ -185,17 +188,17 @@ class CheckpointManager:
             DamagedCheckpointError: it isn't what it promises.
             MismatchError: it doesn't fit the run.
         """
+        self._check_open()
         started = time.perf_counter()
         root = self.directory if path is None else os.path.abspath(os.fspath(path))
         found = from_first(self._comm, lambda: self._find(root, missing_ok=missing_ok), list[Resolved], what="nothing was loaded")
         if not found:
             return None
         resolved = found[0]
-        adapter = select_adapter(model, optimizer)
-
-        opened, error = attempt(lambda: self._open(resolved.directory, adapter, model, optimizer, restore_random=restore_random))
+        opened, error = attempt(lambda: self._open(resolved.directory, model, optimizer, restore_random=restore_random))
         settle(self._comm, error, what="nothing was loaded")
         assert opened is not None  # settle raises when any rank has not opened it
+        adapter = opened.adapter
         kinds = frozenset(kind for kind, given in ((Kind.MODEL, model), (Kind.OPTIMIZER, optimizer)) if given is not None)
         loaded = load_tensors(
             opened.destination.state,
@@ -205,15 +208,15 @@ class CheckpointManager:
             storage=self._storage,
             strictness=strict if strict is not None else Strictness(),
             kinds=kinds,
-            has_random=opened.rank_values is not None,
+            has_random=opened.rank_values is not None and "random" in opened.rank_values,
         )
 
         def install() -> tuple[str, Any, tuple[str, ...]]:
             opened.destination.install(opened.groups)
-            values = {name: adapter.from_value(value) for name, value in (opened.values or {}).items()}
+            values = {name: adapter.from_value(value) for name, value in opened.values.items()}
             notes = _restore_parts(values, {"scheduler": scheduler, "dataloader": dataloader, "extra": extra})
             random = "untouched"
-            if loaded.all_have_random and opened.rank_values is not None:
+            if loaded.all_have_random and opened.rank_values is not None and "random" in opened.rank_values:
                 adapter.restore_random_states(adapter.from_value(opened.rank_values["random"]))
                 random = "restored"
             elif reseed is not None:
@@ -235,6 +238,7 @@ class CheckpointManager:
     def close(self) -> None:
         """Wait, then let go of the root and of the communicator."""
         self.wait()
+        self._is_open = False
         if self._saver is not None:
             self._saver.close()
             self._saver = None
@@ -246,6 +250,10 @@ class CheckpointManager:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
+    def _check_open(self) -> None:
+        if not self._is_open:
+            raise UsageError("this manager is closed", field="directory", found=self.directory, fix="make another one")
+
     def _close_communicator(self) -> None:
         if self._owns_communicator:
             self._comm.close()
@@ -256,7 +264,8 @@ class CheckpointManager:
             return [] if found is None else [found]
         return [resolve(self._storage, root)]
 
-    def _open(self, directory: str, adapter: Adapter, model: Any, optimizer: Any, *, restore_random: bool) -> _Opened:
+    def _open(self, directory: str, model: Any, optimizer: Any, *, restore_random: bool) -> _Opened:
+        adapter = select_adapter(model, optimizer)
         catalog = open_catalog(self._storage, directory)
         common_file = join(directory, COMMON_FILE)
         has_common = self._storage.stat(common_file) is not None
@@ -267,18 +276,10 @@ class CheckpointManager:
         destination = adapter.prepare(model, optimizer, catalog, groups)
         mine = None
         if restore_random:
-            mine = read_extra(self._storage, join(directory, EXTRA_DIRECTORY, rank_extra_file(self._comm.rank)))
+            rank_file = join(directory, EXTRA_DIRECTORY, rank_extra_file(self._comm.rank))
             place = place_of(destination.state, self._comm.rank)
-            if mine is not None and (mine.get("world_size") != self._comm.world_size or mine.get("place") != place):
-                mine = None
-        return _Opened(
-            catalog,
-            common,
-            None if tree is None else tree.get("values"),
-            groups,
-            destination,
-            None if mine is None else mine.get("rank_values"),
-        )
+            mine = rank_values_in(read_extra(self._storage, rank_file), self._comm.world_size, place, rank_file)
+        return _Opened(adapter, catalog, common, values_in(tree, global_file), groups, destination, mine)
 
 
 def _restore_parts(values: Mapping[str, Any], parts: Mapping[str, Any]) -> tuple[str, ...]:

@@ -304,6 +304,40 @@ def groups_of(tree: Any, file: str | None = None) -> tuple[ParameterGroup, ...]:
     return tuple(ParameterGroup(g["options"], tuple(g["parameters"]), tuple(g.get("unstepped", ()))) for g in groups)
 
 
+def values_in(tree: Any, file: str | None = None) -> Mapping[str, Any]:
+    """The global values in such a tree; none when there is no tree.
+
+    Raises:
+        MetadataError: they can't be understood.
+    """
+    return {} if tree is None else _named_values(tree, "values", file)
+
+
+def rank_values_in(tree: Any, world_size: int, place: str, file: str | None = None) -> Mapping[str, Any] | None:
+    """The values of a rank in the tree of its file; None when they are of another place, or when there is no tree.
+
+    Args:
+        tree: as `read_extra` gave it.
+        world_size: the number of ranks of the run that reads.
+        place: the name of the rank's place in its strategy.
+        file: for errors.
+
+    Raises:
+        MetadataError: they can't be understood.
+    """
+    if tree is None:
+        return None
+    values = _named_values(tree, "rank_values", file)
+    return values if tree.get("world_size") == world_size and tree.get("place") == place else None
+
+
+def _named_values(tree: Any, field: str, file: str | None) -> Mapping[str, Any]:
+    values = tree.get(field, {}) if isinstance(tree, dict) else None
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        raise MetadataError("the values in the extras can't be understood", file=file, field=field, found=_short(tree))
+    return values
+
+
 def _is_group(group: Any) -> bool:
     if not isinstance(group, dict) or not isinstance(group.get("options"), dict):
         return False

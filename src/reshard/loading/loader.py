@@ -36,6 +36,7 @@ class _Findings(msgspec.Struct, array_like=True):
     mismatched: list[tuple[tuple[str, str | None, str], str, str, str]] = []
     has_random: bool = False
     unlisted: list[str] = []
+    kinds: list[str] = []
 
 
 class _Outcome(msgspec.Struct, array_like=True):
@@ -89,7 +90,7 @@ def load_tensors(
         comm: the ranks.
         storage: where the checkpoint lies.
         strictness: what to do about misfits.
-        kinds: the kinds of tensors that the job loads; others in the checkpoint are not unexpected.
+        kinds: the kinds of tensors that this rank loads; those that no rank loads are not unexpected in the checkpoint.
         has_random: whether this rank found the random states of its place.
 
     Raises:
@@ -111,13 +112,14 @@ def load_tensors(
     payload = b""
     if planned is not None:
         unlisted = _unlisted(planned[0].files, headers, catalog)
-        payload = msgspec.msgpack.encode(_findings(planned, keys, has_random=has_random, unlisted=unlisted))
+        payload = msgspec.msgpack.encode(_findings(planned, keys, has_random=has_random, unlisted=unlisted, kinds=kinds))
     payloads = settle(comm, error, payload, what="the load failed; nothing was changed")
     assert planned is not None  # settle raises when any rank has no plan
     read, filled = planned
     findings = [msgspec.msgpack.decode(data, type=_Findings) for data in payloads]
 
-    misfits, present = _merge(findings, keys, kinds)
+    # A rank may have nothing of a kind that the others load; whether a tensor is unexpected must be the same everywhere.
+    misfits, present = _merge(findings, keys, frozenset(Kind(kind) for finding in findings for kind in finding.kinds))
     apply_strictness(strictness, misfits, directory=catalog.directory, has_optimizer=any(k.kind is Kind.OPTIMIZER for k in keys))
 
     planning = time.perf_counter() - started
@@ -143,7 +145,12 @@ def load_tensors(
 
 
 def _findings(
-    planned: tuple[ReadPlan, tuple[TensorKey, ...]], keys: Sequence[TensorKey], *, has_random: bool, unlisted: list[str]
+    planned: tuple[ReadPlan, tuple[TensorKey, ...]],
+    keys: Sequence[TensorKey],
+    *,
+    has_random: bool,
+    unlisted: list[str],
+    kinds: frozenset[Kind],
 ) -> _Findings:
     plan, filled = planned
     present = set(plan.restored) | {mismatch.key for mismatch in plan.mismatched}
@@ -153,6 +160,7 @@ def _findings(
         [(_key_out(mismatch.key), mismatch.field, mismatch.stored, mismatch.wanted) for mismatch in plan.mismatched],
         has_random,
         unlisted,
+        [kind.value for kind in kinds],
     )
 
 
