@@ -72,3 +72,24 @@ def test_random_states() -> None:
     ADAPTER.restore_random_states(states)
     assert np.random.rand() == first  # noqa: NPY002
     assert ADAPTER.from_value(ADAPTER.to_value({"a": 1})) == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    "array", [np.zeros(2, np.float32), np.zeros(8, np.float32), np.zeros((2, 2), np.float32), np.zeros(4), np.zeros(4, np.float16)]
+)
+def test_memory_that_is_not_what_the_tensor_says(array: np.ndarray) -> None:
+    tensor = ShardedTensor(model_key("w"), by_name("float32"), (8,), None, (Shard(Region((4,), (4,)), HostMemory(array)),))
+    for use in (
+        lambda: ADAPTER.capture({"w": tensor}, None, global_step=None),
+        lambda: ADAPTER.prepare({"w": tensor}, None, Catalog("/", {}), ()),
+    ):
+        with pytest.raises(CaptureError, match="not what the tensor says"):
+            use()
+
+
+def test_a_part_outside_its_tensor() -> None:
+    tensor = ShardedTensor(
+        model_key("w"), by_name("float32"), (4,), None, (Shard(Region((2,), (3,)), HostMemory(np.zeros(3, np.float32))),)
+    )
+    with pytest.raises(CaptureError, match="not what the tensor says"):
+        ADAPTER.capture({"w": tensor}, None, global_step=None)

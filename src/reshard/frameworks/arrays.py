@@ -107,6 +107,7 @@ def _tensors(part: Any, kind: Kind) -> Iterator[ShardedTensor]:
 def _tensor(key: TensorKey, value: Any) -> ShardedTensor:
     name = tensor_name(key)
     if isinstance(value, ShardedTensor):
+        _check_memory(value, name)
         return replace(value, key=key)
     if not isinstance(value, np.ndarray):
         raise CaptureError("not an array", tensor=name, found=type(value).__name__, expected="a numpy array or a ShardedTensor")
@@ -114,6 +115,21 @@ def _tensor(key: TensorKey, value: Any) -> ShardedTensor:
         return whole_tensor(key, value)
     except UsageError as error:
         raise CaptureError(error.what, tensor=name, found=error.found, expected=error.expected) from error
+
+
+def _check_memory(tensor: ShardedTensor, name: str) -> None:
+    """See that each part's memory is what the tensor says: a load would fill the wrong elements."""
+    for shard in tensor.shards:
+        host = shard.memory.host
+        if not shard.region.fits(tensor.global_shape) or (
+            host is not None and (host.shape != shard.region.shape or host.dtype != tensor.dtype.numpy)
+        ):
+            raise CaptureError(
+                "the memory of a tensor's part is not what the tensor says",
+                tensor=name,
+                found="no array on the host" if host is None else f"{host.dtype} of shape {list(host.shape)}",
+                expected=f"{tensor.dtype} of shape {list(shard.region.shape)}, inside {list(tensor.global_shape)}",
+            )
 
 
 def _check_writable(tensor: ShardedTensor) -> None:
