@@ -195,6 +195,7 @@ def reorder_layout(document):
         (of("w", "global_shape", to=[2**63, 6]), "unexpected value", "w"),
         (of("whole", "global_shape", to=[2**62, 2]), "larger than any file", "whole"),
         (of("whole", "global_shape", to=[2**31, 2**31]), "larger than any file", "whole"),
+        (of("whole", "global_shape", to=[0, 2**62, 2**62]), "larger than any file", "whole"),
         (of("w", "global_shape", to=[-4, 6]), "unexpected value", "w"),
         (of("w", "global_shape", to=[4.5, 6]), "unexpected value", "w"),
         (of("w", "global_shape", to=["4", 6]), "unexpected value", "w"),

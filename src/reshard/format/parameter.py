@@ -176,7 +176,7 @@ def _decode(text: bytes, file: str) -> Parameter:
     dtype = by_mindspore(wire.properties.dtype)
     shape = tuple(wire.global_shape)
     # Widest element: 8 bytes. No file is as large as 2**63 bytes, and the arithmetic on offsets stays in 64 bits.
-    if math.prod(shape) >= 2**60:
+    if math.prod(max(extent, 1) for extent in shape) >= 2**60:
         raise MetadataError("a tensor larger than any file", field="global_shape", found=list(shape))
     layout = _decode_layout(bytes(wire.layout), file)
     fragments = layout.fragments if layout is not None else (1,) * len(shape)

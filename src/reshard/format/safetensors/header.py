@@ -7,6 +7,7 @@ bytes without gaps. Source: the documentation and the reference implementation o
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from json.encoder import encode_basestring
@@ -25,6 +26,10 @@ MAX_TEXT_BYTES = 100_000_000
 # The reference implementation lays tensors out in this order of their types (so that each is aligned), then by name.
 _DTYPE_ORDER = ("U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL")
 _RANK = {code: rank for rank, code in enumerate(_DTYPE_ORDER)}
+
+# numpy's limits, with which every tensor of a file becomes an array: its bytes are counted in 63 bits.
+_MAX_DIMENSIONS = 64
+_MAX_ELEMENTS = 2**60
 
 _METADATA = "__metadata__"
 _DAMAGED = "the file is damaged: restore it from a copy, or resume from another iteration"
@@ -198,12 +203,14 @@ def _entry(name: str, raw: msgspec.Raw, nbytes: int, file: str) -> TensorEntry:
         raise DataFileError(cause.what, file=file, tensor=name, expected=cause.expected) from cause
     begin, end = item.data_offsets
     shape = tuple(item.shape)
-    if begin < 0 or end < begin or (shape and min(shape) < 0):
+    # An empty tensor has no bytes that would keep its other dimensions in bounds.
+    too_large = len(shape) > _MAX_DIMENSIONS or (0 in shape and prod(max(extent, 1) for extent in shape) >= _MAX_ELEMENTS)
+    if begin < 0 or end < begin or too_large or (shape and min(shape) < 0):
         raise DataFileError(
             "a tensor's entry in the header has impossible numbers",
             file=file,
             tensor=name,
-            found=f"shape {shape}, offsets {begin} to {end}",
+            found=f"shape {reprlib.repr(shape)}, offsets {begin} to {end}",
             fix=_DAMAGED,
         )
     if end - begin != dtype.itemsize * prod(shape):
