@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from reshard.version import __version__
+from tests.golden import GOLDEN
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -39,3 +43,23 @@ def test_listing_loads_no_framework(run_python: Callable[..., subprocess.Complet
     loaded = run_python(code, str(tmp_path)).stdout.split()
     assert "reshard.cli.ls" in loaded
     assert not {"torch", "mindspore", "transformers", "reshard.training"} & set(loaded)
+
+
+def test_a_terminal_that_lacks_a_character_gets_no_traceback(
+    run_reshard: Run, monkeypatch: pytest.MonkeyPatch, process_environment
+) -> None:
+    monkeypatch.setitem(process_environment, "PYTHONIOENCODING", "ascii")
+    done = run_reshard("show", GOLDEN / "dp2_tp2" / "checkpoint", "embedding.word_embeddings.weight")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "\\u2502" in done.stdout
+
+
+def test_a_path_that_is_no_text_gets_no_traceback(
+    run_reshard: Run, monkeypatch: pytest.MonkeyPatch, process_environment, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(process_environment, "PYTHONIOENCODING", "utf-8:strict")
+    root = tmp_path / os.fsdecode(b"root\xff")
+    shutil.copytree(GOLDEN / "dp2_tp2" / "checkpoint", root)
+    done = run_reshard("ls", root)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "root\\udcff" in done.stdout

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from reshard.cli.ls import DAMAGED, TORN, list_root
-from reshard.errors import CheckpointNotFoundError
+from reshard.errors import CheckpointNotFoundError, StorageError
 from reshard.storage import Entry, PosixStorage
 from tests.golden import GOLDEN
 
@@ -162,3 +162,21 @@ def test_nothing_there_is_an_error(tmp_path: Path, run_reshard: Run) -> None:
 def test_one_iteration_is_not_a_root(root: Path) -> None:
     with pytest.raises(CheckpointNotFoundError, match="reshard show"):
         list_root(PosixStorage(), str(root / "iteration_00000001"))
+
+
+class Unreadable(PosixStorage):
+    """A storage that refuses one file, whoever asks."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+
+    def read_bytes(self, path: str) -> bytes:
+        if path == self.path:
+            raise StorageError("can't open the file", file=path, found="Permission denied")
+        return super().read_bytes(path)
+
+
+def test_an_iteration_that_can_not_be_read_does_not_hide_the_others(root: Path) -> None:
+    first, second = list_root(Unreadable(root / "iteration_00000001" / "common.json"), str(root)).iterations
+    assert (first.state, first.problem) == (DAMAGED, "can't open the file (common.json): Permission denied")
+    assert (second.state, second.tracked) == ("committed", True)

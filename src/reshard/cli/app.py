@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from typing import Annotated
 
 import typer
@@ -41,4 +43,8 @@ app.command()(reporting(train))
 
 def main() -> None:
     """What the script `reshard` calls."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A terminal that lacks a character, or a path that is no text, is no reason to end in a traceback.
+            stream.reconfigure(errors="backslashreplace")
     app(prog_name="reshard")

@@ -156,6 +156,11 @@ def _committed_line(storage: Storage, step: int, directory: str, tracker: int | 
         ranks = set().union(*(tensor_ranks(tensor) for tensor in checkpoint.catalog.tensors.values()))
     except (DamagedCheckpointError, CheckpointNotFoundError) as error:
         state, problem = DAMAGED, _one_line(error)
+    except StorageError as error:
+        if storage.stat(directory) is None:
+            raise
+        # One that can't be read must not hide the others.
+        state, problem = DAMAGED, f"{_one_line(error)}: {error.found}"
     return IterationLine(
         iteration=step,
         directory=os.path.basename(directory),
