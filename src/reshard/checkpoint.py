@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from itertools import product
 from math import prod
@@ -85,8 +85,11 @@ class Checkpoint:
     def _extra(self) -> Any:
         return read_extra(self._storage, self._extra_file)
 
-    def check(self) -> tuple[str, ...]:
-        """Hold the headers of all files against the metadata.
+    def check(self, names: Iterable[str] | None = None) -> tuple[str, ...]:
+        """Hold the headers of files against the metadata.
+
+        Args:
+            names: only the files that hold these tensors; all files by default.
 
         Returns:
             Notes about tensors in files that the metadata doesn't list.
@@ -94,7 +97,10 @@ class Checkpoint:
         Raises:
             DataFileError: a file is missing or damaged, or doesn't hold what was promised.
         """
-        return check_promises(self.catalog, self._headers)
+        if names is None:
+            return check_promises(self.catalog, self._headers)
+        chosen = {place.file for name in names for chunk in self._tensors[name].chunks for place in chunk.places}
+        return check_promises(self.catalog, self._headers, chosen)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)

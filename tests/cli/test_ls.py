@@ -180,3 +180,16 @@ def test_an_iteration_that_can_not_be_read_does_not_hide_the_others(root: Path) 
     first, second = list_root(Unreadable(root / "iteration_00000001" / "common.json"), str(root)).iterations
     assert (first.state, first.problem) == (DAMAGED, "can't open the file (common.json): Permission denied")
     assert (second.state, second.tracked) == ("committed", True)
+
+
+def test_data_that_is_missing_is_damage(root: Path) -> None:
+    """Names and sizes tell, without a look into the files."""
+    first, second = (sorted((root / name).glob("*-model-*")) for name in ("iteration_00000001", "iteration_00000012"))
+    first[1].unlink()
+    os.truncate(second[2], 100)
+    lines = list_root(PosixStorage(), str(root)).iterations
+    assert [line.state for line in lines] == [DAMAGED, DAMAGED]
+    assert lines[0].problem == f"1 of 8 data files is missing ({first[1].name})"
+    assert lines[1].problem is not None
+    assert "1 of 16 data files is truncated" in lines[1].problem
+    assert second[2].name in lines[1].problem

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -132,3 +134,17 @@ def test_a_pattern_that_means_nothing_is_an_error_that_names_the_nearest() -> No
         matching([], "w")
     with pytest.raises(UsageError, match="no regular expression"):
         matching(NAMES, "(", regex=True)
+
+
+@pytest.mark.parametrize(("damage", "words"), [(Path.unlink, "a data file is missing"), (lambda file: os.truncate(file, 100), "truncated")])
+def test_files_that_do_not_hold_what_is_shown_are_an_error(tmp_path: Path, run_reshard: Run, damage: Any, words: str) -> None:
+    root = tmp_path / "checkpoint"
+    shutil.copytree(GOLDEN / "dp2_tp2" / "checkpoint", root)
+    file = min((root / "iteration_00000001").glob("*-opt-*"))
+    damage(file)
+    done = run_reshard("show", root, "--json")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert words in done.stderr
+    assert str(file) in done.stderr
+    # What lies in other files can be shown.
+    assert run_reshard("show", root, "embedding.word_embeddings.weight").returncode == 0

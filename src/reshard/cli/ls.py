@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
 import typer
 
+from reshard.catalog import Catalog
 from reshard.checkpoint import Checkpoint
 from reshard.cli.layouts import tensor_ranks
 from reshard.cli.output import JsonOption, age_words, console, print_json, size_words, table, timestamp
@@ -154,6 +155,8 @@ def _committed_line(storage: Storage, step: int, directory: str, tracker: int | 
         checkpoint = Checkpoint(directory, storage)
         global_step = None if checkpoint.common is None else checkpoint.common.global_step
         ranks = set().union(*(tensor_ranks(tensor) for tensor in checkpoint.catalog.tensors.values()))
+        problem = _missing_data(checkpoint.catalog, {entry.name: entry.size for entry in storage.list(directory)})
+        state = COMMITTED if problem is None else DAMAGED
     except (DamagedCheckpointError, CheckpointNotFoundError) as error:
         state, problem = DAMAGED, _one_line(error)
     except StorageError as error:
@@ -173,6 +176,26 @@ def _committed_line(storage: Storage, step: int, directory: str, tracker: int | 
         world_size=len(ranks) if ranks else None,
         modified=written,
     )
+
+
+def _missing_data(catalog: Catalog, sizes: Mapping[str, int]) -> str | None:
+    """What data is missing, as far as the names and sizes of files tell; None when nothing is.
+
+    No file is opened: a root may hold many thousands of them.
+    """
+    promised: dict[str, int] = {}
+    for tensor in catalog.tensors.values():
+        for chunk in tensor.chunks:
+            nbytes = chunk.region.size * tensor.dtype.itemsize
+            for place in chunk.places:
+                promised[place.file] = promised.get(place.file, 0) + nbytes
+    missing = sorted(file for file in promised if file not in sizes)
+    if missing:
+        return f"{len(missing)} of {len(promised)} data files {'is' if len(missing) == 1 else 'are'} missing ({missing[0]})"
+    short = sorted(file for file, nbytes in promised.items() if sizes[file] < nbytes)
+    if short:
+        return f"{len(short)} of {len(promised)} data files {'is' if len(short) == 1 else 'are'} truncated ({short[0]})"
+    return None
 
 
 def _torn_line(storage: Storage, directory: str, step: int) -> IterationLine:

@@ -43,11 +43,13 @@ def show(
     opened = Checkpoint(checkpoint)
     names = {tensor_name(key): tensor for key, tensor in opened.catalog.tensors.items()}
     chosen = names if pattern is None else {name: names[name] for name in matching(names, pattern, regex=regex)}
+    # What is shown can be loaded, as far as headers and sizes tell.
+    notes = (*opened.notes, *opened.check(chosen))
     if json:
-        print_json(_document(opened, chosen))
+        print_json(_document(opened, chosen, notes))
         return
     out = console()
-    _print_head(out, opened)
+    _print_head(out, opened, notes)
     if len(chosen) == 1 and pattern is not None:
         ((name, tensor),) = chosen.items()
         _print_one(out, name, tensor)
@@ -104,7 +106,7 @@ def _all_ranks(opened: Checkpoint) -> set[int]:
     return set().union(*(tensor_ranks(tensor) for tensor in opened.catalog.tensors.values()))
 
 
-def _print_head(out: Console, opened: Checkpoint) -> None:
+def _print_head(out: Console, opened: Checkpoint, notes: Sequence[str]) -> None:
     ranks = _all_ranks(opened)
     words = ["a checkpoint"] if opened.iteration is None else [f"iteration {opened.iteration}"]
     if opened.common is not None and opened.common.global_step is not None:
@@ -119,7 +121,7 @@ def _print_head(out: Console, opened: Checkpoint) -> None:
         out.print(f"{word + ':':<11}{_count(count, 'tensor')}, {size_words(nbytes)}" if count else f"{word + ':':<11}none", soft_wrap=True)
     if opened.values:
         out.print(f"{'values:':<11}{', '.join(opened.values)}", soft_wrap=True)
-    for note in opened.notes:
+    for note in notes:
         out.print(f"note: {note}", soft_wrap=True)
     out.print()
 
@@ -202,7 +204,7 @@ def _file_words(files: Sequence[str], most: int = 2) -> str:
     return ", ".join(files[:most]) + (f" and {_count(left_out, 'copy').replace('copys', 'copies')} more" if left_out > 0 else "")
 
 
-def _document(opened: Checkpoint, chosen: dict[str, StoredTensor]) -> dict[str, Any]:
+def _document(opened: Checkpoint, chosen: dict[str, StoredTensor], notes: Sequence[str]) -> dict[str, Any]:
     totals = {}
     for kind, word in _KIND_WORDS.items():
         count, nbytes = _totals(opened.catalog.tensors.values(), kind)
@@ -214,7 +216,7 @@ def _document(opened: Checkpoint, chosen: dict[str, StoredTensor]) -> dict[str, 
         "world_size": len(_all_ranks(opened)) or None,
         "totals": totals,
         "values": list(opened.values),
-        "notes": list(opened.notes),
+        "notes": list(notes),
         "tensors": [_tensor_document(name, tensor) for name, tensor in chosen.items()],
     }
 
