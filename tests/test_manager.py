@@ -405,3 +405,14 @@ def test_extras_of_another_shape_are_damage(root: Path, file: str, tree: Any) ->
         reshard.load(root, model=model)
     assert str(path) in str(caught.value)
     assert same(model, blank(WEIGHTS))
+
+
+def test_a_step_of_numpys_and_one_that_no_tracker_can_name(tmp_path: Path) -> None:
+    reshard.save(tmp_path, int(np.int64(10**17)), model=WEIGHTS)
+    report = reshard.save(tmp_path, np.int64(7), model=WEIGHTS, common=reshard.CommonInfo(consumed_samples=np.int64(9)))  # type: ignore[arg-type]
+    assert report.step == 7
+    with pytest.raises(UsageError, match="too large"):
+        reshard.save(tmp_path, 10**18, model=WEIGHTS)
+    checkpoint = reshard.Checkpoint(tmp_path)
+    assert checkpoint.iteration == 7
+    assert checkpoint.common == reshard.CommonInfo(consumed_samples=9)

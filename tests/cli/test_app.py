@@ -46,7 +46,7 @@ def test_listing_loads_no_framework(run_python: Callable[..., subprocess.Complet
 
 
 def test_a_terminal_that_lacks_a_character_gets_no_traceback(
-    run_reshard: Run, monkeypatch: pytest.MonkeyPatch, process_environment
+    run_reshard: Run, monkeypatch: pytest.MonkeyPatch, process_environment: dict[str, str]
 ) -> None:
     monkeypatch.setitem(process_environment, "PYTHONIOENCODING", "ascii")
     done = run_reshard("show", GOLDEN / "dp2_tp2" / "checkpoint", "embedding.word_embeddings.weight")
@@ -55,7 +55,7 @@ def test_a_terminal_that_lacks_a_character_gets_no_traceback(
 
 
 def test_a_path_that_is_no_text_gets_no_traceback(
-    run_reshard: Run, monkeypatch: pytest.MonkeyPatch, process_environment, tmp_path: Path
+    run_reshard: Run, monkeypatch: pytest.MonkeyPatch, process_environment: dict[str, str], tmp_path: Path
 ) -> None:
     monkeypatch.setitem(process_environment, "PYTHONIOENCODING", "utf-8:strict")
     root = tmp_path / os.fsdecode(b"root\xff")

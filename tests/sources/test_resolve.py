@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from reshard.errors import CheckpointNotFoundError, MetadataError, TrackerError
 from reshard.format.names import TRACKER_FILE, iteration_name
 from reshard.sources.native import open_catalog
 from reshard.sources.resolve import is_committed, latest, list_iterations, resolve
-from reshard.storage import PosixStorage
+from reshard.storage import Entry, PosixStorage
 from tests.golden import CASES, iteration
 from tests.golden import root as golden_root
 
@@ -192,3 +193,41 @@ def test_what_is_committed(root, tmp_path):
     single = shutil.copytree(iteration("single_real_train"), tmp_path / "single")
     (single / "common.json").unlink()
     assert not is_committed(STORAGE, str(single))
+
+
+class Retiring(PosixStorage):
+    """A storage on which another run removes an iteration right after the root was listed."""
+
+    def __init__(self, root: Path, name: str) -> None:
+        self._root = str(root)
+        self._name = name
+
+    def list(self, path: str) -> Sequence[Entry]:
+        entries = super().list(path)
+        if path == self._root:
+            shutil.rmtree(f"{path}/{self._name}")
+        return entries
+
+
+def test_an_iteration_that_is_removed_meanwhile_is_nobodys_error(root):
+    assert [step for step, _ in list_iterations(Retiring(root, "iteration_00000001"), str(root))] == [2, 10]
+
+
+class Committing(PosixStorage):
+    """A storage on which another run commits an iteration right after the root was listed for the first time."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._is_done = False
+
+    def list(self, path: str) -> Sequence[Entry]:
+        entries = super().list(path)
+        if path == str(self._root) and not self._is_done:
+            self._is_done = True
+            shutil.copytree(self._root / "iteration_00000010", self._root / "iteration_00000011")
+            (self._root / TRACKER_FILE).write_text("11")
+        return entries
+
+
+def test_an_iteration_that_is_committed_meanwhile_is_nobodys_error(root):
+    assert resolve(Committing(root), str(root)).iteration == 11

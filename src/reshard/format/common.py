@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 from dataclasses import asdict, dataclass
 from typing import Annotated
 
@@ -52,8 +53,8 @@ _DECODER = msgspec.json.Decoder(_Wire)
 
 
 def encode_common(info: CommonInfo) -> bytes:
-    """The file's bytes: every key, in the contract's order, indented by 4."""
-    return json.dumps(asdict(info), indent=4, allow_nan=False).encode("ascii")
+    """The file's bytes: every key, in the contract's order, indented by 4. Counts may be integers of any kind, numpy's too."""
+    return json.dumps(asdict(info), indent=4, allow_nan=False, default=operator.index).encode("ascii")
 
 
 def decode_common(data: bytes, file: str) -> CommonInfo:

@@ -19,7 +19,10 @@ DATA_SUFFIX = ".safetensors"
 # when the real name is missing.
 REPLACED_PREFIX = ".replaced-"
 
-_ITERATION = re.compile(r"iteration_(\d{8,18})", re.ASCII)
+# Digits of an iteration's number: they hold every step of any run, fit into 63 bits, and keep a hostile file's number small.
+MAX_STEP_DIGITS = 18
+
+_ITERATION = re.compile(rf"iteration_(\d{{8,{MAX_STEP_DIGITS}}})", re.ASCII)
 _DATA_FILE = re.compile(r"(?:.+-)?(model|opt)-(\d+)-(\d+)\.safetensors", re.ASCII | re.DOTALL)
 _RANK_FILE = re.compile(r"rank-(\d{7,18})\.safetensors", re.ASCII)
 # What Python's `str((name, (number,)))` looks like: the name is one string literal, in single quotes unless it holds a single quote only,
@@ -32,10 +35,12 @@ def iteration_name(step: int) -> str:
     """The directory of an iteration: `iteration_00000001`; wider numbers just grow.
 
     Raises:
-        UsageError: a negative step.
+        UsageError: a negative step, or one that no reader would take for a number.
     """
     if step < 0:
         raise UsageError("an iteration has no negative number", field="step", found=step, expected="0 or more")
+    if step >= 10**MAX_STEP_DIGITS:
+        raise UsageError("an iteration's number is too large", field="step", found=step, expected=f"at most {MAX_STEP_DIGITS} digits")
     return f"iteration_{step:08d}"
 
 
@@ -60,7 +65,7 @@ def data_file_name(prefix: str | None, kind: Kind, index: int, total: int) -> st
     Raises:
         UsageError: a prefix that isn't a plain part of a file name.
     """
-    if prefix is not None and (not prefix or not is_plain_file_name(prefix) or prefix.startswith(".")):
+    if prefix is not None and (not isinstance(prefix, str) or not prefix or not is_plain_file_name(prefix) or prefix.startswith(".")):
         raise UsageError(
             "the prefix of data files can't be part of a file name",
             field="prefix",

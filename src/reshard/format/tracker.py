@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from reshard.errors import TrackerError
+from reshard.format.names import MAX_STEP_DIGITS
 
 _FIX = "write into it the number of an iteration that exists beside it (for example 100 for iteration_00000100), or remove it"
 
@@ -23,7 +24,6 @@ def decode_tracker(data: bytes, file: str) -> int:
         raise TrackerError(
             "the tracker is empty", file=file, found=f"{len(data)} bytes without a digit", expected="the number of an iteration", fix=_FIX
         )
-    # 18 digits hold every step of any run, and keep a hostile file's number small.
-    if not text.isdigit() or len(text) > 18:
+    if not text.isdigit() or len(text) > MAX_STEP_DIGITS:
         raise TrackerError("the tracker holds no iteration number", file=file, found=repr(text[:40]), expected="decimal digits", fix=_FIX)
     return int(text)

@@ -6,7 +6,7 @@ import posixpath
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from reshard.errors import CheckpointNotFoundError, TrackerError
+from reshard.errors import CheckpointNotFoundError, StorageError, TrackerError
 from reshard.format.names import (
     COMMON_FILE,
     DATA_SUFFIX,
@@ -66,7 +66,7 @@ def resolve(storage: Storage, path: str) -> Resolved:
         )
     entries = storage.list(path)
     if any(entry.name == TRACKER_FILE for entry in entries):
-        return _tracked(storage, path, entries)
+        return _tracked(storage, path)
     if _has_checkpoint_files(entries):
         step = _step_of(posixpath.basename(path))
         return Resolved(path, step, None if step is None else posixpath.dirname(path))
@@ -119,9 +119,20 @@ def _committed(storage: Storage, root: str, entries: Sequence[Entry]) -> list[tu
     # Sorted names put ".replaced-…" in front, so that the real name wins.
     for entry in sorted(entries, key=lambda entry: entry.name):
         step = _step_of(entry.name)
-        if step is not None and entry.is_directory and is_committed(storage, join(root, entry.name)):
-            found[step] = join(root, entry.name)
+        directory = join(root, entry.name)
+        if step is not None and entry.is_directory and _is_still_committed(storage, directory):
+            found[step] = directory
     return sorted(found.items())
+
+
+def _is_still_committed(storage: Storage, directory: str) -> bool:
+    """As `is_committed`, of a directory that the run which saves may just be replacing or removing."""
+    try:
+        return is_committed(storage, directory)
+    except StorageError:
+        if storage.stat(directory) is None:
+            return False
+        raise
 
 
 def is_committed(storage: Storage, directory: str) -> bool:
@@ -137,9 +148,11 @@ def is_committed(storage: Storage, directory: str) -> bool:
     return COMMON_FILE in names and bool(data) and all(total_of_file(name) == 1 for name in data)
 
 
-def _tracked(storage: Storage, root: str, entries: Sequence[Entry]) -> Resolved:
+def _tracked(storage: Storage, root: str) -> Resolved:
     tracker = join(root, TRACKER_FILE)
     step = decode_tracker(storage.read_bytes(tracker), tracker)
+    # Only now: what the tracker names was there before it did, but perhaps not when somebody looked earlier.
+    entries = storage.list(root)
     committed = _committed(storage, root, entries)
     directory = dict(committed).get(step)
     if directory is None:
