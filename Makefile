@@ -6,6 +6,7 @@ PY := $(VENV)/bin/python
 BUILT := $(VENV)/.built
 PYTHON ?=
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 # Seconds after which `make sweep` starts no further test; 0 runs them all.
 SWEEP_SECONDS ?= 0
 
@@ -14,11 +15,11 @@ export OMP_NUM_THREADS ?= 1
 export SWEEP_SECONDS
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help env demo test sweep lint format clean
+.PHONY: help env demo test sweep bench-load lint format clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 $(BUILT): pyproject.toml requirements-dev.txt
 	@set -e; \
@@ -52,6 +53,9 @@ test: $(BUILT) ## run the tests and the checks of the code (at most 10 minutes)
 
 sweep: $(BUILT) ## run the long property and fault runs (SWEEP_SECONDS=1200: as many as fit)
 	@$(PY) -m pytest -m "sweep or property" --hypothesis-profile=sweep --timeout=900 $(PYTEST_ARGS)
+
+bench-load: $(BUILT) ## measure loading beside torch's own and a plain copy: numbers and a picture in output/bench (some 10 minutes)
+	@$(PY) -m benchmarks.load $(BENCH_ARGS)
 
 lint: $(BUILT) ## check style, types and the import rules only
 	@$(VENV)/bin/ruff check .
