@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,9 +14,10 @@ import threading
 import pytest
 
 from reshard.comm import SingleProcess
-from reshard.errors import ReshardError, RootLockedError, StorageError, UsageError
+from reshard.errors import ReshardError, RootLockedError, SaveError, StorageError, UsageError
 from reshard.saving.root import discard, open_root, saving_name, scratch_name
 from reshard.saving.saver import SaveOptions, Saver
+from reshard.sources.resolve import list_iterations
 from reshard.storage import MemoryStorage, PosixStorage
 from reshard.testing import FaultyStorage, run_ranks_settled
 from tests import saving_runs as runs
@@ -181,3 +183,40 @@ def test_ranks_with_different_options_save_nothing(field, options):
     assert runs.names(storage) == [".reshard.lock"]
     runs.save(storage, [(1, 1)], world_size=2)
     assert runs.committed(storage) == {1: 1}
+
+
+def test_a_root_that_was_removed_meanwhile_is_written_by_nobody_else(tmp_path):
+    """Its lock went with it: another run may have made and locked it again."""
+    root = f"{tmp_path}/root"
+    storage = PosixStorage()
+    with Saver(storage, SingleProcess(), root) as first:
+        first.save(1, runs.state(0, 1, 1), runs.CommonInfo())
+        shutil.rmtree(root)
+        with Saver(storage, SingleProcess(), root, SaveOptions(lock_timeout=0)) as second:
+            with pytest.raises(SaveError, match="lock on the checkpoint root is gone"):
+                first.save(2, runs.state(0, 1, 2), runs.CommonInfo())
+            second.save(3, runs.state(0, 1, 3), runs.CommonInfo())
+    assert runs.committed(storage, root) == {3: 3}
+    assert runs.names(storage, root) == [".reshard.lock", "iteration_00000003", "latest_checkpointed_iteration.txt"]
+
+
+def test_a_forked_child_does_not_save_beside_its_parent(tmp_path, run_python):
+    code = """
+import os, sys
+import numpy as np
+import reshard
+manager = reshard.CheckpointManager(sys.argv[1])
+child = os.fork()
+if child == 0:
+    try:
+        manager.save(1, model={"a": np.zeros(3)})
+    except reshard.ReshardError as error:
+        print(error, flush=True)
+    os._exit(0)
+os.waitpid(child, 0)
+print("parent:", manager.save(2, model={"a": np.zeros(3)}).step)
+"""
+    said = run_python(code, str(tmp_path / "root")).stdout
+    assert "lock on the checkpoint root is gone" in said
+    assert "parent: 2" in said
+    assert list(dict(list_iterations(PosixStorage(), f"{tmp_path}/root"))) == [2]

@@ -195,7 +195,7 @@ def test_a_step_that_can_not_be(step):
 
 @pytest.mark.parametrize(
     "common",
-    [CommonInfo(loss_scale=float("nan")), CommonInfo(global_step=-1), CommonInfo(epoch_num=1.5), CommonInfo(step_num=np.int64(1))],
+    [CommonInfo(loss_scale=float("nan")), CommonInfo(global_step=-1), CommonInfo(epoch_num=1.5), CommonInfo(loss_scale=np.float32(1))],
 )
 def test_training_information_that_the_file_can_not_hold(tmp_path, common):
     with Saver(PosixStorage(), SingleProcess(), f"{tmp_path}/root") as saver, pytest.raises(UsageError, match=r"common\.json"):

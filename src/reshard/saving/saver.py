@@ -16,7 +16,7 @@ import msgspec
 
 from reshard.comm import Communicator
 from reshard.comm.together import attempt, settle
-from reshard.errors import MetadataError, ReshardError, UsageError
+from reshard.errors import MetadataError, ReshardError, SaveError, UsageError
 from reshard.format.common import CommonInfo, decode_common, encode_common
 from reshard.format.extra import global_tree, write_extra
 from reshard.format.names import COMMON_FILE, EXTRA_DIRECTORY, GLOBAL_EXTRA_FILE, METADATA_FILE, data_file_name, iteration_name
@@ -25,7 +25,7 @@ from reshard.saving.groups import GroupOptions, encode_options, merge_groups
 from reshard.saving.outcome import UNCHANGED, Failure, Outcome, Verdict, describe_failure, failure_of_ranks
 from reshard.saving.rank_files import check_space, write_rank
 from reshard.saving.retention import retire
-from reshard.saving.root import discard, open_root, saving_name
+from reshard.saving.root import LOCK_FILE, discard, open_root, saving_name
 from reshard.saving.structure import RankPlan, Structures
 from reshard.state import GLOBAL_STEP, Kind, State
 from reshard.storage import Lock, Storage
@@ -271,6 +271,7 @@ class Saver:
     def _write(self, prepared: _Prepared, state: State) -> list[tuple[str, int]]:
         temporary = self._temporary(prepared.step)
         if self._comm.rank == 0:
+            self._check_lock()
             # Whether the states fit together shows here, before rank 0 writes, unless another rank's has changed since the last save.
             self._structures.metadata(join(self.root, iteration_name(prepared.step)))
         check_space(self._storage, self.root, temporary, self._structures.nbytes)
@@ -322,7 +323,18 @@ class Saver:
         except Exception:
             discard(self._storage, temporary)
             raise
+        self._check_lock()
         publish(self._storage, self.root, prepared.step, temporary, self._mark, undo)
+
+    def _check_lock(self) -> None:
+        """Rank 0: see that no other run can be writing the root."""
+        if self._lock is None or not self._lock.is_held():
+            raise SaveError(
+                "this run's lock on the checkpoint root is gone",
+                file=join(self.root, LOCK_FILE),
+                found="the root or its lock file was removed, or this is a forked child of the process that took the lock",
+                fix="make the manager anew; leave the lock file where it is while a run writes",
+            )
 
     def _complete(self, temporary: str, prepared: _Prepared, state: State, outcomes: list[Outcome]) -> None:
         """Add to the ranks' files what is of the whole checkpoint, and make all names durable."""

@@ -95,6 +95,10 @@ class _MemoryLock:
         self._path = path
         self._held = True
 
+    def is_held(self) -> bool:
+        with self._storage._guard:
+            return self._held and self._storage._find(self._path) is not None
+
     def release(self) -> None:
         with self._storage._guard:
             if self._held:

@@ -156,7 +156,8 @@ class _PosixLock:
     closes its copy at once.
     """
 
-    def __init__(self, descriptor: int) -> None:
+    def __init__(self, path: str, descriptor: int) -> None:
+        self._path = path
         self._descriptor = descriptor
         find = weakref.WeakMethod(self._close)
 
@@ -171,6 +172,12 @@ class _PosixLock:
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
+
+    def is_held(self) -> bool:
+        if self._descriptor < 0:
+            return False
+        with _saying("can't look at the lock file", self._path):
+            return _is_still(self._path, self._descriptor)
 
     def release(self) -> None:
         """Give the lock back. The file stays: removing it would let two processes lock two files of one name."""
@@ -302,7 +309,7 @@ class PosixStorage:
                 if _is_still(path, descriptor):
                     os.ftruncate(descriptor, 0)
                     os.pwrite(descriptor, owner.encode(), 0)
-                    return _PosixLock(descriptor)
+                    return _PosixLock(path, descriptor)
             except BlockingIOError:
                 holder = os.pread(descriptor, 4096, 0).decode(errors="replace").strip()
                 os.close(descriptor)

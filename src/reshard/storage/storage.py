@@ -76,6 +76,10 @@ class WritableFile(Protocol):
 class Lock(Protocol):
     """A lock that is held. It ends with `release` or with the process, whichever is first."""
 
+    def is_held(self) -> bool:
+        """Whether it still keeps others out: not when its file was removed, nor in a forked child of the process that took it."""
+        ...
+
     def release(self) -> None:
         """Give the lock back."""
         ...

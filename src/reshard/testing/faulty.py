@@ -227,6 +227,9 @@ class _FaultyLock:
         self._path = path
         self._inner = inner
 
+    def is_held(self) -> bool:
+        return self._storage._do("is_held", self._path, self._inner.is_held)
+
     def let_go(self) -> None:
         with self._storage._guard:
             if self._inner in self._storage._locks:
