@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from reshard.cli.ls import DAMAGED, TORN, list_root
+from reshard.cli.ls import DAMAGED, TORN, list_root, ls
 from reshard.errors import CheckpointNotFoundError, StorageError
 from reshard.storage import Entry, PosixStorage
 from tests.golden import GOLDEN
@@ -193,3 +195,14 @@ def test_data_that_is_missing_is_damage(root: Path) -> None:
     assert lines[1].problem is not None
     assert "1 of 16 data files is truncated" in lines[1].problem
     assert second[2].name in lines[1].problem
+
+
+def test_a_narrow_terminal_cuts_nothing_off(root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def narrow() -> Console:
+        return Console(width=40, force_terminal=True, color_system=None, highlight=False, legacy_windows=False)
+
+    monkeypatch.setattr("reshard.cli.ls.console", narrow)
+    ls(str(root))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1:4:2] == ["  1  committed", "* 12  committed"]
+    assert re.fullmatch(r"    step 1, [0-9.]+ KiB, 10 files, ranks: 4, \d+ (s|min|h|d) old", lines[2])

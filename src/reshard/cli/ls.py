@@ -13,7 +13,7 @@ import typer
 from reshard.catalog import Catalog
 from reshard.checkpoint import Checkpoint
 from reshard.cli.layouts import tensor_ranks
-from reshard.cli.output import JsonOption, age_words, console, print_json, size_words, table, timestamp
+from reshard.cli.output import JsonOption, age_words, console, fits, print_json, size_words, table, timestamp
 from reshard.errors import CheckpointNotFoundError, DamagedCheckpointError, ReshardError, StorageError, TrackerError
 from reshard.format.names import COMMON_FILE, METADATA_FILE, REPLACED_PREFIX, TRACKER_FILE, parse_iteration_name
 from reshard.format.tracker import decode_tracker
@@ -276,8 +276,15 @@ def _print(listing: RootListing) -> None:
     ]
     out = console()
     out.print(listing.root, soft_wrap=True)
-    if rows:
-        out.print(table(columns, rows))
+    listed = table(columns, rows)
+    if rows and fits(out, listed):
+        out.print(listed)
+    else:
+        # A cell that is cut off is a wrong number: each iteration takes two lines.
+        for mark, iteration, step, size, files, ranks, age, state in rows:
+            out.print(f"{mark or ' '} {iteration}  {state}", soft_wrap=True)
+            facts = (f"step {step}" if step else "", size, f"{files} files", f"ranks: {ranks}" if ranks else "", f"{age} old")
+            out.print("    " + ", ".join(filter(None, facts)), soft_wrap=True)
     if listing.tracker_problem is not None:
         words = f"tracker: {listing.tracker_problem}"
     elif listing.tracker is None:
