@@ -11,7 +11,13 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 # What the fork server imports once, so that each rank starts in well under a second instead of importing for some ten.
-PRELOAD = ["torch", "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torch.distributed.pipelining", "transformers.models.qwen3"]
+PRELOAD = [
+    "torch",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel",
+    "torch.distributed.pipelining",
+    "transformers.models.qwen3",
+]
 
 
 class RankFailedError(AssertionError):
@@ -35,7 +41,8 @@ class RankPool:
         pairs = [context.Pipe() for _ in range(self.world_size)]
         self._ends = [mine for mine, _ in pairs]
         self._processes = [
-            context.Process(target=_serve, args=(rank, self.world_size, port, theirs), daemon=True) for rank, (_, theirs) in enumerate(pairs)
+            context.Process(target=_serve, args=(rank, self.world_size, port, theirs), daemon=True)
+            for rank, (_, theirs) in enumerate(pairs)
         ]
         for process in self._processes:
             process.start()
