@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reshard.catalog import Catalog, Chunk, Place, StoredTensor
+from reshard.catalog import Catalog, Chunk, Place
 from reshard.checkpoint import Checkpoint
 from reshard.errors import CheckpointNotFoundError, DataFileError, MetadataError, StorageError, UsageError
 from reshard.format.common import CommonInfo
@@ -25,6 +25,7 @@ from reshard.geometry import Layout, Mesh, Region
 from reshard.geometry.dtypes import by_numpy
 from reshard.state import Kind, ParameterGroup, model_key
 from reshard.storage import MemoryStorage, PosixStorage
+from tests.catalogs import stored_tensor
 from tests.golden import CASES, expected, iteration
 from tests.golden import root as golden_root
 
@@ -58,6 +59,7 @@ import sys
 for name in ("torch", "mindspore", "transformers", "safetensors"):
     sys.modules[name] = None  # importing it fails
 from reshard.checkpoint import Checkpoint
+from tests.catalogs import stored_tensor
 checkpoint = Checkpoint(sys.argv[1])
 print(len(checkpoint), float(checkpoint["adam_v.output_layer.weight"][...].sum()))
 """
@@ -216,7 +218,7 @@ def write(directory, name, array, regions, layout=None, storage=None):
         header = plan_header([("other", by_numpy(np.dtype(np.int8)), (rank,)), (name, by_numpy(array.dtype), part.shape)], {"format": "ms"})
         write_tensors(storage, f"{directory}/{file}", header, [(name, part), ("other", np.zeros(rank, np.int8))])
         chunks.append(Chunk(region, (Place(file, name, rank),), (rank,)))
-    tensor = StoredTensor(model_key(name), by_numpy(array.dtype), array.shape, layout, tuple(chunks))
+    tensor = stored_tensor(model_key(name), by_numpy(array.dtype), array.shape, layout, tuple(chunks))
     storage.write_bytes(f"{directory}/{METADATA_FILE}", encode_metadata(Catalog(str(directory), {tensor.key: tensor})))
 
 

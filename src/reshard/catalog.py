@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from reshard.geometry import DType, Layout, Region
 from reshard.state import TensorKey
@@ -40,22 +41,89 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True)
-class StoredTensor:
+class Site:
+    """A place without the tensor's name, so that tensors that lie alike share it.
+
+    Attributes:
+        file: the file's name, relative to the checkpoint's directory.
+        rank: the global rank that wrote it.
+        suffix: what follows the tensor's own name in the file's header.
+    """
+
+    file: str
+    rank: int
+    suffix: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A chunk without the tensor's name.
+
+    Attributes:
+        region: what it holds of the tensor.
+        sites: where it is stored.
+        holders: as in `Chunk`.
+    """
+
+    region: Region
+    sites: tuple[Site, ...]
+    holders: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Arrangement:
+    """How a tensor lies in a stored checkpoint. Tensors that lie alike share one, so that plans are made once for all of them.
+
+    Caches go by its identity: its hash goes over all its pieces.
+
+    Attributes:
+        dtype: the element type of the stored bytes.
+        global_shape: the shape of the whole tensor.
+        layout: how it lay on its mesh when it was saved; None when that isn't known or no layout can say it.
+        pieces: disjoint regions that cover the tensor together.
+    """
+
+    dtype: DType
+    global_shape: tuple[int, ...]
+    layout: Layout | None
+    pieces: tuple[Piece, ...]
+
+
+class StoredTensor(NamedTuple):
     """A global tensor of a stored checkpoint.
 
     Attributes:
         key: what it is.
-        dtype: the element type of the stored bytes.
-        global_shape: the shape of the whole tensor.
-        layout: how it lay on its mesh when it was saved; None when that isn't known or no layout can say it.
-        chunks: disjoint regions that cover the tensor together.
+        name: its name in files.
+        arrangement: how it lies.
     """
 
     key: TensorKey
-    dtype: DType
-    global_shape: tuple[int, ...]
-    layout: Layout | None
-    chunks: tuple[Chunk, ...]
+    name: str
+    arrangement: Arrangement
+
+    @property
+    def dtype(self) -> DType:
+        """The element type of the stored bytes."""
+        return self.arrangement.dtype
+
+    @property
+    def global_shape(self) -> tuple[int, ...]:
+        """The shape of the whole tensor."""
+        return self.arrangement.global_shape
+
+    @property
+    def layout(self) -> Layout | None:
+        """How it lay on its mesh when it was saved; None when that isn't known or no layout can say it."""
+        return self.arrangement.layout
+
+    @property
+    def chunks(self) -> tuple[Chunk, ...]:
+        """Disjoint regions that cover the tensor together, made anew at each call."""
+        return tuple(
+            Chunk(piece.region, tuple(Place(site.file, self.name + site.suffix, site.rank) for site in piece.sites), piece.holders)
+            for piece in self.arrangement.pieces
+        )
 
     @property
     def nbytes(self) -> int:

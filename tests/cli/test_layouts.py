@@ -10,10 +10,11 @@ from reshard.cli.layouts import draw, layout_words, ranks_of, tensor_ranks
 from reshard.geometry import Layout, Mesh, Region
 from reshard.geometry.dtypes import by_name
 from reshard.state import model_key
+from tests.catalogs import stored_tensor
 
 
 def stored(shape: tuple[int, ...], *chunks: tuple[Region, tuple[int, ...]], layout: Layout | None = None) -> StoredTensor:
-    return StoredTensor(
+    return stored_tensor(
         model_key("w"),
         by_name("float32"),
         shape,

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reshard.catalog import Catalog, Chunk, Place, StoredTensor
+from reshard.catalog import Catalog, Chunk, Place
 from reshard.errors import CaptureError, LayoutError, MetadataError
 from reshard.format.metadata import decode_metadata, encode_metadata
 from reshard.format.names import data_file_name, tensor_name
@@ -20,6 +20,7 @@ from reshard.geometry.dtypes import ALL, by_name
 from reshard.geometry.tensor_map import replica_ids, slices_of, tensor_map_of
 from reshard.state import Kind, TensorKey, model_key, slot_key
 from reshard.version import __version__
+from tests.catalogs import stored_tensor
 from tests.golden import WITH_METADATA, iteration
 
 F32 = by_name("float32")
@@ -131,7 +132,7 @@ def stored_tensors(draw, key):
             Place(data_file_name(draw(st.sampled_from([None, "CKP", "qwen3-x"])), key.kind, rank, 99), name, rank) for rank in writers
         )
         chunks.append(Chunk(region, places, draw(st.sampled_from([tuple(ranks), ()]))))
-    return StoredTensor(key, draw(st.sampled_from(ALL)), shape, kept, tuple(chunks))
+    return stored_tensor(key, draw(st.sampled_from(ALL)), shape, kept, tuple(chunks))
 
 
 @st.composite
@@ -196,7 +197,7 @@ W = model_key("w")
 
 
 def one(layout, shape, chunks, key=W):
-    return Catalog("/c", {key: StoredTensor(key, F32, shape, layout, tuple(chunks))})
+    return Catalog("/c", {key: stored_tensor(key, F32, shape, layout, tuple(chunks))})
 
 
 def at(offset, shape, rank=0, file=None, name="w"):
@@ -249,6 +250,6 @@ def test_two_tensors_of_one_name_are_not_written():
     model, slot = model_key("m.w"), slot_key("m", "w")
     chunk = at((0,), (4,), name="m.w")
     other = replace(chunk, places=(Place("CKP-opt-0000000-0000002.safetensors", "m.w", 0),))
-    catalog = Catalog("/c", {model: StoredTensor(model, F32, (4,), None, (chunk,)), slot: StoredTensor(slot, F32, (4,), None, (other,))})
+    catalog = Catalog("/c", {model: stored_tensor(model, F32, (4,), None, (chunk,)), slot: stored_tensor(slot, F32, (4,), None, (other,))})
     with pytest.raises(CaptureError, match=r"same name(.|\n)*m\.w"):
         encode_metadata(catalog)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from reshard.catalog import Catalog, StoredTensor
+from reshard.catalog import Catalog
 from reshard.errors import CaptureError, UsageError
 from reshard.frameworks.arrays import ArrayAdapter
 from reshard.geometry import Layout, Mesh, Region
 from reshard.geometry.dtypes import by_name
 from reshard.state import GLOBAL_STEP, HostMemory, Shard, ShardedTensor, model_key, slot_key
+from tests.catalogs import stored_tensor
 
 ADAPTER = ArrayAdapter()
 
@@ -40,7 +41,7 @@ def test_a_list_of_dictionaries_is_one() -> None:
 
 def test_loading_fills_in_place_and_gives_the_step_count_a_place() -> None:
     model, optimizer = {"w": np.zeros(2)}, {"adam_m.w": np.zeros(2)}
-    catalog = Catalog("", {GLOBAL_STEP: StoredTensor(GLOBAL_STEP, by_name("int32"), (1,), None, ())})
+    catalog = Catalog("", {GLOBAL_STEP: stored_tensor(GLOBAL_STEP, by_name("int32"), (1,), None, ())})
     destination = ADAPTER.prepare(model, optimizer, catalog, ())
     destination.state.tensors[model_key("w")].shards[0].memory.write(Region((0,), (2,)), np.ones(2))
     destination.state.tensors[GLOBAL_STEP].shards[0].memory.write(Region((0,), (1,)), np.array([5], np.int32))

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import msgspec
 
-from reshard.catalog import Catalog, Chunk, Place, StoredTensor
+from reshard.catalog import Arrangement, Catalog, Piece, Place, Site, StoredTensor
 from reshard.errors import CaptureError, LayoutError, MetadataError
 from reshard.format import json_text
 from reshard.format.names import is_plain_file_name, kind_of_file, parse_storage_key, parse_tensor_name, storage_key, tensor_name
@@ -63,12 +63,11 @@ def encode_metadata(catalog: Catalog) -> bytes:
         name = tensor_name(tensor.key)
         if name in parameters:
             raise CaptureError("two tensors have the same name in files", tensor=name, fix="rename the parameter or the optimizer's slot")
-        text, numbers = writer.parameter(tensor, name)
-        parameters[name] = text
-        for chunk, number in zip(tensor.chunks, numbers, strict=True):
-            if chunk.places:
-                key = encode_basestring_ascii(storage_key(name, number))
-                storage.append((chunk.places[0].rank, f"{key}:[{writer.places(chunk, tensor.key.kind, name)}]"))
+        made = writer.arrangement(tensor, name)
+        parameters[name] = made.parameter
+        for number, rank, places in made.storage:
+            key = encode_basestring_ascii(storage_key(name, number))
+            storage.append((rank, f"{key}:[{places(name)}]"))
     # The published writer goes rank by rank; the sort is stable, so that a rank's chunks stay in the order of the tensors.
     storage.sort(key=lambda item: item[0])
     head = ",".join(f"{encode_basestring_ascii(name)}:{text}" for name, text in parameters.items())
@@ -77,22 +76,50 @@ def encode_metadata(catalog: Catalog) -> bytes:
     return f'{{"state_dict_metadata":{{{head}}},"storage_data":{{{tail}}},{more}}}'.encode("ascii")
 
 
+@dataclass(frozen=True)
+class _Written:
+    """What tensors that lie alike have in common in the file.
+
+    Attributes:
+        parameter: the text of their entry.
+        storage: of each stored chunk the slice id, the rank of its first file, and what makes the text of its storage entries for a name.
+    """
+
+    parameter: str
+    storage: list[tuple[int, int, Callable[[str], str]]]
+
+
 class _Writer:
     """Makes each kind of text once."""
 
     def __init__(self) -> None:
+        self._written: dict[tuple[int, Kind], _Written] = {}
         self._parameters: dict[object, tuple[str, list[int]]] = {}
-        self._places: dict[tuple[Place, Kind, tuple[int, ...]], str] = {}
         self._groups: dict[tuple[int, ...], str] = {}
-        self._heads: dict[tuple[str, int, Kind], str] = {}
 
-    def parameter(self, tensor: StoredTensor, name: str) -> tuple[str, list[int]]:
+    def arrangement(self, tensor: StoredTensor, name: str) -> _Written:
+        """The texts of a tensor's arrangement."""
+        key = (id(tensor.arrangement), tensor.key.kind)
+        made = self._written.get(key)
+        if made is None:
+            text, numbers = self._parameter(tensor, name)
+            pieces = zip(tensor.arrangement.pieces, numbers, strict=True)
+            storage = [(number, piece.sites[0].rank, self._places(piece, tensor.key.kind, name)) for piece, number in pieces if piece.sites]
+            made = self._written[key] = _Written(text, storage)
+        return made
+
+    def _parameter(self, tensor: StoredTensor, name: str) -> tuple[str, list[int]]:
         """The tensor's entry, and the slice id of each chunk."""
-        layout = tensor.layout
+        layout, pieces = tensor.layout, tensor.arrangement.pieces
         if layout is not None and (len(layout.split) != len(tensor.global_shape) or not layout.is_even(tensor.global_shape)):
             layout = None
-        kind = None if any(chunk.places for chunk in tensor.chunks) else tensor.key.kind.value
-        regions = tuple(chunk.region for chunk in tensor.chunks)
+        for piece in pieces:
+            if not piece.sites and not piece.region.is_empty:
+                raise MetadataError(
+                    "a chunk is stored nowhere", tensor=name, found=f"no place for the region at {list(piece.region.offset)}"
+                )
+        kind = None if any(piece.sites for piece in pieces) else tensor.key.kind.value
+        regions = tuple(piece.region for piece in pieces)
         # The layout by identity: hashing it would go over every rank of its mesh. The catalog keeps it alive.
         key = (id(layout), tensor.dtype.name, tensor.global_shape, regions, kind)
         made = self._parameters.get(key)
@@ -106,40 +133,36 @@ class _Writer:
             slices = dict(sorted(zip(numbers, regions, strict=True), key=lambda item: item[0] if order is None else order[item[0]]))
             text = encode_parameter(Parameter(tensor.dtype, tensor.dtype.mindspore, tensor.global_shape, layout, slices, kind))
             made = self._parameters[key] = (text, numbers)
-        for chunk in tensor.chunks:
-            if not chunk.places and not chunk.region.is_empty:
-                raise MetadataError(
-                    "a chunk is stored nowhere", tensor=name, found=f"no place for the region at {list(chunk.region.offset)}"
-                )
         return made
 
-    def places(self, chunk: Chunk, kind: Kind, name: str) -> str:
-        """The storage entries of a chunk."""
-        group = self._groups.get(chunk.holders)
+    def _places(self, piece: Piece, kind: Kind, name: str) -> Callable[[str], str]:
+        """What makes the storage entries of a chunk for a tensor's name."""
+        group = self._groups.get(piece.holders)
         if group is None:
-            group = f',"rank_group":[{",".join(map(str, chunk.holders))}]' if chunk.holders else ""
-            self._groups[chunk.holders] = group
-        entries = []
-        for place in chunk.places:
-            key = (place.file, place.rank, kind)
-            head = self._heads.get(key)
-            if head is None:
-                head = self._heads[key] = self._head(place, kind, name)
-            other = "" if place.name == name else f',"name":{encode_basestring_ascii(place.name)}'
-            entries.append(f"{head}{group}{other}}}")
-        return ",".join(entries)
+            group = f',"rank_group":[{",".join(map(str, piece.holders))}]' if piece.holders else ""
+            self._groups[piece.holders] = group
+        heads = [(f"{self._head(site, kind, name)}{group}", site.suffix) for site in piece.sites]
+        text = ",".join(f"{head}}}" for head, _ in heads)
+        if not any(suffix for _, suffix in heads):
+            return lambda _: text
+
+        def named(own: str) -> str:
+            others = [f',"name":{encode_basestring_ascii(own + suffix)}' if suffix else "" for _, suffix in heads]
+            return ",".join(f"{head}{other}}}" for (head, _), other in zip(heads, others, strict=True))
+
+        return named
 
     @staticmethod
-    def _head(place: Place, kind: Kind, name: str) -> str:
-        if not is_plain_file_name(place.file) or kind_of_file(place.file) not in (kind, None):
+    def _head(site: Site, kind: Kind, name: str) -> str:
+        if not is_plain_file_name(site.file) or kind_of_file(site.file) not in (kind, None):
             raise MetadataError(
                 "a tensor is stored in a file that can't hold it",
                 tensor=name,
                 field="file_name",
-                found=place.file,
+                found=site.file,
                 expected=f"a file of kind {kind.value}",
             )
-        return f'{{"file_name":{encode_basestring_ascii(place.file)},"storage_rank":{place.rank}'
+        return f'{{"file_name":{encode_basestring_ascii(site.file)},"storage_rank":{site.rank}'
 
 
 @dataclass(frozen=True)
@@ -192,6 +215,7 @@ class _Reader:
         self._dtype_of = dtype_of
         self._parameters: dict[bytes, tuple[Parameter, int]] = {}
         self._stored: dict[bytes, _Stored] = {}
+        self._arrangements: dict[tuple[int, ...], tuple[Arrangement, Kind]] = {}
         self._unusual: dict[tuple[str, int], str] | None = None
         self.colons = 0
 
@@ -203,25 +227,43 @@ class _Reader:
             known = self._parameters[text] = (decode_parameter(text, name, self._file), text.count(b":"))
         parameter, colons = known
         self.colons += 1 + colons
-        chunks = []
+        found = tuple(self._find(name, number) for number in parameter.slices)
+        alike = (id(parameter), *map(id, found))
+        arranged = self._arrangements.get(alike)
+        if arranged is None:
+            arranged = self._arrange(name, parameter, found)
+            if parameter.dtype is not None:
+                # The parameter and the storage entries live as long as this reader: their identities stay theirs.
+                self._arrangements[alike] = arranged
+        arrangement, kind = arranged
+        return StoredTensor(parse_tensor_name(name, kind), name, arrangement)
+
+    def _arrange(self, name: str, parameter: Parameter, found: tuple[_Stored | None, ...]) -> tuple[Arrangement, Kind]:
+        pieces = []
         kinds = set()
-        for number, region in parameter.slices.items():
-            stored = self._find(name, number)
+        for (number, region), stored in zip(parameter.slices.items(), found, strict=True):
             if stored is None:
                 if not region.is_empty:
                     raise self._error(
                         "a chunk is stored nowhere", name, field="storage_data", found=f"no entry {storage_key(name, number)}"
                     )
                 if parameter.layout is not None or len(parameter.slices) == 1:
-                    chunks.append(Chunk(region, ()))
+                    pieces.append(Piece(region, ()))
             else:
                 kinds.add(stored.kind)
-                places = tuple(Place(entry_file, other or name, rank) for entry_file, other, rank in stored.entries)
-                chunks.append(Chunk(region, places, stored.holders))
+                sites = tuple(Site(entry_file, rank, self._suffix(name, other)) for entry_file, other, rank in stored.entries)
+                pieces.append(Piece(region, sites, stored.holders))
         if len(kinds) > 1:
             raise self._error("a tensor is stored in model files and in optimizer files", name, field="file_name")
-        key = parse_tensor_name(name, kinds.pop() if kinds else Kind(parameter.kind) if parameter.kind in ("model", "opt") else Kind.MODEL)
-        return StoredTensor(key, self._dtype(parameter, name, chunks), parameter.global_shape, parameter.layout, tuple(chunks))
+        kind = kinds.pop() if kinds else Kind(parameter.kind) if parameter.kind in ("model", "opt") else Kind.MODEL
+        return Arrangement(self._dtype(parameter, name, pieces), parameter.global_shape, parameter.layout, tuple(pieces)), kind
+
+    def _suffix(self, name: str, other: str | None) -> str:
+        if other is None:
+            return ""
+        if not other.startswith(name):
+            raise self._error("a tensor is stored under a foreign name", name, field="name", found=other)
+        return other[len(name) :]
 
     def finish(self, names: Mapping[str, object]) -> tuple[str, ...]:
         """Look at storage that no tensor asked for."""
@@ -289,10 +331,10 @@ class _Reader:
         places = tuple((entry.file_name, entry.name, entry.storage_rank) for entry in entries)
         return _Stored(places, tuple(sorted(holders)), kinds.pop(), text.count(b":"))
 
-    def _dtype(self, parameter: Parameter, name: str, chunks: list[Chunk]) -> DType:
+    def _dtype(self, parameter: Parameter, name: str, pieces: list[Piece]) -> DType:
         if parameter.dtype is not None:
             return parameter.dtype
-        places = [place for chunk in chunks for place in chunk.places]
+        places = [Place(site.file, name + site.suffix, site.rank) for piece in pieces for site in piece.sites]
         if self._dtype_of is None or not places:
             raise self._error("an element type that is not known here", name, field="dtype", found=parameter.dtype_name)
         return self._dtype_of(places[0])

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from reshard.catalog import Catalog, Chunk, Place, StoredTensor
+from reshard.catalog import Arrangement, Catalog, Piece, Site, StoredTensor
 from reshard.errors import CaptureError, LayoutError
 from reshard.format.names import data_file_name, tensor_name
 from reshard.geometry import DType, Layout, Mesh, Region
@@ -115,25 +115,25 @@ def plan_catalog(descriptions: Sequence[RankDescription], prefix: str | None, sa
     files = {(d.rank, kind): data_file_name(prefix, kind, d.rank, len(descriptions)) for d in descriptions for kind in Kind}
     # Most tensors lie like many others. By the layouts' identity: hashing one goes over all ranks of its mesh, and the descriptions share
     # the layouts of a rank.
-    known: dict[object, _Arrangement] = {}
+    known: dict[object, Arrangement] = {}
     tensors = {}
     for key, held in parts.items():
         first = held[0][1]
-        alike = (first.global_shape, tuple((rank, id(tensor.layout), tensor.regions) for rank, tensor in held))
+        alike = (key.kind, first.dtype.name, first.global_shape, tuple((rank, id(tensor.layout), tensor.regions) for rank, tensor in held))
         arrangement = known.get(alike)
         if arrangement is None:
-            arrangement = known[alike] = _arrange(held)
-        name = tensor_name(key)
-        chunks = tuple(
-            Chunk(piece.region, tuple(Place(files[rank, key.kind], name + suffix, rank) for rank, suffix in piece.places), piece.holders)
-            for piece in arrangement.pieces
-        )
-        tensors[key] = StoredTensor(key, first.dtype, first.global_shape, arrangement.layout, chunks)
+            spread = _arrange(held)
+            pieces = tuple(
+                Piece(part.region, tuple(Site(files[rank, key.kind], rank, suffix) for rank, suffix in part.places), part.holders)
+                for part in spread.pieces
+            )
+            arrangement = known[alike] = Arrangement(first.dtype, first.global_shape, spread.layout, pieces)
+        tensors[key] = StoredTensor(key, tensor_name(key), arrangement)
     return Catalog(directory, tensors)
 
 
 @dataclass(frozen=True, slots=True)
-class _Piece:
+class _Part:
     """A chunk without the tensor's name: its region, which ranks write it under which suffix, which hold it."""
 
     region: Region
@@ -142,11 +142,11 @@ class _Piece:
 
 
 @dataclass(frozen=True, slots=True)
-class _Arrangement:
+class _Spread:
     """How a tensor lies, without its name and type."""
 
     layout: Layout | None
-    pieces: tuple[_Piece, ...]
+    pieces: tuple[_Part, ...]
 
 
 def _stored_parts(tensor: TensorDescription, name: str) -> Iterator[tuple[str, int, Region]]:
@@ -176,12 +176,12 @@ def _name_taken(entries: Sequence[WriteEntry], rank: int) -> CaptureError:
     )
 
 
-def _arrange(held: Sequence[tuple[int, TensorDescription]]) -> _Arrangement:
+def _arrange(held: Sequence[tuple[int, TensorDescription]]) -> _Spread:
     first = held[0][1]
     shape = first.global_shape
     pieces = _collect(held)
     if 0 in shape:
-        return _Arrangement(None, tuple(pieces))
+        return _Spread(None, tuple(pieces))
     for rank, tensor in held:
         _check_place(rank, tensor)
     layout = first.layout
@@ -206,16 +206,16 @@ def _arrange(held: Sequence[tuple[int, TensorDescription]]) -> _Arrangement:
     if layout is not None:
         order = {region: index for index, region in enumerate(slices_of(layout, shape).values())}
         pieces.sort(key=lambda piece: order[piece.region])
-    return _Arrangement(layout, tuple(pieces))
+    return _Spread(layout, tuple(pieces))
 
 
-def _collect(held: Sequence[tuple[int, TensorDescription]]) -> list[_Piece]:
+def _collect(held: Sequence[tuple[int, TensorDescription]]) -> list[_Part]:
     """The different regions, in the order of the ranks, each with everyone who has it."""
     found: dict[Region, list[tuple[int, str]]] = {}
     for rank, tensor in held:
         for suffix, _, region in _stored_parts(tensor, ""):
             found.setdefault(region, []).append((rank, suffix))
-    return [_Piece(region, tuple(places), tuple(sorted({rank for rank, _ in places}))) for region, places in found.items()]
+    return [_Part(region, tuple(places), tuple(sorted({rank for rank, _ in places}))) for region, places in found.items()]
 
 
 def _check_place(rank: int, tensor: TensorDescription) -> None:
@@ -236,7 +236,7 @@ def _check_place(rank: int, tensor: TensorDescription) -> None:
         )
 
 
-def _layout_of_grid(pieces: Sequence[_Piece], shape: tuple[int, ...]) -> Layout | None:
+def _layout_of_grid(pieces: Sequence[_Part], shape: tuple[int, ...]) -> Layout | None:
     """A layout that says what pieces without one show: equal parts in an even grid, each on as many ranks, each rank with one part.
 
     Its mesh is made up; the regions that it gives each rank are the true ones.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from threading import Lock
 
-from reshard.catalog import Catalog, Chunk, Place, StoredTensor
+from reshard.catalog import Arrangement, Catalog, Piece, Place, Site, StoredTensor
 from reshard.errors import CheckpointNotFoundError, DataFileError, MetadataError
 from reshard.format.metadata import decode_metadata
 from reshard.format.names import DATA_SUFFIX, METADATA_FILE, kind_of_file, parse_tensor_name, total_of_file
@@ -125,8 +125,8 @@ def _whole_tensors(headers: Headers, directory: str, files: list[str]) -> Catalo
                 )
             owners[name] = file
             key = parse_tensor_name(name, kind)
-            chunk = Chunk(Region.whole(entry.shape), (Place(file, name, 0),), (0,))
-            tensors[key] = StoredTensor(key, entry.dtype, entry.shape, None, (chunk,))
+            piece = Piece(Region.whole(entry.shape), (Site(file, 0),), (0,))
+            tensors[key] = StoredTensor(key, name, Arrangement(entry.dtype, entry.shape, None, (piece,)))
     return Catalog(
         directory, tensors, (f"no {METADATA_FILE}: took every tensor of {len(files)} files as whole, as a single card saves them",)
     )

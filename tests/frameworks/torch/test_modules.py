@@ -11,13 +11,14 @@ import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper, offload_wrapper
 
-from reshard.catalog import Catalog, StoredTensor
+from reshard.catalog import Catalog
 from reshard.errors import CaptureError, UsageError
 from reshard.frameworks.torch import TorchAdapter, tie
 from reshard.frameworks.torch.modules import name_tensors
 from reshard.geometry import Region
 from reshard.geometry.dtypes import by_name
 from reshard.state import model_key
+from tests.catalogs import stored_tensor
 from tests.frameworks.torch.simulated import fake_rank
 
 
@@ -271,7 +272,7 @@ def test_extra_state_that_is_a_tensor_is_saved_and_given_back() -> None:
     key = model_key("0._extra_state")
     tensors = TorchAdapter().capture(nn.Sequential(WithExtra(torch.arange(3))), None, global_step=None).tensors
     assert tensors[key].shards[0].memory.read().tolist() == [0, 1, 2]
-    catalog = Catalog("", {key: StoredTensor(key, by_name("int32"), (5,), None, ())})
+    catalog = Catalog("", {key: stored_tensor(key, by_name("int32"), (5,), None, ())})
     model = nn.Sequential(WithExtra(torch.arange(3)))
     destination = TorchAdapter().prepare(model, None, catalog, ())
     memory = destination.state.tensors[key].shards[0].memory

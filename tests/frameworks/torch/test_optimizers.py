@@ -8,7 +8,7 @@ import torch
 from torch import nn, optim
 from torch.distributed.tensor import Replicate, Shard
 
-from reshard.catalog import Catalog, StoredTensor
+from reshard.catalog import Catalog
 from reshard.errors import CaptureError, MismatchError, UsageError
 from reshard.format.extra import FrameworkArray
 from reshard.format.names import tensor_name
@@ -16,6 +16,7 @@ from reshard.frameworks.torch import TorchAdapter, tie
 from reshard.geometry import Region
 from reshard.geometry.dtypes import by_name
 from reshard.state import GLOBAL_STEP, Kind, ParameterGroup, State, TensorKey, slot_key
+from tests.catalogs import stored_tensor
 from tests.frameworks.torch.simulated import distribute, fake_rank, make_mesh, numbered
 from tests.frameworks.torch.transfer import catalog_of, frozen, load, resume
 
@@ -225,7 +226,7 @@ def test_a_mindformers_checkpoint_has_moments_and_a_step_count_only(count) -> No
         GLOBAL_STEP: np.array([count], np.int32),
         TensorKey(Kind.OPTIMIZER, "learning_rate", ""): np.array(0.1, np.float32),
     }
-    catalog = Catalog("", {k: StoredTensor(k, by_name(a.dtype.name), a.shape, None, ()) for k, a in tensors.items()})
+    catalog = Catalog("", {k: stored_tensor(k, by_name(a.dtype.name), a.shape, None, ()) for k, a in tensors.items()})
     optimizer = optim.AdamW(model.parameters(), lr=0.1)
     copies = {key: [(Region.whole(array.shape), array)] for key, array in tensors.items()}
     missing = load(catalog, (), copies, model, optimizer)

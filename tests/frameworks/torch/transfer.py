@@ -6,15 +6,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from reshard.catalog import Catalog, StoredTensor
+from reshard.catalog import Catalog
 from reshard.frameworks.torch import TorchAdapter
 from reshard.geometry import Region
 from reshard.state import ParameterGroup, ShardedTensor, State, TensorKey
+from tests.catalogs import stored_tensor
 
 
 def catalog_of(state: State) -> Catalog:
     """The catalog of a checkpoint that holds this state."""
-    return Catalog("", {t.key: StoredTensor(t.key, t.dtype, t.global_shape, t.layout, ()) for t in state.tensors.values()})
+    return Catalog("", {t.key: stored_tensor(t.key, t.dtype, t.global_shape, t.layout, ()) for t in state.tensors.values()})
 
 
 def frozen(state: State) -> dict[TensorKey, list[tuple[Region, np.ndarray]]]:
