@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from reshard.catalog import Catalog, Chunk, Place
 from reshard.checkpoint import Checkpoint
 from reshard.errors import CheckpointNotFoundError, DataFileError, MetadataError, StorageError, UsageError
-from reshard.format.common import CommonInfo
+from reshard.format.common import CommonInfo, encode_common
 from reshard.format.extra import global_tree, write_extra
 from reshard.format.metadata import encode_metadata
-from reshard.format.names import METADATA_FILE, data_file_name
+from reshard.format.names import COMMON_FILE, EXTRA_DIRECTORY, GLOBAL_EXTRA_FILE, METADATA_FILE, data_file_name
 from reshard.format.safetensors import plan_header, write_tensors
 from reshard.geometry import Layout, Mesh, Region
 from reshard.geometry.dtypes import by_numpy
@@ -220,6 +220,9 @@ def write(directory, name, array, regions, layout=None, storage=None):
         chunks.append(Chunk(region, (Place(file, name, rank),), (rank,)))
     tensor = stored_tensor(model_key(name), by_numpy(array.dtype), array.shape, layout, tuple(chunks))
     storage.write_bytes(f"{directory}/{METADATA_FILE}", encode_metadata(Catalog(str(directory), {tensor.key: tensor})))
+    storage.write_bytes(f"{directory}/{COMMON_FILE}", encode_common(CommonInfo()))
+    storage.make_directory(f"{directory}/{EXTRA_DIRECTORY}")
+    write_extra(storage, f"{directory}/{EXTRA_DIRECTORY}/{GLOBAL_EXTRA_FILE}", global_tree({}, ()))
 
 
 @st.composite

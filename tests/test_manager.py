@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import reshard
+from reshard.cli.ls import list_root
 from reshard.comm import Communicator
 from reshard.errors import (
     CaptureError,
@@ -416,3 +417,44 @@ def test_a_step_of_numpys_and_one_that_no_tracker_can_name(tmp_path: Path) -> No
     checkpoint = reshard.Checkpoint(tmp_path)
     assert checkpoint.iteration == 7
     assert checkpoint.common == reshard.CommonInfo(consumed_samples=9)
+
+
+@pytest.mark.parametrize("name", ["common.json", "extra/global.safetensors", "extra"])
+def test_what_we_wrote_beside_the_tensors_and_is_gone_is_damage(root: Path, name: str) -> None:
+    path = root / "iteration_00000020" / name
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    weights = blank(WEIGHTS)
+    with pytest.raises(MetadataError, match="missing") as caught:
+        reshard.load(root, model=weights)
+    assert caught.value.file is not None
+    assert caught.value.file.startswith(str(path))
+    assert same(weights, blank(WEIGHTS))
+    with pytest.raises(MetadataError, match="missing"):
+        reshard.Checkpoint(root)
+    line = list_root(PosixStorage(), str(root)).iterations[-1]
+    assert (line.iteration, line.state) == (20, "damaged")
+
+
+def test_a_single_cards_checkpoint_loads_without_metadata_and_what_belongs_to_it(root: Path) -> None:
+    directory = root / "iteration_00000020"
+    (directory / "metadata.json").unlink()
+    weights = blank(WEIGHTS)
+    reshard.load(root, model=weights)
+    assert same(weights, {name: array + 1 for name, array in WEIGHTS.items()})
+    shutil.rmtree(directory / "extra")
+    (directory / "common.json").unlink()
+    report = reshard.load(directory, model=weights)
+    assert report is not None
+    assert report.common is None
+
+
+def test_a_checkpoint_of_another_writer_loads_without_common_information(root: Path) -> None:
+    metadata = root / "iteration_00000020" / "metadata.json"
+    content = json.loads(metadata.read_text())
+    del content["format_version"]
+    metadata.write_text(json.dumps(content))
+    shutil.rmtree(metadata.parent / "extra")
+    (metadata.parent / "common.json").unlink()
+    report = reshard.load(root, model=blank(WEIGHTS))
+    assert report is not None
+    assert report.common is None

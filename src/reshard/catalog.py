@@ -139,8 +139,11 @@ class Catalog:
         directory: where its files lie.
         tensors: by key.
         notes: what the reader should know (tensors that metadata doesn't list, a missing metadata file that was made up for).
+        format_version: which version of our own additions it was written with; None when another program wrote it. It is no part of what
+            a checkpoint holds: catalogs that differ in it alone are equal.
     """
 
     directory: str
     tensors: Mapping[TensorKey, StoredTensor]
     notes: tuple[str, ...] = field(default=())
+    format_version: int | None = field(default=None, compare=False)

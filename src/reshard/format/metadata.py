@@ -203,7 +203,7 @@ def decode_metadata(data: bytes, file: str, dtype_of: Callable[[Place], DType] |
     notes = reader.finish(wire.state_dict_metadata)
     colons = 2 + (wire.format_version is not None) + (wire.writer is not None) + reader.colons
     json_text.check_duplicate_keys(data, colons, file)
-    return Catalog(posixpath.dirname(file), {tensor.key: tensor for tensor in tensors}, notes)
+    return Catalog(posixpath.dirname(file), {tensor.key: tensor for tensor in tensors}, notes, wire.format_version)
 
 
 class _Reader:

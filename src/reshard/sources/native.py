@@ -8,7 +8,16 @@ from threading import Lock
 from reshard.catalog import Arrangement, Catalog, Piece, Place, Site, StoredTensor
 from reshard.errors import CheckpointNotFoundError, DataFileError, MetadataError
 from reshard.format.metadata import decode_metadata
-from reshard.format.names import DATA_SUFFIX, METADATA_FILE, kind_of_file, parse_tensor_name, total_of_file
+from reshard.format.names import (
+    COMMON_FILE,
+    DATA_SUFFIX,
+    EXTRA_DIRECTORY,
+    GLOBAL_EXTRA_FILE,
+    METADATA_FILE,
+    kind_of_file,
+    parse_tensor_name,
+    total_of_file,
+)
 from reshard.format.safetensors import Header, TensorEntry, read_header
 from reshard.geometry import DType, Region
 from reshard.state import Kind, TensorKey
@@ -79,7 +88,8 @@ def open_catalog(storage: Storage, directory: str) -> Catalog:
 
     Raises:
         CheckpointNotFoundError: there is no such directory.
-        MetadataError: the metadata is damaged; or it is missing and the files are those of several ranks, or there are none.
+        MetadataError: the metadata is damaged; or it is missing and the files are those of several ranks, or there are none; or what this
+            project writes beside it is missing.
         DataFileError: a file whose header is needed is missing or damaged.
     """
     there = storage.stat(directory)
@@ -88,7 +98,10 @@ def open_catalog(storage: Storage, directory: str) -> Catalog:
     headers = Headers(storage, directory)
     file = join(directory, METADATA_FILE)
     if storage.stat(file) is not None:
-        return decode_metadata(storage.read_bytes(file), file, lambda place: _dtype_in(headers, place, directory))
+        catalog = decode_metadata(storage.read_bytes(file), file, lambda place: _dtype_in(headers, place, directory))
+        if catalog.format_version is not None:
+            _check_companions(storage, directory)
+        return catalog
     files = [entry.name for entry in storage.list(directory) if not entry.is_directory and entry.name.endswith(DATA_SUFFIX)]
     if not files:
         raise MetadataError(
@@ -107,6 +120,17 @@ def open_catalog(storage: Storage, directory: str) -> Catalog:
             fix=f"restore {METADATA_FILE} from a copy, or resume from another iteration",
         )
     return _whole_tensors(headers, directory, files)
+
+
+def _check_companions(storage: Storage, directory: str) -> None:
+    """See that what we write into every checkpoint beside the tensors is there: without it a run would resume with the wrong step,
+    schedule, data and hyper-parameters, and nobody would notice.
+    """
+    for path in (join(directory, COMMON_FILE), join(directory, EXTRA_DIRECTORY, GLOBAL_EXTRA_FILE)):
+        if storage.stat(path) is None:
+            raise MetadataError(
+                "a file of the checkpoint is missing", file=path, found=f"{METADATA_FILE}, which was written with it", fix=_RESTORE
+            )
 
 
 def _whole_tensors(headers: Headers, directory: str, files: list[str]) -> Catalog:
