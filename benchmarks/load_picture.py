@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from benchmarks.load_ranks import DCP, RESHARD
+from benchmarks.load_results import rounds_text
 
 INK, FAINT, GRID = "#1f2430", "#8a90a0", "#e6e8ee"
 MET, MISSED = "#14674c", "#d1334a"
@@ -39,9 +40,8 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
     axes[-1][0].set_xlabel("seconds: less is better. Bars are medians of repeated loads, dots the loads; each panel has its own scale")
     machine, settings = results["machine"], results["settings"]
     figure.suptitle("Loading a checkpoint into four ranks", fontsize=16, fontweight="bold", x=0.02, ha="left")
-    rounds = settings["rounds"]
     figure.supxlabel(
-        f"{machine['cores']} cores of {machine['processor']}, torch {machine['torch']}, {rounds} round{'' if rounds == 1 else 's'}, "
+        f"{machine['cores']} cores of {machine['processor']}, torch {machine['torch']}, {rounds_text(settings['rounds'])}, "
         f"--scale {settings['scale']:g}, {results['began'][:10]}"
         + ("" if results["judged"] else ". Too small a run to be held against the targets"),
         fontsize=8.5,

@@ -112,7 +112,7 @@ def _check(what: str, value: float | None, relation: str, target: float | None, 
 def show(results: Mapping[str, Any], console: Console) -> None:
     """Print the tables."""
     judged = results["judged"]
-    repeated = Table(title="Repeated loads: medians of " + _rounds(results["settings"]["rounds"]), title_justify="left")
+    repeated = Table(title="Repeated loads: medians of " + rounds_text(results["settings"]["rounds"]), title_justify="left")
     for column in ("case", "DCP", "reshard", "plain copy", "buffered copy", "DCP ÷ ours", "ours ÷ copy", "read ÷ needed"):
         repeated.add_column(column, justify="left" if column == "case" else "right")
     first = Table(title="First loads in fresh ranks, and the most memory that a rank took above the loaded state", title_justify="left")
@@ -173,5 +173,6 @@ def _mebibytes(nbytes: int | None) -> str:
     return "–" if nbytes is None else f"{nbytes / 2**20:.0f} MiB"
 
 
-def _rounds(number: int) -> str:
+def rounds_text(number: int) -> str:
+    """So many rounds, in words."""
     return f"{number} round{'' if number == 1 else 's'}"
