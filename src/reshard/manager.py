@@ -22,7 +22,7 @@ from reshard.frameworks.select import default_communicator, select_adapter
 from reshard.loading.loader import TensorsLoaded, load_tensors
 from reshard.loading.report import RestoreReport
 from reshard.loading.strictness import Strictness
-from reshard.planning.agreement import place_of
+from reshard.planning.agreement import RankDescription, describe, place_of
 from reshard.saving.saver import SaveOptions, Saver, SaveReport
 from reshard.sources.native import open_catalog
 from reshard.sources.resolve import Resolved, latest, resolve
@@ -45,6 +45,7 @@ class _Opened:
     values: Mapping[str, Any]
     groups: tuple[ParameterGroup, ...]
     destination: Destination
+    description: RankDescription
     rank_values: Mapping[str, Any] | None
 
 
@@ -202,6 +203,7 @@ class CheckpointManager:
         kinds = frozenset(kind for kind, given in ((Kind.MODEL, model), (Kind.OPTIMIZER, optimizer)) if given is not None)
         loaded = load_tensors(
             opened.destination.state,
+            opened.description,
             opened.catalog,
             common=opened.common,
             comm=self._comm,
@@ -274,12 +276,12 @@ class CheckpointManager:
         tree = read_extra(self._storage, global_file)
         groups = groups_of(tree, global_file)
         destination = adapter.prepare(model, optimizer, catalog, groups)
+        description = describe(destination.state, self._comm.rank)
         mine = None
         if restore_random:
             rank_file = join(directory, EXTRA_DIRECTORY, rank_extra_file(self._comm.rank))
-            place = place_of(destination.state, self._comm.rank)
-            mine = rank_values_in(read_extra(self._storage, rank_file), self._comm.world_size, place, rank_file)
-        return _Opened(adapter, catalog, common, values_in(tree, global_file), groups, destination, mine)
+            mine = rank_values_in(read_extra(self._storage, rank_file), self._comm.world_size, place_of(description), rank_file)
+        return _Opened(adapter, catalog, common, values_in(tree, global_file), groups, destination, description, mine)
 
 
 def _restore_parts(values: Mapping[str, Any], parts: Mapping[str, Any]) -> tuple[str, ...]:
@@ -300,8 +302,8 @@ def _report(resolved: Resolved, opened: _Opened, loaded: TensorsLoaded) -> Resto
     return RestoreReport(
         directory=resolved.directory,
         iteration=resolved.iteration,
-        restored=tuple(tensor_name(key) for key in loaded.restored),
-        filled=tuple(tensor_name(key) for key in loaded.filled),
+        restored=loaded.restored,
+        filled=loaded.filled,
         missing=tuple(tensor_name(key) for key in misfits.missing),
         unexpected=tuple(tensor_name(key) for key in misfits.unexpected),
         mismatched=tuple(tensor_name(mismatch.key) for mismatch in misfits.mismatched),

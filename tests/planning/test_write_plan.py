@@ -16,7 +16,7 @@ from reshard.errors import CaptureError, UsageError
 from reshard.format.metadata import decode_metadata, encode_metadata
 from reshard.geometry import Layout, Mesh, Region
 from reshard.geometry.dtypes import by_name
-from reshard.planning.agreement import RankDescription, TensorDescription
+from reshard.planning.agreement import Holding, RankDescription, TensorDescription
 from reshard.planning.write_plan import plan_catalog, plan_rank_files
 from reshard.state import GLOBAL_STEP, Kind, TensorKey, model_key, slot_key
 
@@ -25,7 +25,7 @@ DIRECTORY = "/root/iteration_00000001"
 
 
 def held(key: TensorKey, shape: tuple[int, ...], *regions: Region, layout: Layout | None = None) -> TensorDescription:
-    return TensorDescription(key, FLOAT, shape, layout, regions)
+    return TensorDescription(key, Holding(FLOAT, shape, layout, regions))
 
 
 def under(layout: Layout, rank: int, key: TensorKey, shape: tuple[int, ...]) -> TensorDescription:

@@ -17,7 +17,7 @@ from reshard.format.common import CommonInfo
 from reshard.format.extra import read_extra
 from reshard.geometry import Region
 from reshard.geometry.dtypes import ALL, by_numpy
-from reshard.planning.agreement import place_of
+from reshard.planning.agreement import describe, place_of
 from reshard.saving.saver import SaveOptions, Saver
 from reshard.state import HostMemory, ParameterGroup, Shard, ShardedTensor, State, model_key, slot_key, state_of, whole_tensor
 from reshard.storage import MemoryStorage, PosixStorage
@@ -61,7 +61,7 @@ def test_the_files_of_a_checkpoint(tmp_path):
         tree = read_extra(PosixStorage(), str(directory / f"extra/rank-000000{rank}.safetensors"))
         assert tree["rank_values"]["random"].tolist() == list(range(30 + rank))
         assert tree["world_size"] == 2
-        assert tree["place"] == place_of(runs.state(rank, 2, 30), rank)
+        assert tree["place"] == place_of(describe(runs.state(rank, 2, 30), rank))
         (report,) = reports[rank]
         files = [directory / f"CKP-{kind}-000000{rank}-0000002.safetensors" for kind in ("model", "opt")]
         files.append(directory / f"extra/rank-000000{rank}.safetensors")

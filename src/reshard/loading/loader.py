@@ -13,12 +13,13 @@ from reshard.catalog import Catalog
 from reshard.comm import Communicator
 from reshard.comm.together import attempt, settle
 from reshard.format.common import CommonInfo
-from reshard.format.names import kind_of_file, parse_tensor_name, tensor_name
+from reshard.format.names import tensor_name
+from reshard.format.safetensors import TensorEntry
 from reshard.geometry import Region
-from reshard.loading.reader import check_plan, read_plan
+from reshard.loading.reader import locate, read_plan
 from reshard.loading.report import RankReport
 from reshard.loading.strictness import Misfits, Strictness, apply_strictness
-from reshard.planning.agreement import describe
+from reshard.planning.agreement import RankDescription
 from reshard.planning.read_plan import Mismatch, ReadPlan, plan_reads
 from reshard.sources.native import Headers
 from reshard.state import GLOBAL_STEP, Kind, Shard, State, TensorKey
@@ -52,16 +53,16 @@ class TensorsLoaded:
     """What became of the tensors of a job.
 
     Attributes:
-        restored: as in `RestoreReport`, keys instead of names.
+        restored: as in `RestoreReport`.
         filled: likewise.
-        misfits: likewise.
+        misfits: likewise, keys instead of names.
         ranks: likewise.
         all_have_random: whether every rank found the random states of its own place in the same strategy.
         notes: what else there is to know.
     """
 
-    restored: tuple[TensorKey, ...]
-    filled: tuple[TensorKey, ...]
+    restored: tuple[str, ...]
+    filled: tuple[str, ...]
     misfits: Misfits
     ranks: tuple[RankReport, ...]
     all_have_random: bool
@@ -70,6 +71,7 @@ class TensorsLoaded:
 
 def load_tensors(
     state: State,
+    description: RankDescription,
     catalog: Catalog,
     *,
     common: CommonInfo | None,
@@ -85,6 +87,7 @@ def load_tensors(
 
     Args:
         state: what this rank wants to fill.
+        description: of the state.
         catalog: what the checkpoint holds, the same on every rank.
         common: the checkpoint's training information; gives the step count when there is no tensor for it.
         comm: the ranks.
@@ -99,23 +102,23 @@ def load_tensors(
         ReshardError: whatever a rank met, the same on every rank.
     """
     started = time.perf_counter()
-    keys = sorted(catalog.tensors, key=_order)
+    keys = list(catalog.tensors)
     headers = Headers(storage, catalog.directory)
 
-    def plan() -> tuple[ReadPlan, tuple[TensorKey, ...]]:
-        planned = plan_reads(describe(state, comm.rank), catalog)
-        check_plan(planned, headers)
+    def plan() -> tuple[ReadPlan, list[TensorEntry], tuple[TensorKey, ...]]:
+        planned = plan_reads(description, catalog)
+        entries = locate(planned, headers)
         filled = (GLOBAL_STEP,) if GLOBAL_STEP in planned.missing and common is not None and common.global_step is not None else ()
-        return planned, filled
+        return planned, entries, filled
 
     planned, error = attempt(plan)
     payload = b""
     if planned is not None:
         unlisted = _unlisted(planned[0].files, headers, catalog)
-        payload = msgspec.msgpack.encode(_findings(planned, keys, has_random=has_random, unlisted=unlisted, kinds=kinds))
+        payload = msgspec.msgpack.encode(_findings(planned[0], planned[2], keys, has_random=has_random, unlisted=unlisted, kinds=kinds))
     payloads = settle(comm, error, payload, what="the load failed; nothing was changed")
     assert planned is not None  # settle raises when any rank has no plan
-    read, filled = planned
+    read, entries, filled = planned
     findings = [msgspec.msgpack.decode(data, type=_Findings) for data in payloads]
 
     # A rank may have nothing of a kind that the others load; whether a tensor is unexpected must be the same everywhere.
@@ -125,7 +128,7 @@ def load_tensors(
     planning = time.perf_counter() - started
 
     def execute() -> int:
-        nbytes = read_plan(read, state, headers, storage, catalog.directory)
+        nbytes = read_plan(read, entries, state, storage, catalog.directory)
         for key in filled:
             for shard in state.tensors[key].shards:
                 _fill(shard, common.global_step if common is not None else 0)
@@ -138,21 +141,21 @@ def load_tensors(
     outcomes = [msgspec.msgpack.decode(data, type=_Outcome) for data in payloads]
     ranks = tuple(RankReport(rank, o.bytes_needed, o.bytes_read, o.seconds) for rank, o in enumerate(outcomes))
     mismatched = {m.key for m in misfits.mismatched}
-    restored = tuple(key for key in present if key not in mismatched)
+    restored = tuple(catalog.tensors[key].name for key in present if key not in mismatched)
     names = sorted({name for finding in findings for name in finding.unlisted})
     notes = (f"the files hold tensors that the metadata doesn't list; ignored: {', '.join(names[:_NAMES_SHOWN])}",) if names else ()
-    return TensorsLoaded(restored, filled, misfits, ranks, all(f.has_random for f in findings), notes)
+    return TensorsLoaded(restored, tuple(tensor_name(key) for key in filled), misfits, ranks, all(f.has_random for f in findings), notes)
 
 
 def _findings(
-    planned: tuple[ReadPlan, tuple[TensorKey, ...]],
+    plan: ReadPlan,
+    filled: tuple[TensorKey, ...],
     keys: Sequence[TensorKey],
     *,
     has_random: bool,
     unlisted: list[str],
     kinds: frozenset[Kind],
 ) -> _Findings:
-    plan, filled = planned
     present = set(plan.restored) | {mismatch.key for mismatch in plan.mismatched}
     return _Findings(
         np.packbits(np.array([key in present for key in keys], bool)).tobytes(),
@@ -166,19 +169,14 @@ def _findings(
 
 def _unlisted(files: Sequence[str], headers: Headers, catalog: Catalog) -> list[str]:
     """Tensors of these files that the catalog doesn't have; the first few."""
-    names: list[str] = []
+    known = {tensor.name for tensor in catalog.tensors.values()}
+    found: list[str] = []
     for file in files:
-        kind = kind_of_file(file) or Kind.MODEL
-        for name in headers.get(file).entries:
-            # A rank's further parts of a tensor have names of their own: `w@1`.
-            if (
-                parse_tensor_name(name, kind) not in catalog.tensors
-                and parse_tensor_name(name.rpartition("@")[0], kind) not in catalog.tensors
-            ):
-                names.append(name)
-                if len(names) == _NAMES_SHOWN:
-                    return names
-    return names
+        # A rank's further parts of a tensor have names of their own: `w@1`.
+        found += [name for name in headers.get(file).entries if name not in known and name.rpartition("@")[0] not in known]
+        if len(found) >= _NAMES_SHOWN:
+            break
+    return found[:_NAMES_SHOWN]
 
 
 def _fill(shard: Shard, value: int | None) -> None:
@@ -197,7 +195,7 @@ def _merge(findings: Sequence[_Findings], keys: Sequence[TensorKey], kinds: froz
         for key, field, stored, wanted in finding.mismatched
     }
     present = [key for key, is_found in zip(keys, found, strict=True) if is_found]
-    unexpected = [key for key, is_found in zip(keys, found, strict=True) if not is_found and key.kind in kinds]
+    unexpected = sorted((key for key, is_found in zip(keys, found, strict=True) if not is_found and key.kind in kinds), key=_order)
     return Misfits(tuple(missing), tuple(unexpected), tuple(mismatched[key] for key in sorted(mismatched, key=_order))), present
 
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import groupby
+from queue import SimpleQueue
+from typing import NamedTuple
 
 import numpy as np
 
+from reshard.format.safetensors import TensorEntry
 from reshard.geometry import Region
 from reshard.planning.byte_runs import plan_blocks, strides_of
 from reshard.planning.read_plan import ReadPlan, Transfer
@@ -14,99 +20,199 @@ from reshard.state import Memory, State
 from reshard.storage import ReadableFile, Storage
 from reshard.storage.storage import join
 
-# What a strided read stages at a time. Some MiB amortise the call, and stay inside a core's share of the last-level cache.
-BLOCK_BYTES = 4 << 20
+# What a staged read takes at a time. Small enough that what was read is still in a core's own cache when it is copied on, large enough
+# that a call costs little.
+BLOCK_BYTES = 1 << 20
 
 # Reading over a gap of this size costs what another call costs: some 10 µs, in which a page cache or a fast disk gives 64 KiB.
 GAP_BYTES = 64 << 10
 
+# A contiguous run from this size on is read straight into its destination; below, a call per run costs more than staging many of them
+# in one and copying them on.
+DIRECT_BYTES = 128 << 10
 
-def check_plan(plan: ReadPlan, headers: Headers) -> None:
-    """Hold every place that a plan reads against its file's header, before anything is written to memory.
+# A direct read is cut in parts of this size, so that several are in flight.
+PART_BYTES = 16 << 20
+
+# Reads in flight per rank. A local disk or a parallel file system wants several; more than the cores that copy is no use on any.
+READERS = min(4, os.cpu_count() or 1)
+
+
+class _Run(NamedTuple):
+    """A transfer's box as one run of bytes of a file."""
+
+    begin: int
+    nbytes: int
+    transfer: Transfer
+
+
+def locate(plan: ReadPlan, headers: Headers) -> list[TensorEntry]:
+    """The entry of every transfer of a plan in its file's header, held against what metadata promises, before anything is written.
 
     Raises:
         DataFileError: a file is missing, damaged, or doesn't hold what metadata promises.
     """
-    for transfer in plan.transfers:
-        headers.entry(transfer.place, transfer.dtype, transfer.chunk_shape)
+    entries: list[TensorEntry] = []
+    for file, transfers in groupby(plan.transfers, key=lambda transfer: transfer.movement.site.file):
+        held = headers.get(file).entries
+        for transfer in transfers:
+            entry = held.get(transfer.name)
+            movement = transfer.movement
+            if entry is None or entry.shape != movement.chunk_shape or entry.dtype != movement.dtype:
+                raise headers.broken_promise(file, transfer.name, movement.dtype, movement.chunk_shape)
+            entries.append(entry)
+    return entries
 
 
-def read_plan(plan: ReadPlan, state: State, headers: Headers, storage: Storage, directory: str) -> int:
+def read_plan(plan: ReadPlan, entries: list[TensorEntry], state: State, storage: Storage, directory: str) -> int:
     """Fill a state's memory as the plan says.
 
     Args:
         plan: what to read.
+        entries: what `locate` found for it.
         state: the state whose description was planned.
-        headers: the headers of the checkpoint's files.
-        storage: where they lie.
+        storage: where the files lie.
         directory: the checkpoint.
 
     Returns:
-        The bytes that were read.
+        The bytes that were read, gaps included.
 
     Raises:
         DamagedCheckpointError: a file is not what it promises.
         StorageError: reading failed.
     """
-    staging = np.empty(0, np.uint8)
     total = 0
-    for file, transfers in groupby(plan.transfers, key=lambda transfer: transfer.place.file):
-        with storage.open_read(join(directory, file)) as source:
-            for transfer in transfers:
-                begin = headers.entry(transfer.place, transfer.dtype, transfer.chunk_shape).begin
-                memory = state.tensors[transfer.key].shards[transfer.shard].memory
-                direct = _contiguous_target(transfer, memory)
-                if direct is not None and _is_one_run(transfer):
-                    offset = sum(
-                        o * s
-                        for o, s in zip(transfer.source.offset, strides_of(transfer.chunk_shape, transfer.dtype.itemsize), strict=True)
-                    )
-                    source.read_into(begin + offset, direct)
-                    total += direct.nbytes
-                    continue
-                if staging.nbytes < BLOCK_BYTES:
-                    staging = np.empty(BLOCK_BYTES, np.uint8)
-                total += _read_staged(transfer, memory, source, begin, staging)
+    located = zip(plan.transfers, entries, strict=True)
+    with ThreadPoolExecutor(READERS, "reshard-read") as pool:
+        for file, group in groupby(located, key=lambda pair: pair[0].movement.site.file):
+            with storage.open_read(join(directory, file)) as source:
+                reader = _FileReader(source, state)
+                pending: list[Future[int]] = []
+                try:
+                    for work in reader.plan(list(group)):
+                        pending.append(pool.submit(work))
+                finally:
+                    # The file stays open until nobody reads it.
+                    for future in pending:
+                        future.exception()
+                total += sum(future.result() for future in pending)
     return total
 
 
-def _is_one_run(transfer: Transfer) -> bool:
-    """Whether the box is contiguous in the file: whole from some dimension on, and a single index before that dimension's range."""
-    inner_is_whole = True
-    for extent, whole in zip(reversed(transfer.source.shape), reversed(transfer.chunk_shape), strict=True):
-        if not inner_is_whole and extent != 1:
-            return False
-        inner_is_whole = inner_is_whole and extent == whole
-    return True
+class _FileReader:
+    """The reads of one file."""
+
+    def __init__(self, source: ReadableFile, state: State) -> None:
+        self._source = source
+        self._tensors = state.tensors
+        self._stages: SimpleQueue[np.ndarray] = SimpleQueue()
+        for _ in range(READERS):
+            self._stages.put(np.empty(0, np.uint8))
+
+    def plan(self, located: list[tuple[Transfer, TensorEntry]]) -> Iterator[Callable[[], int]]:
+        """Independent pieces of work, each giving the bytes that it read."""
+        small: list[_Run] = []
+        for transfer, entry in located:
+            movement = transfer.movement
+            if not movement.is_run:
+                yield from self._strided(transfer, entry.begin)
+            elif movement.nbytes < DIRECT_BYTES:
+                small.append(_Run(entry.begin + movement.offset, movement.nbytes, transfer))
+            else:
+                yield from self._direct(_Run(entry.begin + movement.offset, movement.nbytes, transfer))
+        small.sort()
+        yield from self._batches(small)
+
+    def _memory(self, transfer: Transfer) -> Memory:
+        return self._tensors[transfer.key].shards[transfer.movement.shard].memory
+
+    def _direct(self, run: _Run) -> Iterator[Callable[[], int]]:
+        target = _contiguous_target(run.transfer, self._memory(run.transfer))
+        if target is None:
+            yield from self._strided(run.transfer, run.begin - run.transfer.movement.offset)
+            return
+        for first in range(0, run.nbytes, PART_BYTES):
+            yield _reading(self._source, run.begin + first, target[first : first + PART_BYTES])
+
+    def _batches(self, runs: list[_Run]) -> Iterator[Callable[[], int]]:
+        """Runs that lie close to each other are read together."""
+        batch: list[_Run] = []
+        begin = end = 0
+        for run in runs:
+            if batch and (run.begin - end > GAP_BYTES or run.begin + run.nbytes - begin > BLOCK_BYTES):
+                yield self._scattering(batch, begin, end)
+                batch = []
+            if not batch:
+                begin = end = run.begin
+            batch.append(run)
+            end = max(end, run.begin + run.nbytes)
+        if batch:
+            yield self._scattering(batch, begin, end)
+
+    def _scattering(self, batch: list[_Run], begin: int, end: int) -> Callable[[], int]:
+        def work() -> int:
+            stage = self._take_stage(end - begin)
+            try:
+                self._source.read_into(begin, memoryview(stage)[: end - begin])
+                for at, nbytes, transfer in batch:
+                    movement = transfer.movement
+                    memory = self._memory(transfer)
+                    data = stage[at - begin : at - begin + nbytes]
+                    host = memory.host
+                    if host is not None and movement.target.shape == host.shape and host.flags.c_contiguous:
+                        host.reshape(-1).view(np.uint8)[:] = data
+                    else:
+                        # The staged bytes may not be aligned for the element type: numpy copes.
+                        memory.write(movement.target, data.view(movement.dtype.numpy).reshape(movement.target.shape))
+            finally:
+                self._stages.put(stage)
+            return end - begin
+
+        return work
+
+    def _strided(self, transfer: Transfer, begin: int) -> Iterator[Callable[[], int]]:
+        movement = transfer.movement
+        itemsize = movement.dtype.itemsize
+        strides = strides_of(movement.chunk_shape, itemsize)
+        memory = self._memory(transfer)
+        for block in plan_blocks(movement.chunk_shape, movement.source, itemsize, block_bytes=BLOCK_BYTES, gap_bytes=GAP_BYTES):
+
+            def work(region: Region = block.region, offset: int = block.offset, nbytes: int = block.nbytes) -> int:
+                stage = self._take_stage(nbytes)
+                try:
+                    self._source.read_into(begin + offset, memoryview(stage)[:nbytes])
+                    first = stage[:itemsize].view(movement.dtype.numpy)
+                    box = np.lib.stride_tricks.as_strided(first, region.shape, strides, writeable=False)
+                    memory.write(_target_of(region, transfer), box)
+                finally:
+                    self._stages.put(stage)
+                return nbytes
+
+            yield work
+
+    def _take_stage(self, nbytes: int) -> np.ndarray:
+        stage = self._stages.get()
+        return stage if stage.nbytes >= nbytes else np.empty(max(nbytes, BLOCK_BYTES), np.uint8)
 
 
-def _bytes_of(view: np.ndarray) -> memoryview:
-    return memoryview(view.reshape(-1).view(np.uint8))
+def _reading(source: ReadableFile, begin: int, target: memoryview) -> Callable[[], int]:
+    def work() -> int:
+        source.read_into(begin, target)
+        return target.nbytes
+
+    return work
 
 
 def _contiguous_target(transfer: Transfer, memory: Memory) -> memoryview | None:
     host = memory.host
     if host is None:
         return None
-    view = host[transfer.target.slices] if host.ndim else host
-    return _bytes_of(view) if view.flags.c_contiguous else None
-
-
-def _read_staged(transfer: Transfer, memory: Memory, source: ReadableFile, begin: int, staging: np.ndarray) -> int:
-    dtype = transfer.dtype.numpy
-    strides = strides_of(transfer.chunk_shape, dtype.itemsize)
-    total = 0
-    for block in plan_blocks(transfer.chunk_shape, transfer.source, dtype.itemsize, block_bytes=staging.nbytes, gap_bytes=GAP_BYTES):
-        run = staging[: block.nbytes]
-        source.read_into(begin + block.offset, memoryview(run))
-        total += block.nbytes
-        first = run[: dtype.itemsize].view(dtype)
-        box = np.lib.stride_tricks.as_strided(first, block.region.shape, strides, writeable=False)
-        memory.write(_target_of(block.region, transfer), box)
-    return total
+    view = host[transfer.movement.target.slices] if host.ndim else host
+    return memoryview(view.reshape(-1).view(np.uint8)) if view.flags.c_contiguous else None
 
 
 def _target_of(block: Region, transfer: Transfer) -> Region:
     """Where a box of the chunk belongs, in the shard's own coordinates."""
-    offset = tuple(b - s + t for b, s, t in zip(block.offset, transfer.source.offset, transfer.target.offset, strict=True))
+    movement = transfer.movement
+    offset = tuple(b - s + t for b, s, t in zip(block.offset, movement.source.offset, movement.target.offset, strict=True))
     return Region(offset, block.shape)

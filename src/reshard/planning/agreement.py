@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import msgspec
 
@@ -15,14 +16,49 @@ from reshard.state import Kind, State, TensorKey
 
 
 @dataclass(frozen=True, slots=True)
-class TensorDescription:
-    """A sharded tensor without its memory: what one rank holds of it."""
+class Holding:
+    """What a rank holds of a tensor, without the tensor's name. Tensors that lie alike share one, so that plans are made once for all.
 
-    key: TensorKey
+    Caches go by its identity: its hash goes over the ranks of its mesh.
+
+    Attributes:
+        dtype: the element type.
+        global_shape: the shape of the whole tensor.
+        layout: how it lies on its mesh, or None.
+        regions: what the rank holds.
+    """
+
     dtype: DType
     global_shape: tuple[int, ...]
     layout: Layout | None
     regions: tuple[Region, ...]
+
+
+class TensorDescription(NamedTuple):
+    """A sharded tensor without its memory: what one rank holds of it."""
+
+    key: TensorKey
+    holding: Holding
+
+    @property
+    def dtype(self) -> DType:
+        """The element type."""
+        return self.holding.dtype
+
+    @property
+    def global_shape(self) -> tuple[int, ...]:
+        """The shape of the whole tensor."""
+        return self.holding.global_shape
+
+    @property
+    def layout(self) -> Layout | None:
+        """How it lies on its mesh, or None."""
+        return self.holding.layout
+
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        """What the rank holds."""
+        return self.holding.regions
 
     @property
     def nbytes(self) -> int:
@@ -45,47 +81,58 @@ class RankDescription:
 
 def describe(state: State, rank: int) -> RankDescription:
     """The description of one rank's state."""
-    return RankDescription(
-        rank,
-        tuple(
-            TensorDescription(t.key, t.dtype, tuple(t.global_shape), t.layout, tuple(s.region for s in t.shards))
-            for t in state.tensors.values()
-        ),
-    )
+    # By identity, which costs less than a hash over regions and mesh; adapters share the objects of tensors that lie alike, and the state
+    # keeps them alive.
+    known: dict[tuple[object, ...], Holding] = {}
+    tensors = []
+    for tensor in state.tensors.values():
+        shards = tensor.shards
+        alike = (tensor.dtype.name, tensor.global_shape, id(tensor.layout), *[id(shard.region) for shard in shards])
+        holding = known.get(alike)
+        if holding is None:
+            regions = tuple(shard.region for shard in shards)
+            holding = known[alike] = Holding(tensor.dtype, tuple(tensor.global_shape), tensor.layout, regions)
+        tensors.append(TensorDescription(tensor.key, holding))
+    return RankDescription(rank, tuple(tensors))
 
 
 def encode(description: RankDescription) -> bytes:
-    """Bytes for the other ranks; each mesh and each layout is written once."""
+    """Bytes for the other ranks; each mesh, layout and holding is written once."""
     meshes: dict[Mesh, int] = {}
     layouts: dict[Layout, int] = {}
-    # Hashing a layout goes over every rank of its mesh; most tensors share the few layout objects of their adapter.
-    known: dict[int, int] = {}
+    holdings: dict[int, int] = {}
+    written = []
     tensors = []
-    for t in description.tensors:
-        index = -1
-        if t.layout is not None:
-            found = known.get(id(t.layout))
-            if found is None:
-                meshes.setdefault(t.layout.mesh, len(meshes))
-                found = known[id(t.layout)] = layouts.setdefault(t.layout, len(layouts))
-            index = found
-        regions = [(r.offset, r.shape) for r in t.regions]
-        tensors.append((t.key.kind.value, t.key.slot, t.key.parameter, t.dtype.name, t.global_shape, index, regions))
+    for (kind, slot, parameter), holding in description.tensors:
+        index = holdings.get(id(holding))
+        if index is None:
+            index = holdings[id(holding)] = len(holdings)
+            layout = -1
+            if holding.layout is not None:
+                meshes.setdefault(holding.layout.mesh, len(meshes))
+                layout = layouts.setdefault(holding.layout, len(layouts))
+            written.append((holding.dtype.name, holding.global_shape, layout, [(r.offset, r.shape) for r in holding.regions]))
+        tensors.append((kind.value, slot, parameter, index))
     return msgspec.msgpack.encode(
         {
             "rank": description.rank,
             "meshes": [(m.shape, m.axes, m.ranks) for m in meshes],
             "layouts": [(meshes[layout.mesh], layout.split) for layout in layouts],
+            "holdings": written,
             "tensors": tensors,
         }
     )
+
+
+_Box = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 class _Wire(msgspec.Struct):
     rank: int
     meshes: list[tuple[tuple[int, ...], tuple[str, ...], tuple[int, ...]]]
     layouts: list[tuple[int, tuple[tuple[int, ...], ...]]]
-    tensors: list[tuple[str, str | None, str, str, tuple[int, ...], int, list[tuple[tuple[int, ...], tuple[int, ...]]]]]
+    holdings: list[tuple[str, tuple[int, ...], int, list[_Box]]]
+    tensors: list[tuple[str, str | None, str, int]]
 
 
 def decode(data: bytes) -> RankDescription:
@@ -102,18 +149,14 @@ def decode(data: bytes) -> RankDescription:
         ) from error
     meshes = [Mesh(*mesh) for mesh in wire.meshes]
     layouts = [Layout(meshes[mesh], split) for mesh, split in wire.layouts]
+    holdings = [
+        Holding(by_name(dtype), shape, None if layout < 0 else layouts[layout], tuple(Region(*box) for box in boxes))
+        for dtype, shape, layout, boxes in wire.holdings
+    ]
+    kinds = {kind.value: kind for kind in Kind}
     return RankDescription(
         wire.rank,
-        tuple(
-            TensorDescription(
-                TensorKey(Kind(kind), slot, parameter),
-                by_name(dtype),
-                shape,
-                None if index < 0 else layouts[index],
-                tuple(Region(offset, extent) for offset, extent in regions),
-            )
-            for kind, slot, parameter, dtype, shape, index, regions in wire.tensors
-        ),
+        tuple(TensorDescription(TensorKey(kinds[kind], slot, parameter), holdings[index]) for kind, slot, parameter, index in wire.tensors),
     )
 
 
@@ -122,14 +165,14 @@ def digest(encoded: bytes) -> bytes:
     return hashlib.blake2b(encoded, digest_size=16).digest()
 
 
-def place_of(state: State, rank: int) -> str:
+def place_of(description: RankDescription) -> str:
     """A name for a rank's place in a strategy.
 
     Two runs give a rank the same one only if it holds the same regions of the same model tensors, on the same meshes. Per-rank values
     come back to the same place only.
     """
-    model = {key: tensor for key, tensor in state.tensors.items() if key.kind is Kind.MODEL}
-    return digest(encode(describe(State(tensors=model), rank))).hex()
+    model = tuple(tensor for tensor in description.tensors if tensor.key.kind is Kind.MODEL)
+    return digest(encode(RankDescription(description.rank, model))).hex()
 
 
 def check_agreement(descriptions: Sequence[RankDescription]) -> None:

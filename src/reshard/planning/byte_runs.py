@@ -32,6 +32,16 @@ def strides_of(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
+def is_one_run(extents: tuple[int, ...], whole: tuple[int, ...]) -> bool:
+    """Whether a box of these extents is contiguous in a C-ordered array: whole from some dimension on, a single index before it."""
+    inner_is_whole = True
+    for extent, size in zip(reversed(extents), reversed(whole), strict=True):
+        if not inner_is_whole and extent != 1:
+            return False
+        inner_is_whole = inner_is_whole and extent == size
+    return True
+
+
 def plan_blocks(shape: tuple[int, ...], region: Region, itemsize: int, *, block_bytes: int, gap_bytes: int) -> Iterator[Block]:
     """Cut a region into boxes, each covered by one byte run.
 

@@ -2,41 +2,59 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from reshard.catalog import Catalog, Place, StoredTensor
+from reshard.catalog import Arrangement, Catalog, Site
 from reshard.errors import MetadataError
 from reshard.geometry import DType, Region
-from reshard.planning.agreement import RankDescription, TensorDescription
+from reshard.planning.agreement import Holding, RankDescription
+from reshard.planning.byte_runs import is_one_run, strides_of
 from reshard.state import TensorKey
 
 
 @dataclass(frozen=True, slots=True)
-class Transfer:
-    """A box that moves from a chunk into a shard.
+class Movement:
+    """A box that moves from a chunk into a shard, for all tensors that are stored alike and wanted alike.
 
     Attributes:
-        key: the tensor.
         shard: the index of the shard in the wanted tensor.
         target: the box in the shard's own coordinates.
-        place: where the chunk is stored.
+        shard_shape: the shape of the shard.
+        site: where the chunk is stored.
         chunk_shape: the shape of the chunk, which is the shape of the tensor in the file.
         source: the box in the chunk's own coordinates.
         dtype: the element type, of both.
+        offset: where the box begins, in bytes from the first byte of the chunk.
+        nbytes: the bytes that are needed.
+        is_run: whether the box is one run of bytes in the file.
     """
 
-    key: TensorKey
     shard: int
     target: Region
-    place: Place
+    shard_shape: tuple[int, ...]
+    site: Site
     chunk_shape: tuple[int, ...]
     source: Region
     dtype: DType
+    offset: int
+    nbytes: int
+    is_run: bool
 
-    @property
-    def nbytes(self) -> int:
-        """The bytes that are needed."""
-        return self.dtype.itemsize * self.source.size
+
+class Transfer(NamedTuple):
+    """One tensor's movement.
+
+    Attributes:
+        key: the tensor.
+        name: its name in the file.
+        movement: what moves where.
+    """
+
+    key: TensorKey
+    name: str
+    movement: Movement
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,16 +95,18 @@ class ReadPlan:
     @property
     def nbytes(self) -> int:
         """The bytes that are needed."""
-        return sum(transfer.nbytes for transfer in self.transfers)
+        return sum(transfer.movement.nbytes for transfer in self.transfers)
 
     @property
     def files(self) -> tuple[str, ...]:
         """The files that are read, in order."""
-        return tuple(dict.fromkeys(transfer.place.file for transfer in self.transfers))
+        return tuple(dict.fromkeys(transfer.movement.site.file for transfer in self.transfers))
 
 
 def plan_reads(wanted: RankDescription, catalog: Catalog) -> ReadPlan:
     """Plan what one rank reads of a checkpoint.
+
+    Regions are held against chunks once for all tensors that are wanted alike and stored alike.
 
     Where a chunk is stored several times, the rank reads the copy that it wrote itself, else one chosen by its rank, so that the ranks
     of a job spread over the copies.
@@ -98,57 +118,81 @@ def plan_reads(wanted: RankDescription, catalog: Catalog) -> ReadPlan:
     restored: list[TensorKey] = []
     missing: list[TensorKey] = []
     mismatched: list[Mismatch] = []
-    for tensor in wanted.tensors:
-        stored = catalog.tensors.get(tensor.key)
+    # By identity: the descriptions and the catalog keep both alive, and hashing either goes over regions and meshes.
+    known: dict[tuple[int, int], tuple[Movement, ...]] = {}
+    for key, holding in wanted.tensors:
+        stored = catalog.tensors.get(key)
         if stored is None:
-            missing.append(tensor.key)
-        elif stored.global_shape != tensor.global_shape:
-            mismatched.append(Mismatch(tensor.key, "shape", str(list(stored.global_shape)), str(list(tensor.global_shape))))
-        elif stored.dtype != tensor.dtype:
-            mismatched.append(Mismatch(tensor.key, "dtype", stored.dtype.name, tensor.dtype.name))
-        else:
-            restored.append(tensor.key)
-            transfers += _transfers(tensor, stored, wanted.rank, catalog.directory)
-    transfers.sort(key=lambda transfer: transfer.place.file)
+            missing.append(key)
+            continue
+        _, name, arrangement = stored
+        pair = (id(holding), id(arrangement))
+        movements = known.get(pair)
+        if movements is None:
+            misfit = _misfit(key, holding, arrangement)
+            if misfit is not None:
+                mismatched.append(misfit)
+                continue
+            try:
+                movements = known[pair] = tuple(_movements(holding, arrangement, wanted.rank))
+            except MetadataError as error:
+                raise MetadataError(
+                    error.what, file=catalog.directory, tensor=name, rank=wanted.rank, found=error.found, fix=error.fix
+                ) from error
+        restored.append(key)
+        for movement in movements:
+            transfers.append(Transfer(key, name + movement.site.suffix, movement))
+    transfers.sort(key=_file_of)
     return ReadPlan(wanted.rank, tuple(transfers), tuple(restored), tuple(missing), tuple(mismatched))
 
 
-def _transfers(tensor: TensorDescription, stored: StoredTensor, rank: int, directory: str) -> list[Transfer]:
-    transfers = []
-    for index, region in enumerate(tensor.regions):
+def _file_of(transfer: Transfer) -> str:
+    return transfer.movement.site.file
+
+
+def _misfit(key: TensorKey, holding: Holding, arrangement: Arrangement) -> Mismatch | None:
+    if arrangement.global_shape != holding.global_shape:
+        return Mismatch(key, "shape", str(list(arrangement.global_shape)), str(list(holding.global_shape)))
+    if arrangement.dtype != holding.dtype:
+        return Mismatch(key, "dtype", arrangement.dtype.name, holding.dtype.name)
+    return None
+
+
+def _movements(holding: Holding, arrangement: Arrangement, rank: int) -> Iterator[Movement]:
+    itemsize = arrangement.dtype.itemsize
+    for index, region in enumerate(holding.regions):
         if region.is_empty:
             continue
         covered = 0
-        for chunk in stored.chunks:
-            common = region.intersect(chunk.region)
+        for piece in arrangement.pieces:
+            common = region.intersect(piece.region)
             if common is None:
                 continue
             covered += common.size
-            transfers.append(
-                Transfer(
-                    tensor.key,
-                    index,
-                    common.relative_to(region),
-                    _choose(chunk.places, rank),
-                    chunk.region.shape,
-                    common.relative_to(chunk.region),
-                    stored.dtype,
-                )
+            source = common.relative_to(piece.region)
+            strides = strides_of(piece.region.shape, itemsize)
+            yield Movement(
+                index,
+                common.relative_to(region),
+                region.shape,
+                _choose(piece.sites, rank),
+                piece.region.shape,
+                source,
+                arrangement.dtype,
+                sum(offset * stride for offset, stride in zip(source.offset, strides, strict=True)),
+                itemsize * source.size,
+                is_one_run(source.shape, piece.region.shape),
             )
         if covered != region.size:
             raise MetadataError(
                 "the chunks of a tensor don't cover it",
-                file=directory,
-                tensor=tensor.key.parameter,
-                rank=rank,
                 found=f"{covered} of the {region.size} elements at {region}",
                 fix="load another iteration; this one can't be whole",
             )
-    return transfers
 
 
-def _choose(places: tuple[Place, ...], rank: int) -> Place:
-    for place in places:
-        if place.rank == rank:
-            return place
-    return places[rank % len(places)]
+def _choose(sites: tuple[Site, ...], rank: int) -> Site:
+    for site in sites:
+        if site.rank == rank:
+            return site
+    return sites[rank % len(sites)]

@@ -113,13 +113,12 @@ def plan_catalog(descriptions: Sequence[RankDescription], prefix: str | None, sa
                 if tensor.key.kind is kind:
                     parts.setdefault(tensor.key, []).append((description.rank, tensor))
     files = {(d.rank, kind): data_file_name(prefix, kind, d.rank, len(descriptions)) for d in descriptions for kind in Kind}
-    # Most tensors lie like many others. By the layouts' identity: hashing one goes over all ranks of its mesh, and the descriptions share
-    # the layouts of a rank.
+    # Most tensors lie like many others, and share a description's holding with them.
     known: dict[object, Arrangement] = {}
     tensors = {}
     for key, held in parts.items():
         first = held[0][1]
-        alike = (key.kind, first.dtype.name, first.global_shape, tuple((rank, id(tensor.layout), tensor.regions) for rank, tensor in held))
+        alike = (key.kind, *[(rank, id(tensor.holding)) for rank, tensor in held])
         arrangement = known.get(alike)
         if arrangement is None:
             spread = _arrange(held)

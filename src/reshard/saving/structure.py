@@ -120,7 +120,7 @@ class Structures:
             header = plan_header([(entry.name, entry.dtype, entry.shape) for entry in file.entries], _HEADER_METADATA)
             by_name = {entry.name: entry for entry in file.entries}
             files.append((file, header, tuple(by_name[entry] for entry in header.entries)))
-        return RankPlan(structure, name, has_optimizer, tuple(files), place_of(state, self._rank))
+        return RankPlan(structure, name, has_optimizer, tuple(files), place_of(description))
 
     def files_to_write(self, plan: RankPlan) -> list[tuple[FilePlan, Header, tuple[WriteEntry, ...]]]:
         """The files of a plan, without that of the optimizer when no rank of the run has one."""

@@ -67,13 +67,18 @@ class Headers:
         entry = self.get(place.file).entries.get(place.name)
         if entry is not None and entry.shape == shape and entry.dtype == dtype:
             return entry
-        file = join(self._directory, place.file)
+        raise self.broken_promise(place.file, place.name, dtype, shape)
+
+    def broken_promise(self, file: str, name: str, dtype: DType, shape: tuple[int, ...]) -> DataFileError:
+        """The error for a tensor that a file doesn't hold as metadata promises."""
+        entry = self.get(file).entries.get(name)
+        path = join(self._directory, file)
         if entry is None:
-            raise DataFileError("the metadata promises a tensor that the file doesn't hold", file=file, tensor=place.name, fix=_RESTORE)
-        raise DataFileError(
+            return DataFileError("the metadata promises a tensor that the file doesn't hold", file=path, tensor=name, fix=_RESTORE)
+        return DataFileError(
             "a tensor in a file is not what the metadata promises",
-            file=file,
-            tensor=place.name,
+            file=path,
+            tensor=name,
             found=f"{entry.dtype} of shape {list(entry.shape)}",
             expected=f"{dtype} of shape {list(shape)}",
             fix=_RESTORE,
