@@ -11,11 +11,13 @@ from types import TracebackType
 from typing import Any
 
 from reshard.catalog import Catalog
+from reshard.collector import collector_paused
 from reshard.comm import Communicator
 from reshard.comm.together import attempt, from_first, settle, together
-from reshard.errors import UsageError
+from reshard.errors import MetadataError, UsageError
 from reshard.format.common import CommonInfo, decode_common
 from reshard.format.extra import groups_of, rank_values_in, read_extra, values_in
+from reshard.format.index import decode_index
 from reshard.format.names import COMMON_FILE, EXTRA_DIRECTORY, GLOBAL_EXTRA_FILE, rank_extra_file, tensor_name
 from reshard.frameworks.adapter import Adapter, Destination
 from reshard.frameworks.select import default_communicator, select_adapter
@@ -24,7 +26,7 @@ from reshard.loading.report import RestoreReport
 from reshard.loading.strictness import Strictness
 from reshard.planning.agreement import RankDescription, describe, place_of
 from reshard.saving.saver import SaveOptions, Saver, SaveReport
-from reshard.sources.native import open_catalog
+from reshard.sources.native import open_index
 from reshard.sources.resolve import Resolved, latest, resolve
 from reshard.state import Kind, ParameterGroup, State
 from reshard.stateful import restore_values, values_of
@@ -190,13 +192,42 @@ class CheckpointManager:
             MismatchError: it doesn't fit the run.
         """
         self._check_open()
+        with collector_paused():
+            return self._load(
+                path,
+                model=model,
+                optimizer=optimizer,
+                scheduler=scheduler,
+                dataloader=dataloader,
+                extra=extra,
+                strict=strict,
+                missing_ok=missing_ok,
+                restore_random=restore_random,
+                reseed=reseed,
+            )
+
+    def _load(
+        self,
+        path: str | os.PathLike[str] | None,
+        *,
+        model: Any,
+        optimizer: Any,
+        scheduler: Any,
+        dataloader: Any,
+        extra: Any,
+        strict: Strictness | None,
+        missing_ok: bool,
+        restore_random: bool,
+        reseed: int | None,
+    ) -> RestoreReport | None:
         started = time.perf_counter()
         root = self.directory if path is None else os.path.abspath(os.fspath(path))
         found = from_first(self._comm, lambda: self._find(root, missing_ok=missing_ok), list[Resolved], what="nothing was loaded")
         if not found:
             return None
         resolved = found[0]
-        opened, error = attempt(lambda: self._open(resolved.directory, model, optimizer, restore_random=restore_random))
+        index = from_first(self._comm, lambda: open_index(self._storage, resolved.directory), bytes, what="nothing was loaded")
+        opened, error = attempt(lambda: self._open(resolved.directory, index, model, optimizer, restore_random=restore_random))
         settle(self._comm, error, what="nothing was loaded")
         assert opened is not None  # settle raises when any rank has not opened it
         adapter = opened.adapter
@@ -266,9 +297,11 @@ class CheckpointManager:
             return [] if found is None else [found]
         return [resolve(self._storage, root)]
 
-    def _open(self, directory: str, model: Any, optimizer: Any, *, restore_random: bool) -> _Opened:
+    def _open(self, directory: str, index: bytes, model: Any, optimizer: Any, *, restore_random: bool) -> _Opened:
         adapter = select_adapter(model, optimizer)
-        catalog = open_catalog(self._storage, directory)
+        catalog = decode_index(index, directory)
+        if catalog is None:
+            raise MetadataError("rank 0's index can't be understood", file=directory, fix="run the same version of reshard on every rank")
         common_file = join(directory, COMMON_FILE)
         has_common = self._storage.stat(common_file) is not None
         common = decode_common(self._storage.read_bytes(common_file), common_file) if has_common else None

@@ -48,7 +48,12 @@ def test_the_files_of_a_checkpoint(tmp_path):
         "extra",
         "metadata.json",
     ]
-    assert sorted(os.listdir(directory / "extra")) == ["global.safetensors", "rank-0000000.safetensors", "rank-0000001.safetensors"]
+    assert sorted(os.listdir(directory / "extra")) == [
+        "global.safetensors",
+        "metadata.index",
+        "rank-0000000.safetensors",
+        "rank-0000001.safetensors",
+    ]
     assert (tmp_path / "a/root/latest_checkpointed_iteration.txt").read_bytes() == b"3"
     assert json.loads((directory / "common.json").read_text())["global_step"] == 3
     for rank in range(2):

@@ -94,5 +94,6 @@ def from_first(comm: Communicator, work: Callable[[], T], kind: type[T], *, what
         ReshardError: rank 0's, on every rank.
     """
     result, error = attempt(work) if comm.rank == 0 else (None, None)
-    payload = msgspec.msgpack.encode(result) if comm.rank == 0 and error is None else b""
-    return msgspec.msgpack.decode(settle(comm, error, payload, what=what)[0], type=kind)
+    # Apart from the payload: what all ranks gather, each pays for.
+    settle(comm, error, what=what)
+    return msgspec.msgpack.decode(comm.broadcast(msgspec.msgpack.encode(result) if comm.rank == 0 else b""), type=kind)

@@ -89,8 +89,7 @@ def read_plan(plan: ReadPlan, entries: list[TensorEntry], state: State, storage:
                 reader = _FileReader(source, state)
                 pending: list[Future[int]] = []
                 try:
-                    for work in reader.plan(list(group)):
-                        pending.append(pool.submit(work))
+                    pending.extend(pool.submit(work) for work in reader.plan(list(group)))
                 finally:
                     # The file stays open until nobody reads it.
                     for future in pending:

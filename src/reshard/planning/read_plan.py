@@ -140,8 +140,7 @@ def plan_reads(wanted: RankDescription, catalog: Catalog) -> ReadPlan:
                     error.what, file=catalog.directory, tensor=name, rank=wanted.rank, found=error.found, fix=error.fix
                 ) from error
         restored.append(key)
-        for movement in movements:
-            transfers.append(Transfer(key, name + movement.site.suffix, movement))
+        transfers.extend(Transfer(key, name + movement.site.suffix, movement) for movement in movements)
     transfers.sort(key=_file_of)
     return ReadPlan(wanted.rank, tuple(transfers), tuple(restored), tuple(missing), tuple(mismatched))
 

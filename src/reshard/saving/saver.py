@@ -19,6 +19,7 @@ from reshard.comm.together import attempt, settle
 from reshard.errors import MetadataError, ReshardError, SaveError, UsageError
 from reshard.format.common import CommonInfo, decode_common, encode_common
 from reshard.format.extra import global_tree, write_extra
+from reshard.format.index import INDEX_FILE
 from reshard.format.names import COMMON_FILE, EXTRA_DIRECTORY, GLOBAL_EXTRA_FILE, METADATA_FILE, data_file_name, iteration_name
 from reshard.saving.commit import Undo, check_presence, publish
 from reshard.saving.groups import GroupOptions, encode_options, merge_groups
@@ -340,12 +341,13 @@ class Saver:
         """Add to the ranks' files what is of the whole checkpoint, and make all names durable."""
         storage = self._storage
         check_presence(storage, temporary, {rank: outcome.files for rank, outcome in enumerate(outcomes)})
-        metadata = self._structures.metadata(join(self.root, iteration_name(prepared.step)))
+        metadata, index = self._structures.metadata(join(self.root, iteration_name(prepared.step)))
         groups = merge_groups([outcome.options for outcome in outcomes], self._structures.members)
         extra = join(temporary, EXTRA_DIRECTORY)
         write_extra(storage, join(extra, GLOBAL_EXTRA_FILE), global_tree(state.values, groups))
         storage.write_bytes(join(temporary, COMMON_FILE), prepared.common)
         storage.write_bytes(join(temporary, METADATA_FILE), metadata)
+        storage.write_bytes(join(extra, INDEX_FILE), index)
         storage.sync_directory(extra)
         storage.sync_directory(temporary)
 

@@ -6,11 +6,12 @@ A run's structure hardly ever changes, so that all of this is made once and kept
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 
-from reshard.format.metadata import encode_metadata
+from reshard.format.index import digest_of, encode_index
+from reshard.format.metadata import FORMAT_VERSION, encode_metadata
 from reshard.format.safetensors import Header, plan_header
 from reshard.planning.agreement import RankDescription, check_agreement, decode, describe, digest, encode, place_of
 from reshard.planning.write_plan import FilePlan, WriteEntry, plan_catalog, plan_rank_files
@@ -75,7 +76,7 @@ class Structures:
         self._plan: RankPlan | None = None
         self._told: bytes | None = None
         self._ranks: list[RankStructure] = []
-        self._metadata: bytes | None = None
+        self._metadata: tuple[bytes, bytes] | None = None
 
     @property
     def is_agreed(self) -> bool:
@@ -148,8 +149,8 @@ class Structures:
         if any(data is not None for data in told):
             self._metadata = None
 
-    def metadata(self, directory: str) -> bytes:
-        """`metadata.json` for what all ranks write.
+    def metadata(self, directory: str) -> tuple[bytes, bytes]:
+        """`metadata.json` for what all ranks write, and its index.
 
         Raises:
             CaptureError: the ranks' states don't fit together.
@@ -157,5 +158,7 @@ class Structures:
         if self._metadata is None:
             descriptions = [decode(structure.description) for structure in self._ranks]
             check_agreement(descriptions)
-            self._metadata = encode_metadata(plan_catalog(descriptions, self._prefix, self._save_optimizer, directory))
+            catalog = plan_catalog(descriptions, self._prefix, self._save_optimizer, directory)
+            metadata = encode_metadata(catalog)
+            self._metadata = metadata, encode_index(replace(catalog, format_version=FORMAT_VERSION), digest_of(metadata))
         return self._metadata

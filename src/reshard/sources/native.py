@@ -7,6 +7,7 @@ from threading import Lock
 
 from reshard.catalog import Arrangement, Catalog, Piece, Place, Site, StoredTensor
 from reshard.errors import CheckpointNotFoundError, DataFileError, MetadataError
+from reshard.format.index import INDEX_FILE, decode_index, digest_of, encode_index
 from reshard.format.metadata import decode_metadata
 from reshard.format.names import (
     COMMON_FILE,
@@ -86,7 +87,7 @@ class Headers:
 
 
 def open_catalog(storage: Storage, directory: str) -> Catalog:
-    """The catalog of a checkpoint's directory.
+    """The catalog of a checkpoint's directory: by its compact index where that is up to date, else by its metadata.
 
     With `metadata.json` no data file is looked at, except where metadata leaves an element type open: `Headers.entry` and
     `check_promises` hold the files against it. Without it (a single card's checkpoint) every tensor of every file is a whole one.
@@ -97,16 +98,36 @@ def open_catalog(storage: Storage, directory: str) -> Catalog:
             project writes beside it is missing.
         DataFileError: a file whose header is needed is missing or damaged.
     """
+    return _open(storage, directory)[0]
+
+
+def open_index(storage: Storage, directory: str) -> bytes:
+    """The catalog of a checkpoint's directory as an index, for the other ranks of a job: one of them opens it for all.
+
+    Raises:
+        ReshardError: as in `open_catalog`.
+    """
+    catalog, index = _open(storage, directory)
+    return index if index is not None else encode_index(catalog, b"")
+
+
+def _open(storage: Storage, directory: str) -> tuple[Catalog, bytes | None]:
     there = storage.stat(directory)
     if there is None or not there.is_directory:
         raise CheckpointNotFoundError("there is no such checkpoint", file=directory)
     headers = Headers(storage, directory)
     file = join(directory, METADATA_FILE)
     if storage.stat(file) is not None:
-        catalog = decode_metadata(storage.read_bytes(file), file, lambda place: _dtype_in(headers, place, directory))
+        metadata = storage.read_bytes(file)
+        index_file = join(directory, EXTRA_DIRECTORY, INDEX_FILE)
+        index = storage.read_bytes(index_file) if storage.stat(index_file) is not None else None
+        catalog = None if index is None else decode_index(index, directory, digest_of(metadata))
+        if catalog is None:
+            index = None
+            catalog = decode_metadata(metadata, file, lambda place: _dtype_in(headers, place, directory))
         if catalog.format_version is not None:
             _check_companions(storage, directory)
-        return catalog
+        return catalog, index
     files = [entry.name for entry in storage.list(directory) if not entry.is_directory and entry.name.endswith(DATA_SUFFIX)]
     if not files:
         raise MetadataError(
@@ -124,7 +145,7 @@ def open_catalog(storage: Storage, directory: str) -> Catalog:
             expected=f"{METADATA_FILE} beside them; only a single card's checkpoint can do without",
             fix=f"restore {METADATA_FILE} from a copy, or resume from another iteration",
         )
-    return _whole_tensors(headers, directory, files)
+    return _whole_tensors(headers, directory, files), None
 
 
 def _check_companions(storage: Storage, directory: str) -> None:
