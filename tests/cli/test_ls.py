@@ -184,6 +184,33 @@ def test_an_iteration_that_can_not_be_read_does_not_hide_the_others(root: Path) 
     assert (second.state, second.tracked) == ("committed", True)
 
 
+class Private(PosixStorage):
+    """A storage on which a directory can't be listed, and perhaps not even looked into, whoever runs the test."""
+
+    def __init__(self, path: Path, *, may_look: bool) -> None:
+        self._path = str(path)
+        self._may_look = may_look
+
+    def stat(self, path: str) -> Entry | None:
+        if path.startswith(f"{self._path}/") and not self._may_look:
+            raise StorageError("can't look at the path", file=path, found="Permission denied")
+        return super().stat(path)
+
+    def list(self, path: str) -> Sequence[Entry]:
+        if f"{path}/".startswith(f"{self._path}/"):
+            raise StorageError("can't list the directory", file=path, found="Permission denied")
+        return super().list(path)
+
+
+@pytest.mark.parametrize("may_look", [True, False])
+def test_an_iteration_that_can_not_be_looked_into_is_damaged(root: Path, may_look: bool) -> None:
+    first, second = list_root(Private(root / "iteration_00000012", may_look=may_look), str(root)).iterations
+    assert first.state == "committed"
+    assert (second.iteration, second.state, second.tracked) == (12, DAMAGED, True)
+    assert second.problem is not None
+    assert "Permission denied" in second.problem
+
+
 def test_data_that_is_missing_is_damage(root: Path) -> None:
     """Names and sizes tell, without a look into the files."""
     first, second = (sorted((root / name).glob("*-model-*")) for name in ("iteration_00000001", "iteration_00000012"))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from reshard.errors import CheckpointNotFoundError, MetadataError, TrackerError
+from reshard.errors import CheckpointNotFoundError, MetadataError, StorageError, TrackerError
 from reshard.format.names import TRACKER_FILE, iteration_name
 from reshard.sources.native import open_catalog
 from reshard.sources.resolve import is_committed, latest, list_iterations, resolve
@@ -231,3 +231,68 @@ class Committing(PosixStorage):
 
 def test_an_iteration_that_is_committed_meanwhile_is_nobodys_error(root):
     assert resolve(Committing(root), str(root)).iteration == 11
+
+
+class Private(PosixStorage):
+    """A storage on which a directory belongs to somebody else, whoever runs the test."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = str(path)
+
+    def _check(self, path: str) -> None:
+        if path.startswith(f"{self._path}/"):
+            raise StorageError("can't look at the path", file=path, found="Permission denied")
+
+    def stat(self, path: str) -> Entry | None:
+        self._check(path)
+        return super().stat(path)
+
+    def list(self, path: str) -> Sequence[Entry]:
+        self._check(f"{path}/")
+        return super().list(path)
+
+
+@pytest.mark.parametrize("step", [1, 11])
+def test_an_iteration_that_can_not_be_looked_at_does_not_block_the_tracked_one(root, step):
+    other = root / iteration_name(step)
+    other.mkdir(exist_ok=True)
+    storage = Private(other)
+    for ask in (resolve, latest):
+        resolved = ask(storage, str(root))
+        assert resolved is not None
+        assert resolved.iteration == 10
+        assert any(iteration_name(step) in note and "Permission denied" in note for note in resolved.notes)
+    assert [number for number, _ in list_iterations(storage, str(root))] == [number for number in (1, 2, 10) if number != step]
+
+
+def test_of_the_tracked_one_itself_opening_says_what_is_wrong(root):
+    storage = Private(root / "iteration_00000010")
+    with pytest.raises(StorageError, match="Permission denied"):
+        open_catalog(storage, resolve(storage, str(root)).directory)
+
+
+def test_without_a_tracker_one_that_may_be_the_newest_is_not_passed_over(root):
+    (root / TRACKER_FILE).unlink()
+    for ask in (resolve, latest):
+        resolved = ask(Private(root / "iteration_00000002"), str(root))
+        assert resolved is not None
+        assert resolved.iteration == 10
+        with pytest.raises(StorageError, match="Permission denied"):
+            ask(Private(root / "iteration_00000010"), str(root))
+    for step in (1, 2):
+        shutil.rmtree(root / iteration_name(step))
+    with pytest.raises(StorageError, match="Permission denied"):
+        latest(Private(root / "iteration_00000010"), str(root))
+
+
+def test_a_link_that_leads_to_itself_blocks_nothing(root):
+    (root / "iteration_00000011").symlink_to("iteration_00000011")
+    assert found(root)[0] == 10
+    (root / TRACKER_FILE).unlink()
+    assert found(root)[0] == 10
+
+
+def test_a_hint_does_not_fail(tmp_path):
+    (tmp_path / "private").mkdir()
+    with pytest.raises(CheckpointNotFoundError, match="there is no checkpoint"):
+        resolve(Private(tmp_path / "private"), str(tmp_path))

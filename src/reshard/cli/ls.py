@@ -112,7 +112,7 @@ def list_root(storage: Storage, root: str) -> RootListing:
         match = _UNCOMMITTED.fullmatch(child.name)
         if match is not None and child.is_directory and child.name not in known:
             path = join(root, child.name)
-            found.append(_unless_gone(storage, path, lambda path=path, step=int(match[1]): _torn_line(storage, path, step)))
+            found.append(_unless_gone(storage, path, lambda path=path, step=int(match[1]): _torn_line(storage, path, step, tracker)))
     lines = [line for line in found if line is not None]
     if not lines and tracker is None and problem is None:
         here = any(storage.stat(join(root, name)) is not None for name in (METADATA_FILE, COMMON_FILE))
@@ -149,9 +149,10 @@ def _read_tracker(storage: Storage, root: str) -> tuple[int | None, str | None]:
 
 
 def _committed_line(storage: Storage, step: int, directory: str, tracker: int | None) -> IterationLine:
-    nbytes, files, written = _measure(storage, directory)
+    nbytes, files, written = 0, 0, 0.0
     state, problem, global_step, ranks = COMMITTED, None, None, None
     try:
+        nbytes, files, written = _measure(storage, directory)
         checkpoint = Checkpoint(directory, storage)
         global_step = None if checkpoint.common is None else checkpoint.common.global_step
         ranks = set().union(*(tensor_ranks(tensor) for tensor in checkpoint.catalog.tensors.values()))
@@ -198,9 +199,17 @@ def _missing_data(catalog: Catalog, sizes: Mapping[str, int]) -> str | None:
     return None
 
 
-def _torn_line(storage: Storage, directory: str, step: int) -> IterationLine:
-    nbytes, files, written = _measure(storage, directory)
+def _torn_line(storage: Storage, directory: str, step: int, tracker: int | None) -> IterationLine:
     name = os.path.basename(directory)
+    try:
+        nbytes, files, written = _measure(storage, directory)
+    except StorageError as error:
+        entry = storage.stat(directory)
+        if entry is None:
+            raise
+        # What is in it nobody can say; loading it would fail.
+        is_tracked = step == tracker and parse_iteration_name(name) is not None
+        return IterationLine(step, name, DAMAGED, f"{_one_line(error)}: {error.found}", is_tracked, None, 0, 0, None, entry.modified)
     if parse_iteration_name(name) is not None:
         problem = f"it has neither {METADATA_FILE} nor the files of a single card"
     elif name.startswith(DELETING_PREFIX):

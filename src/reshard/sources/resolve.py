@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from reshard.errors import CheckpointNotFoundError, StorageError, TrackerError
@@ -50,6 +51,7 @@ def resolve(storage: Storage, path: str) -> Resolved:
     Raises:
         CheckpointNotFoundError: there is none.
         TrackerError: the tracker is empty, not a number, or names an iteration that isn't there.
+        StorageError: the root can't be listed; or there is no tracker, and an iteration that can't be looked at may be the newest.
     """
     path = posixpath.normpath(path)
     there = storage.stat(path)
@@ -70,11 +72,12 @@ def resolve(storage: Storage, path: str) -> Resolved:
     if _has_checkpoint_files(entries):
         step = _step_of(posixpath.basename(path))
         return Resolved(path, step, None if step is None else posixpath.dirname(path))
-    committed = _committed(storage, path, entries)
+    committed, refused = _look(storage, path, entries)
+    _check_newest(committed, refused)
     if committed:
         step, directory = committed[-1]
         note = f"{path} has no tracker ({TRACKER_FILE}); took the newest of {len(committed)} iterations, {step}"
-        return Resolved(directory, step, path, (note, *_replaced_note(directory)))
+        return Resolved(directory, step, path, (note, *_replaced_note(directory), *_refused_note(refused)))
     raise CheckpointNotFoundError(
         "there is no checkpoint in this directory", file=path, found=_listing(entries), fix=_nearby(storage, path, entries)
     )
@@ -86,18 +89,18 @@ def latest(storage: Storage, root: str) -> Resolved | None:
     Raises:
         CheckpointNotFoundError: the path is a file.
         TrackerError: as in `resolve`; a damaged tracker is no reason to start afresh.
+        StorageError: as in `resolve`; nor is an iteration that can't be read.
     """
     there = storage.stat(posixpath.normpath(root))
     if there is None and _replaced(storage, posixpath.normpath(root)) is None:
         return None
     if there is not None and there.is_directory:
         entries = storage.list(root)
-        if (
-            not any(e.name == TRACKER_FILE for e in entries)
-            and not _has_checkpoint_files(entries)
-            and not _committed(storage, root, entries)
-        ):
-            return None
+        if not any(e.name == TRACKER_FILE for e in entries) and not _has_checkpoint_files(entries):
+            committed, refused = _look(storage, root, entries)
+            _check_newest(committed, refused)
+            if not committed:
+                return None
     return resolve(storage, root)
 
 
@@ -105,24 +108,43 @@ def list_iterations(storage: Storage, root: str) -> list[tuple[int, str]]:
     """The committed checkpoints of a root: number and directory, sorted by number; none when the root doesn't exist.
 
     Committed is what has its `metadata.json`, or is of a single card (`common.json` and data files of one rank). An iteration whose
-    replacement was interrupted counts under its number.
+    replacement was interrupted counts under its number. One that can't be looked at is left out.
 
     Raises:
         StorageError: the root can't be listed.
     """
     there = storage.stat(root)
-    return [] if there is None else _committed(storage, root, storage.list(root))
+    return [] if there is None else _look(storage, root, storage.list(root))[0]
 
 
-def _committed(storage: Storage, root: str, entries: Sequence[Entry]) -> list[tuple[int, str]]:
+def _look(storage: Storage, root: str, entries: Sequence[Entry]) -> tuple[list[tuple[int, str]], dict[int, StorageError]]:
+    """The committed iterations, sorted by number, and why others can't be looked at: no reason to refuse the good ones."""
     found: dict[int, str] = {}
+    refused: dict[int, StorageError] = {}
     # Sorted names put ".replaced-…" in front, so that the real name wins.
     for entry in sorted(entries, key=lambda entry: entry.name):
         step = _step_of(entry.name)
         directory = join(root, entry.name)
-        if step is not None and entry.is_directory and _is_still_committed(storage, directory):
-            found[step] = directory
-    return sorted(found.items())
+        if step is None or not entry.is_directory:
+            continue
+        try:
+            if _is_still_committed(storage, directory):
+                found[step] = directory
+        except StorageError as error:
+            refused[step] = error
+    return sorted(found.items()), refused
+
+
+def _check_newest(committed: Sequence[tuple[int, str]], refused: Mapping[int, StorageError]) -> None:
+    """Without a tracker the newest counts: see that it isn't one that can't be looked at. An older one in its place, or a fresh start,
+    would lose work.
+    """
+    if refused and max(refused) > (committed[-1][0] if committed else -1):
+        raise refused[max(refused)]
+
+
+def _refused_note(refused: Mapping[int, StorageError]) -> tuple[str, ...]:
+    return tuple(f"{error.file} was left out: {error.what} ({error.found})" for _, error in sorted(refused.items()))
 
 
 def _is_still_committed(storage: Storage, directory: str) -> bool:
@@ -153,7 +175,7 @@ def _tracked(storage: Storage, root: str) -> Resolved:
     step = decode_tracker(storage.read_bytes(tracker), tracker)
     # Only now: what the tracker names was there before it did, but perhaps not when somebody looked earlier.
     entries = storage.list(root)
-    committed = _committed(storage, root, entries)
+    committed, refused = _look(storage, root, entries)
     directory = dict(committed).get(step)
     if directory is None:
         # An incomplete one is taken at its word: opening it says what is missing.
@@ -169,7 +191,8 @@ def _tracked(storage: Storage, root: str) -> Resolved:
                 if steps
                 else "give another root, or remove the tracker to start afresh",
             )
-    notes = _replaced_note(directory)
+    # Of the tracked one opening it says what is wrong.
+    notes = (*_replaced_note(directory), *_refused_note({number: error for number, error in refused.items() if number != step}))
     newer = [number for number, _ in committed if number > step]
     if newer:
         notes = (*notes, f"the tracker names iteration {step}; newer ones exist and are not used: {_numbers(newer)}")
@@ -212,6 +235,8 @@ def _listing(entries: Sequence[Entry]) -> str:
 
 def _nearby(storage: Storage, path: str, entries: Sequence[Entry]) -> str:
     for entry in entries:
-        if entry.is_directory and storage.stat(join(path, entry.name, TRACKER_FILE)) is not None:
-            return f"did you mean {join(path, entry.name)}?"
+        # It is a hint only: what can't be looked at is none.
+        with suppress(StorageError):
+            if entry.is_directory and storage.stat(join(path, entry.name, TRACKER_FILE)) is not None:
+                return f"did you mean {join(path, entry.name)}?"
     return "give a checkpoint root (with a tracker or iteration_ directories) or an iteration"

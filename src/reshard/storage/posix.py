@@ -211,7 +211,7 @@ class PosixStorage:
         with _saying("can't list the directory", path), os.scandir(path) as scan:
             for item in scan:
                 with suppress(*_NOT_THERE):  # removed since, or a symbolic link that leads nowhere
-                    entries.append(_entry(item.name, item.stat()))
+                    entries.append(_entry(item.name, _status(item)))
         return sorted(entries, key=lambda entry: entry.name)
 
     def open_read(self, path: str) -> ReadableFile:
@@ -322,6 +322,16 @@ class PosixStorage:
                 raise failure from error
             # Someone removed the file between open and lock: a lock on it excludes nobody.
             os.close(descriptor)
+
+
+def _status(item: os.DirEntry[str]) -> os.stat_result:
+    """Of what a link leads to; of the link itself where that can't be looked at (a loop, a directory of somebody else)."""
+    try:
+        return item.stat()
+    except _NOT_THERE:
+        raise
+    except OSError:
+        return item.stat(follow_symlinks=False)
 
 
 def _is_still(path: str, descriptor: int) -> bool:
