@@ -33,6 +33,7 @@ def launch(configuration: Configuration, nproc: int | None = None) -> None:
     Raises:
         ReshardError: as the first rank that failed.
         RankFailedError: a rank failed with something else.
+        SystemExit: a signal stopped the run; the ranks have been stopped too.
     """
     run = configuration.run
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
@@ -99,12 +100,13 @@ def _launch_elastic(configuration: Configuration, ranks: int) -> None:
         except ChildFailedError as failed:
             raise _error_of(failed) from None
         except SignalException as stopped:
-            raise KeyboardInterrupt(str(stopped)) from None
+            # As a shell says it of a process that a signal ended.
+            raise SystemExit(128 + stopped.sigval) from None
 
 
 def _rank(configuration: Configuration) -> None:
     """What runs in each rank's process. Only there is the trainer imported, or found imported already."""
-    from reshard.training.preload import launched
+    from reshard.training.worker import launched
 
     launched(configuration)
 

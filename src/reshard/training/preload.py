@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import atexit
+import importlib
 import os
 import sys
 
-from reshard.training.worker import launched
-
-__all__ = ["launched"]
+importlib.import_module("reshard.training.worker")
 
 
 def _is_fork_server() -> bool:
