@@ -79,8 +79,11 @@ def test_a_missing_file_and_one_that_is_no_text(tmp_path: Path) -> None:
         read_document(tmp_path / "binary.yaml")
 
 
-def test_an_empty_file_has_no_fields(tmp_path: Path) -> None:
-    assert read_document(written(tmp_path, "# nothing\n")).data == {}
+@pytest.mark.parametrize("text", ["", "\n", "# nothing\n", "---\n", "--- {}\n---\n"])
+def test_an_empty_file_is_no_run_of_defaults(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError):
+        read_document(written(tmp_path, text))
+    assert read_document(written(tmp_path, "{}")).data == {}
 
 
 def test_overrides_replace_and_add(tmp_path: Path) -> None:

@@ -71,7 +71,10 @@ def read_document(path: str | Path) -> Document:
     try:
         node = loader.get_single_node()
         if node is None:
-            return Document(file, {})
+            # A file that was cut off, not a wish for a run of defaults: that is `{}`.
+            raise ConfigError(
+                "the configuration is empty", file=file, found=f"{len(text)} characters, no field", expected="lines like `seed: 1`"
+            )
         if not isinstance(node, yaml.MappingNode):
             raise ConfigError(
                 "the configuration is not a mapping of fields",
