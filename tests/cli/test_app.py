@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -63,3 +64,35 @@ def test_a_path_that_is_no_text_gets_no_traceback(
     done = run_reshard("ls", root)
     assert (done.returncode, done.stderr) == (0, "")
     assert "root\\udcff" in done.stdout
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+@pytest.mark.parametrize("arguments", [("--version",), ("ls",), ("show",), ("show", "--json")])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_an_output_that_takes_nothing_is_said_in_one_error(
+    arguments: tuple[str, ...], unbuffered: str, process_environment: dict[str, str]
+) -> None:
+    paths = [] if arguments == ("--version",) else [str(GOLDEN / "dp2_tp2" / "checkpoint")]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "reshard", *arguments, *paths],
+            env=process_environment | {"PYTHONUNBUFFERED": unbuffered},
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[:2] == ["error: the output can't be written", "  found:    No space left on device"]
+    assert "Traceback" not in done.stderr
+    assert "ignored" not in done.stderr
+
+
+def test_a_reader_that_goes_away_is_no_error_to_tell(process_environment: dict[str, str]) -> None:
+    command = [sys.executable, "-m", "reshard", "show", "--json", str(GOLDEN / "dp2_tp2" / "checkpoint")]
+    with subprocess.Popen(command, env=process_environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait(timeout=60) != 0

@@ -9,9 +9,10 @@ from typing import Annotated
 import typer
 
 from reshard.cli.ls import ls
-from reshard.cli.output import reporting
+from reshard.cli.output import EXIT_ERROR, is_output_lost, print_error, reporting
 from reshard.cli.show import show
 from reshard.cli.train import train
+from reshard.errors import ReshardError
 from reshard.version import __version__
 
 app = typer.Typer(
@@ -47,4 +48,15 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             # A terminal that lacks a character, or a path that is no text, is no reason to end in a traceback.
             stream.reconfigure(errors="backslashreplace")
-    app(prog_name="reshard")
+    try:
+        try:
+            app(prog_name="reshard")
+        finally:
+            # What is in the buffer still can fail: here, while it can be said.
+            sys.stdout.flush()
+    except OSError as error:
+        if not is_output_lost():
+            raise
+        if not isinstance(error, BrokenPipeError):
+            print_error(ReshardError("the output can't be written", found=error.strerror or str(error), fix="free some space there"))
+        sys.exit(EXIT_ERROR)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -14,6 +15,7 @@ from typing import Annotated, Any
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.control import strip_control_codes
 from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
@@ -69,6 +71,20 @@ def print_error(error: ReshardError) -> None:
     console(error=True).print(message, soft_wrap=True)
 
 
+def is_output_lost() -> bool:
+    """Whether the output can't be written (a full disk, a closed pipe). Then what is left of it goes nowhere, so that Python's own attempt
+    at its end doesn't fail too.
+    """
+    try:
+        # An empty line: an output without a buffer fails only when it is given something.
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
+
+
 def print_json(document: Any) -> None:
     """A JSON document on the output; NaN and infinities, which JSON lacks, can't be in it."""
     sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
@@ -87,6 +103,25 @@ def table(columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[str]]) -> 
     for row in rows:
         made.add_row(*(Text(cell) for cell in row))
     return made
+
+
+def aligned(columns: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table of many rows: measuring and wrapping tens of thousands of cells takes rich many seconds.
+
+    Args:
+        columns: as in `table`.
+        rows: likewise.
+    """
+    cells = [[header for header, _ in columns], *rows]
+    widths = [max(len(row[index]) for row in cells) for index in range(len(columns))]
+    forms = [f"{{:{'>' if side == 'right' else '<'}{width}}}" for (_, side), width in zip(columns, widths, strict=True)]
+    form = "  ".join(forms).format
+    return [form(*row).rstrip() for row in cells]
+
+
+def print_lines(out: Console, lines: Iterable[str]) -> None:
+    """Print lines as they are; as in everything that rich prints, without the characters that move the cursor."""
+    out.file.writelines(f"{strip_control_codes(line)}\n" for line in lines)
 
 
 def fits(out: Console, printed: Table) -> bool:

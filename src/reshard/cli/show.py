@@ -16,10 +16,13 @@ from rich.console import Console
 from reshard.catalog import StoredTensor
 from reshard.checkpoint import Checkpoint
 from reshard.cli.layouts import draw, layout_words, ranks_of, tensor_ranks
-from reshard.cli.output import JsonOption, console, fits, print_json, rank_words, shape_words, size_words, table
+from reshard.cli.output import JsonOption, aligned, console, fits, print_json, print_lines, rank_words, shape_words, size_words, table
 from reshard.errors import UsageError
 from reshard.format.names import tensor_name
 from reshard.state import Kind
+
+# Longer lists are plain lines: rich takes half a millisecond a row, and nobody looks at so many for their beauty.
+_MOST_ROWS = 500
 
 # Of a tensor in more chunks than this the table shows the first ones; JSON has them all.
 _MOST_CHUNKS = 64
@@ -152,15 +155,25 @@ def _print_list(out: Console, chosen: dict[str, StoredTensor]) -> None:
         )
         for name, tensor in chosen.items()
     ]
+    if len(rows) > _MOST_ROWS:
+        lines = aligned(columns, rows)
+        is_wide_enough = max(map(len, lines)) <= out.width
+        print_lines(out, lines if is_wide_enough else (line for row in rows for line in _two_lines(*row)))
+        return
     wide = table(columns, rows)
     if fits(out, wide):
         out.print(wide)
         return
-    # In a narrow terminal a broken name helps nobody: each tensor takes two lines.
-    for name, shape, dtype, size, parts, ranks, layout in rows:
+    for row in rows:
+        name, facts = _two_lines(*row)
         out.print(name, style="bold", soft_wrap=True)
-        where = f"rank {ranks}" if ranks.isdigit() else f"ranks {ranks}"
-        out.print(f"    {shape} {dtype}, {size}, {_count(int(parts), 'part')} on {where}: {layout}", soft_wrap=True)
+        out.print(facts, soft_wrap=True)
+
+
+def _two_lines(name: str, shape: str, dtype: str, size: str, parts: str, ranks: str, layout: str) -> tuple[str, str]:
+    """A row of the list for a narrow terminal, where a broken name helps nobody."""
+    where = f"rank {ranks}" if ranks.isdigit() else f"ranks {ranks}"
+    return name, f"    {shape} {dtype}, {size}, {_count(int(parts), 'part')} on {where}: {layout}"
 
 
 def _print_one(out: Console, name: str, tensor: StoredTensor) -> None:
