@@ -100,6 +100,19 @@ def test_a_read_beyond_the_end_says_how_much_there_is(place):
     assert "5 bytes" in str(caught.value.found)
 
 
+def test_a_mapped_window_shows_the_bytes_and_is_checked_against_the_size(place):
+    path = f"{place.root}/file"
+    data = bytes(range(256)) * 40
+    place.storage.write_bytes(path, data)
+    with place.storage.open_read(path) as file:
+        for offset, nbytes in ((0, 1), (0, len(data)), (4095, 3), (5000, 4096), (len(data) - 1, 1)):
+            window = file.map(offset, nbytes)
+            assert window is None or bytes(window) == data[offset : offset + nbytes]
+            assert window is None or window.readonly
+        with pytest.raises(StorageError, match="ends before"):
+            file.map(len(data) - 1, 2)
+
+
 def test_one_open_file_serves_many_threads(place):
     path = f"{place.root}/file"
     data = bytes(range(256)) * 64

@@ -24,6 +24,10 @@ from reshard.storage.storage import join
 # that a call costs little.
 BLOCK_BYTES = 1 << 20
 
+# What a strided box is copied out of at a time: a mapped window of which only the box is touched. Large enough that mapping costs little,
+# small enough that the check of the file's size right before it holds for the whole copy.
+WINDOW_BYTES = 4 << 20
+
 # Reading over a gap of this size costs what another call costs: some 10 µs, in which a page cache or a fast disk gives 64 KiB.
 GAP_BYTES = 64 << 10
 
@@ -126,7 +130,7 @@ class _FileReader:
         return self._tensors[transfer.key].shards[transfer.movement.shard].memory
 
     def _direct(self, run: _Run) -> Iterator[Callable[[], int]]:
-        target = _contiguous_target(run.transfer, self._memory(run.transfer))
+        target = _contiguous_box(self._memory(run.transfer), run.transfer.movement.target)
         if target is None:
             yield from self._strided(run.transfer, run.begin - run.transfer.movement.offset)
             return
@@ -174,9 +178,20 @@ class _FileReader:
         itemsize = movement.dtype.itemsize
         strides = strides_of(movement.chunk_shape, itemsize)
         memory = self._memory(transfer)
-        for block in plan_blocks(movement.chunk_shape, movement.source, itemsize, block_bytes=BLOCK_BYTES, gap_bytes=GAP_BYTES):
+        for block in plan_blocks(movement.chunk_shape, movement.source, itemsize, block_bytes=WINDOW_BYTES, gap_bytes=GAP_BYTES):
 
             def work(region: Region = block.region, offset: int = block.offset, nbytes: int = block.nbytes) -> int:
+                needed = region.size * itemsize
+                if needed == nbytes and (target := _contiguous_box(memory, _target_of(region, transfer))) is not None:
+                    self._source.read_into(begin + offset, target)
+                    return nbytes
+                window = None if needed == nbytes else self._source.map(begin + offset, nbytes)
+                if window is not None:
+                    first = np.frombuffer(window, np.uint8, itemsize).view(movement.dtype.numpy)
+                    memory.write(
+                        _target_of(region, transfer), np.lib.stride_tricks.as_strided(first, region.shape, strides, writeable=False)
+                    )
+                    return needed
                 stage = self._take_stage(nbytes)
                 try:
                     self._source.read_into(begin + offset, memoryview(stage)[:nbytes])
@@ -202,11 +217,12 @@ def _reading(source: ReadableFile, begin: int, target: memoryview) -> Callable[[
     return work
 
 
-def _contiguous_target(transfer: Transfer, memory: Memory) -> memoryview | None:
+def _contiguous_box(memory: Memory, box: Region) -> memoryview | None:
+    """The bytes of a box of a shard's memory, where they are contiguous and the host's."""
     host = memory.host
     if host is None:
         return None
-    view = host[transfer.movement.target.slices] if host.ndim else host
+    view = host[box.slices] if host.ndim else host
     return memoryview(view.reshape(-1).view(np.uint8)) if view.flags.c_contiguous else None
 
 

@@ -50,6 +50,11 @@ class _MemoryReadable:
             )
         target[:] = found
 
+    def map(self, offset: int, nbytes: int) -> memoryview | None:
+        copied = bytearray(nbytes)
+        self.read_into(offset, memoryview(copied))
+        return memoryview(copied).toreadonly()
+
     def close(self) -> None:
         return None
 

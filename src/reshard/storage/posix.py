@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import mmap
 import os
 import shutil
 import stat as modes
@@ -128,6 +129,28 @@ class _PosixReadable(_Descriptor):
                         expected=f"{buffer.nbytes} bytes from offset {offset}",
                     )
                 done += count
+
+    def map(self, offset: int, nbytes: int) -> memoryview | None:
+        if not nbytes:
+            return None
+        begin = offset - offset % mmap.ALLOCATIONGRANULARITY
+        with _saying("can't map the file", self.path):
+            size = os.fstat(self._descriptor).st_size
+            if size < offset + nbytes:
+                raise StorageError(
+                    "the file ends before the bytes that should be in it",
+                    file=self.path,
+                    found=f"{size} bytes",
+                    expected=f"{nbytes} bytes from offset {offset}",
+                )
+            # All pages in one call: one fault per page costs more than the copy.
+            flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
+            try:
+                window = mmap.mmap(self._descriptor, offset - begin + nbytes, flags=flags, prot=mmap.PROT_READ, offset=begin)
+            except OSError:
+                return None  # some file systems can't map
+        # The mapping goes with the last view of it.
+        return memoryview(window)[offset - begin :]
 
     def __enter__(self) -> _PosixReadable:
         return self

@@ -42,6 +42,14 @@ class ReadableFile(Protocol):
         """Fill a buffer (contiguous bytes) from an offset. Raises StorageError when the file ends before it is full."""
         ...
 
+    def map(self, offset: int, nbytes: int) -> memoryview | None:
+        """A read-only view of bytes of the file, of which only what is looked at is copied; None where there is no such view.
+
+        The file's size is checked right before. What the view shows is gone with the file's end: use it at once and let it go, and keep it
+        small. Raises StorageError when the file ends before it.
+        """
+        ...
+
     def close(self) -> None:
         """Let go of the file; fine when it is closed."""
         ...

@@ -177,6 +177,9 @@ class _FaultyReadable:
     def read_into(self, offset: int, buffer: memoryview) -> None:
         self._storage._do("read_into", self.path, lambda: self._inner.read_into(offset, buffer))
 
+    def map(self, offset: int, nbytes: int) -> memoryview | None:
+        return self._storage._do("map", self.path, lambda: self._inner.map(offset, nbytes))
+
     def close(self) -> None:
         self._inner.close()
 

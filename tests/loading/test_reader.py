@@ -1,0 +1,101 @@
+"""The reader on its own terms: every way a box can lie in file and memory, and files that change under it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import reshard
+from reshard.comm import Communicator
+from reshard.errors import ReshardError
+from reshard.geometry import Region
+from reshard.geometry.dtypes import by_numpy
+from reshard.loading import reader
+from reshard.state import HostMemory, Shard, ShardedTensor, model_key
+from reshard.storage.posix import PosixStorage
+from reshard.testing import mesh_of, run_ranks, split, tensor_on_rank
+from reshard.testing.faulty import FaultyStorage
+
+KEY = model_key("w")
+
+
+def save_split(root: Path, array: np.ndarray, *axes: str | None) -> None:
+    layout = split(mesh_of(tp=2), *axes)
+
+    def save(comm: Communicator) -> None:
+        tensor = tensor_on_rank(KEY, array, layout, comm.rank)
+        assert tensor is not None
+        reshard.save(root, 1, model={"w": tensor}, communicator=comm)
+
+    run_ranks(2, save)
+
+
+def load_into(root: Path, array: np.ndarray) -> reshard.RestoreReport:
+    shard = Shard(Region.whole(array.shape), HostMemory(array))
+    report = reshard.load(root, model={"w": ShardedTensor(KEY, by_numpy(array.dtype), array.shape, None, (shard,))})
+    assert report is not None
+    return report
+
+
+@pytest.mark.parametrize("order", ["C", "F", "stepped"])
+@pytest.mark.parametrize("axes", [("tp", None), (None, "tp")])
+@pytest.mark.parametrize(("block", "window", "direct"), [(1 << 20, 4 << 20, 128 << 10), (64, 96, 32)])
+def test_any_strides_and_any_sizes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: str, axes: tuple[str | None, ...], block: int, window: int, direct: int
+) -> None:
+    for name, value in (("BLOCK_BYTES", block), ("WINDOW_BYTES", window), ("DIRECT_BYTES", direct), ("PART_BYTES", direct)):
+        monkeypatch.setattr(reader, name, value)
+    whole = np.random.default_rng(0).standard_normal((14, 30)).astype(np.float32)
+    save_split(tmp_path, whole, *axes)
+    target = np.zeros((14, 60), np.float32)[:, ::2] if order == "stepped" else np.zeros((14, 30), np.float32, order=order)  # type: ignore[call-overload]
+    load_into(tmp_path, target)
+    assert np.array_equal(target, whole)
+
+
+def test_a_strided_read_touches_what_it_needs(tmp_path: Path) -> None:
+    whole = np.random.default_rng(0).standard_normal((512, 512)).astype(np.float32)
+    save_split(tmp_path, whole, "tp", None)
+
+    def load(comm: Communicator) -> reshard.RestoreReport:
+        tensor = tensor_on_rank(KEY, whole, split(mesh_of(tp=2), None, "tp"), comm.rank, blank=True)
+        assert tensor is not None
+        report = reshard.load(tmp_path, model={"w": tensor}, communicator=comm)
+        assert report is not None
+        assert np.array_equal(tensor.shards[0].memory.read(), whole[:, comm.rank * 256 : comm.rank * 256 + 256])
+        return report
+
+    for report in run_ranks(2, load):
+        assert report.bytes_read == report.bytes_needed == whole.nbytes
+
+
+class Shrinking(FaultyStorage):
+    """Cuts a file short right before it is read, from the `after`-th operation of a name on."""
+
+    def __init__(self, path: Path, operation: str, after: int) -> None:
+        super().__init__(PosixStorage())
+        self._path, self._operation, self._left = path, operation, after
+
+    def _do(self, name: str, path: str, work: Any) -> Any:
+        if name == self._operation and path == str(self._path):
+            self._left -= 1
+            if self._left < 0:
+                os.truncate(path, 200_000)
+        return super()._do(name, path, work)
+
+
+@pytest.mark.parametrize(("operation", "after"), [("read_into", 2), ("map", 0)])
+def test_a_file_that_shrinks_during_the_load_is_an_error(tmp_path: Path, operation: str, after: int) -> None:
+    whole = np.random.default_rng(0).standard_normal((1024, 1024)).astype(np.float32)
+    save_split(tmp_path, whole, "tp", None)
+    data = min(tmp_path.glob("iteration_*/*model*"))
+    # Whole rows are read, after the header's two reads; half of the columns are mapped.
+    columns = 512 if operation == "map" else 1024
+    target = np.zeros((1024, columns), np.float32)
+    shard = Shard(Region((0, 0), target.shape), HostMemory(target))
+    tensor = ShardedTensor(KEY, by_numpy(whole.dtype), whole.shape, None, (shard,))
+    with pytest.raises(ReshardError, match="ends before"):
+        reshard.load(tmp_path, model={"w": tensor}, storage=Shrinking(data, operation, after))
