@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 
 import msgspec
 import numpy as np
@@ -16,8 +16,11 @@ from reshard.format.common import CommonInfo
 from reshard.format.names import tensor_name
 from reshard.format.safetensors import TensorEntry
 from reshard.geometry import Region
+from reshard.geometry.dtypes import by_name
+from reshard.loading.casting import CastMemory
 from reshard.loading.reader import locate, read_plan
 from reshard.loading.report import RankReport
+from reshard.loading.selection import Selection
 from reshard.loading.strictness import Misfits, Strictness, apply_strictness
 from reshard.planning.agreement import RankDescription
 from reshard.planning.read_plan import Mismatch, ReadPlan, plan_reads
@@ -38,6 +41,9 @@ class _Findings(msgspec.Struct, array_like=True):
     has_random: bool = False
     unlisted: list[str] = []
     kinds: list[str] = []
+    cast: dict[str, bytes] = {}
+    left_out: list[tuple[str, str | None, str]] = []
+    idle: list[str] = []
 
 
 class _Outcome(msgspec.Struct, array_like=True):
@@ -54,7 +60,9 @@ class TensorsLoaded:
 
     Attributes:
         restored: as in `RestoreReport`.
+        cast: likewise.
         filled: likewise.
+        skipped: likewise.
         misfits: likewise, keys instead of names.
         ranks: likewise.
         all_have_random: whether every rank found the random states of its own place in the same strategy.
@@ -62,7 +70,9 @@ class TensorsLoaded:
     """
 
     restored: tuple[str, ...]
+    cast: tuple[str, ...]
     filled: tuple[str, ...]
+    skipped: tuple[str, ...]
     misfits: Misfits
     ranks: tuple[RankReport, ...]
     all_have_random: bool
@@ -80,6 +90,8 @@ def load_tensors(
     strictness: Strictness,
     kinds: frozenset[Kind],
     has_random: bool,
+    selection: Selection = Selection(),  # noqa: B008 - frozen
+    opening: float = 0.0,
 ) -> TensorsLoaded:
     """Fill the states of a job from a checkpoint. Collective.
 
@@ -95,18 +107,22 @@ def load_tensors(
         strictness: what to do about misfits.
         kinds: the kinds of tensors that this rank loads; those that no rank loads are not unexpected in the checkpoint.
         has_random: whether this rank found the random states of its place.
+        selection: the tensors that the load is about, the same on every rank.
+        opening: the seconds that it took to open the checkpoint, for the report.
 
     Raises:
+        UsageError: a pattern that chooses nothing.
         MismatchError: checkpoint and run don't fit.
         DamagedCheckpointError: the checkpoint is not what it promises.
         ReshardError: whatever a rank met, the same on every rank.
     """
     started = time.perf_counter()
-    keys = list(catalog.tensors)
+    chosen, wanted = selection.catalog(catalog), selection.description(description)
+    keys = list(chosen.tensors)
     headers = Headers(storage, catalog.directory)
 
     def plan() -> tuple[ReadPlan, list[TensorEntry], tuple[TensorKey, ...]]:
-        planned = plan_reads(description, catalog)
+        planned = plan_reads(wanted, chosen, strictness.casts)
         entries = locate(planned, headers)
         filled = (GLOBAL_STEP,) if GLOBAL_STEP in planned.missing and common is not None and common.global_step is not None else ()
         return planned, entries, filled
@@ -115,20 +131,29 @@ def load_tensors(
     payload = b""
     if planned is not None:
         unlisted = _unlisted(planned[0].files, headers, catalog)
-        payload = msgspec.msgpack.encode(_findings(planned[0], planned[2], keys, has_random=has_random, unlisted=unlisted, kinds=kinds))
+        found = _findings(planned[0], planned[2], keys, has_random=has_random, unlisted=unlisted, kinds=kinds)
+        if not selection.is_all:
+            mine = [tensor.key for tensor in description.tensors if tensor.key not in catalog.tensors]
+            found.left_out = [_key_out(key) for key in mine if not selection.takes(key)]
+            found.idle = list(selection.idle([*catalog.tensors, *mine]))
+        payload = msgspec.msgpack.encode(found)
     payloads = settle(comm, error, payload, what="the load failed; nothing was changed")
     assert planned is not None  # settle raises when any rank has no plan
     read, entries, filled = planned
     findings = [msgspec.msgpack.decode(data, type=_Findings) for data in payloads]
 
     # A rank may have nothing of a kind that the others load; whether a tensor is unexpected must be the same everywhere.
-    misfits, present = _merge(findings, keys, frozenset(Kind(kind) for finding in findings for kind in finding.kinds))
-    apply_strictness(strictness, misfits, directory=catalog.directory, has_optimizer=any(k.kind is Kind.OPTIMIZER for k in keys))
+    all_kinds = frozenset(Kind(kind) for finding in findings for kind in finding.kinds)
+    misfits, present = _merge(findings, keys, all_kinds)
+    idle = _idle(findings)
+    selection.check(idle, catalog.directory)
+    has_optimizer = any(key.kind is Kind.OPTIMIZER for key in catalog.tensors)
+    apply_strictness(strictness, misfits, directory=catalog.directory, has_optimizer=has_optimizer)
 
     planning = time.perf_counter() - started
 
     def execute() -> int:
-        nbytes = read_plan(read, entries, state, storage, catalog.directory)
+        nbytes = read_plan(read, entries, _casting(state, read.cast), storage, catalog.directory)
         for key in filled:
             for shard in state.tensors[key].shards:
                 _fill(shard, common.global_step if common is not None else 0)
@@ -136,7 +161,7 @@ def load_tensors(
 
     started = time.perf_counter()
     nbytes, error = attempt(execute)
-    outcome = _Outcome(read.nbytes, nbytes or 0, {"plan": planning, "read": time.perf_counter() - started})
+    outcome = _Outcome(read.nbytes, nbytes or 0, {"open": opening, "plan": planning, "read": time.perf_counter() - started})
     payloads = settle(comm, error, msgspec.msgpack.encode(outcome), what="the load broke off; tensors of the run are partly overwritten")
     outcomes = [msgspec.msgpack.decode(data, type=_Outcome) for data in payloads]
     ranks = tuple(RankReport(rank, o.bytes_needed, o.bytes_read, o.seconds) for rank, o in enumerate(outcomes))
@@ -144,7 +169,30 @@ def load_tensors(
     restored = tuple(catalog.tensors[key].name for key in present if key not in mismatched)
     names = sorted({name for finding in findings for name in finding.unlisted})
     notes = (f"the files hold tensors that the metadata doesn't list; ignored: {', '.join(names[:_NAMES_SHOWN])}",) if names else ()
-    return TensorsLoaded(restored, tuple(tensor_name(key) for key in filled), misfits, ranks, all(f.has_random for f in findings), notes)
+    notes += tuple(f"exclude: {pattern!r} means no tensor of the checkpoint or the run" for pattern in idle)
+    return TensorsLoaded(
+        restored,
+        _cast_words(findings, keys, chosen),
+        tuple(tensor_name(key) for key in filled),
+        _skipped(findings, catalog, chosen, all_kinds),
+        misfits,
+        ranks,
+        all(f.has_random for f in findings),
+        notes,
+    )
+
+
+def _casting(state: State, casts: Sequence[Mismatch]) -> State:
+    """The state with memory that converts what is written into it, where a tensor is to be cast."""
+    if not casts:
+        return state
+    tensors = dict(state.tensors)
+    for misfit in casts:
+        tensor = tensors[misfit.key]
+        stored = by_name(misfit.stored)
+        shards = tuple(replace(shard, memory=CastMemory(shard.memory, stored, tensor.dtype)) for shard in tensor.shards)
+        tensors[misfit.key] = replace(tensor, shards=shards)
+    return replace(state, tensors=tensors)
 
 
 def _findings(
@@ -158,13 +206,44 @@ def _findings(
 ) -> _Findings:
     present = set(plan.restored) | {mismatch.key for mismatch in plan.mismatched}
     return _Findings(
-        np.packbits(np.array([key in present for key in keys], bool)).tobytes(),
+        _bits(keys, present),
         [_key_out(key) for key in plan.missing if key not in filled],
         [(_key_out(mismatch.key), mismatch.field, mismatch.stored, mismatch.wanted) for mismatch in plan.mismatched],
         has_random,
         unlisted,
         [kind.value for kind in kinds],
+        {wanted: _bits(keys, {m.key for m in plan.cast if m.wanted == wanted}) for wanted in {m.wanted for m in plan.cast}},
     )
+
+
+def _bits(keys: Sequence[TensorKey], chosen: Collection[TensorKey]) -> bytes:
+    return np.packbits(np.array([key in chosen for key in keys], bool)).tobytes()
+
+
+def _are_set(bits: bytes, count: int) -> np.ndarray:
+    return np.unpackbits(np.frombuffer(bits, np.uint8), count=count).astype(bool)
+
+
+def _cast_words(findings: Sequence[_Findings], keys: Sequence[TensorKey], catalog: Catalog) -> tuple[str, ...]:
+    """What was converted, in words, in the order of the checkpoint."""
+    wanted: dict[int, str] = {}
+    for finding in findings:
+        for dtype, bits in finding.cast.items():
+            wanted |= dict.fromkeys(np.flatnonzero(_are_set(bits, len(keys))).tolist(), dtype)
+    tensors = {index: catalog.tensors[keys[index]] for index in sorted(wanted)}
+    return tuple(f"{tensor.name}: {tensor.dtype} -> {wanted[index]}" for index, tensor in tensors.items())
+
+
+def _idle(findings: Sequence[_Findings]) -> list[str]:
+    """The patterns that mean no tensor of the checkpoint, nor one of any rank."""
+    return [pattern for pattern in findings[0].idle if all(pattern in finding.idle for finding in findings)]
+
+
+def _skipped(findings: Sequence[_Findings], catalog: Catalog, chosen: Catalog, kinds: frozenset[Kind]) -> tuple[str, ...]:
+    """What the selection leaves out, of the checkpoint and of the run."""
+    stored = [tensor.name for key, tensor in catalog.tensors.items() if key.kind in kinds and key not in chosen.tensors]
+    own = sorted({_key_in(key) for finding in findings for key in finding.left_out}, key=_order)
+    return (*stored, *(tensor_name(key) for key in own))
 
 
 def _unlisted(files: Sequence[str], headers: Headers, catalog: Catalog) -> list[str]:
@@ -187,7 +266,7 @@ def _fill(shard: Shard, value: int | None) -> None:
 def _merge(findings: Sequence[_Findings], keys: Sequence[TensorKey], kinds: frozenset[Kind]) -> tuple[Misfits, list[TensorKey]]:
     found = np.zeros(len(keys), bool)
     for finding in findings:
-        found |= np.unpackbits(np.frombuffer(finding.restored, np.uint8), count=len(keys)).astype(bool)
+        found |= _are_set(finding.restored, len(keys))
     missing = sorted({_key_in(key) for finding in findings for key in finding.missing}, key=_order)
     mismatched = {
         _key_in(key): Mismatch(_key_in(key), field, stored, wanted)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -25,7 +25,7 @@ class Movement:
         site: where the chunk is stored.
         chunk_shape: the shape of the chunk, which is the shape of the tensor in the file.
         source: the box in the chunk's own coordinates.
-        dtype: the element type, of both.
+        dtype: the element type of the stored bytes.
         offset: where the box begins, in bytes from the first byte of the chunk.
         nbytes: the bytes that are needed.
         is_run: whether the box is one run of bytes in the file.
@@ -84,6 +84,7 @@ class ReadPlan:
         restored: the wanted tensors that the checkpoint has (also those of which this rank holds nothing).
         missing: the wanted tensors that it doesn't have.
         mismatched: the wanted tensors that differ in shape or dtype.
+        cast: those of the restored ones that differ in dtype and are converted.
     """
 
     rank: int
@@ -91,6 +92,7 @@ class ReadPlan:
     restored: tuple[TensorKey, ...]
     missing: tuple[TensorKey, ...]
     mismatched: tuple[Mismatch, ...]
+    cast: tuple[Mismatch, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -103,13 +105,18 @@ class ReadPlan:
         return tuple(dict.fromkeys(transfer.movement.site.file for transfer in self.transfers))
 
 
-def plan_reads(wanted: RankDescription, catalog: Catalog) -> ReadPlan:
+def plan_reads(wanted: RankDescription, catalog: Catalog, casts: Callable[[Mismatch], bool] | None = None) -> ReadPlan:
     """Plan what one rank reads of a checkpoint.
 
     Regions are held against chunks once for all tensors that are wanted alike and stored alike.
 
     Where a chunk is stored several times, the rank reads the copy that it wrote itself, else one chosen by its rank, so that the ranks
     of a job spread over the copies.
+
+    Args:
+        wanted: what the rank holds.
+        catalog: what the checkpoint holds.
+        casts: whether a tensor of another dtype is converted; None when none is.
 
     Raises:
         MetadataError: the chunks of a tensor don't cover a wanted region.
@@ -118,8 +125,11 @@ def plan_reads(wanted: RankDescription, catalog: Catalog) -> ReadPlan:
     restored: list[TensorKey] = []
     missing: list[TensorKey] = []
     mismatched: list[Mismatch] = []
+    cast: list[Mismatch] = []
     # By identity: the descriptions and the catalog keep both alive, and hashing either goes over regions and meshes.
     known: dict[tuple[int, int], tuple[Movement, ...]] = {}
+    # Apart: of two tensors that differ in dtype in the same way, one may be converted and the other not.
+    known_cast: dict[tuple[int, int], tuple[Movement, ...]] = {}
     for key, holding in wanted.tensors:
         stored = catalog.tensors.get(key)
         if stored is None:
@@ -131,10 +141,15 @@ def plan_reads(wanted: RankDescription, catalog: Catalog) -> ReadPlan:
         if movements is None:
             misfit = _misfit(key, holding, arrangement)
             if misfit is not None:
-                mismatched.append(misfit)
-                continue
+                if casts is None or not casts(misfit):
+                    mismatched.append(misfit)
+                    continue
+                cast.append(misfit)
+            planned = known if misfit is None else known_cast
             try:
-                movements = known[pair] = tuple(_movements(holding, arrangement, wanted.rank))
+                movements = planned.get(pair)
+                if movements is None:
+                    movements = planned[pair] = tuple(_movements(holding, arrangement, wanted.rank))
             except MetadataError as error:
                 raise MetadataError(
                     error.what, file=catalog.directory, tensor=name, rank=wanted.rank, found=error.found, fix=error.fix
@@ -142,7 +157,7 @@ def plan_reads(wanted: RankDescription, catalog: Catalog) -> ReadPlan:
         restored.append(key)
         transfers.extend(Transfer(key, name + movement.site.suffix, movement) for movement in movements)
     transfers.sort(key=_file_of)
-    return ReadPlan(wanted.rank, tuple(transfers), tuple(restored), tuple(missing), tuple(mismatched))
+    return ReadPlan(wanted.rank, tuple(transfers), tuple(restored), tuple(missing), tuple(mismatched), tuple(cast))
 
 
 def _file_of(transfer: Transfer) -> str:
