@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from reshard.format.common import CommonInfo
+
+# A table shows so many ranks, and so many names of a kind; the report has them all.
+_RANKS_SHOWN = 16
+_NAMES_SHOWN = 8
+
+# The phases of a load, in their order; others come after them.
+_PHASES = ("open", "plan", "read", "install")
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +24,8 @@ class RankReport:
         rank: the global rank.
         bytes_needed: the bytes of the regions that it wanted.
         bytes_read: the bytes that it read of data files, gaps included.
-        seconds: by phase: `plan`, `read`.
+        seconds: by phase: `open` (find the checkpoint, its catalog, and where in memory it belongs), `plan`, `read`, `install` (optimizers,
+            schedulers, random states). Waiting for other ranks counts in the phase in which it happens.
     """
 
     rank: int
@@ -33,11 +41,13 @@ class RestoreReport:
     Attributes:
         directory: the iteration that was loaded.
         iteration: its number, None when the path doesn't say it.
-        restored: the tensors that were restored.
+        restored: the tensors that were restored, those that were cast among them.
+        cast: the tensors that were converted, as `name: bfloat16 -> float32`.
         filled: tensors that the checkpoint lacks and that were made up from something else it has.
         missing: the run's tensors that the checkpoint lacks; they keep the run's values.
         unexpected: the checkpoint's tensors that the run lacks.
         mismatched: tensors that were left alone since shape or dtype differ.
+        skipped: the tensors of the checkpoint and of the run that `only` and `exclude` left out.
         random: what became of the random states: `restored`, `reseeded` or `untouched`.
         ranks: every rank's part.
         common: the training information of the iteration, None when it has none.
@@ -59,6 +69,8 @@ class RestoreReport:
     extra: Any = None
     notes: tuple[str, ...] = ()
     seconds: float = 0.0
+    cast: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
 
     @property
     def bytes_needed(self) -> int:
@@ -70,21 +82,61 @@ class RestoreReport:
         """Over all ranks."""
         return sum(rank.bytes_read for rank in self.ranks)
 
+    def table(self) -> str:
+        """The report as lines of text: tensors by what became of them; bytes and seconds by rank (in the last row bytes of all ranks, and
+        the slowest rank's seconds); names, of each kind the first; notes.
+        """
+        which = "" if self.iteration is None else f"iteration {self.iteration} of "
+        kinds = self._kinds()
+        lines = [f"{which}{self.directory}: loaded in {self.seconds:.2f} s; random states {self.random}", ""]
+        lines += _columns([["restored", *kinds], [str(len(self.restored)), *(str(len(names)) for names in kinds.values())]])
+        lines += ["", *_columns(self._rank_rows())]
+        if len(self.ranks) > _RANKS_SHOWN:
+            lines.append(f"({len(self.ranks) - _RANKS_SHOWN} more ranks are in `ranks`)")
+        for kind, names in kinds.items():
+            if names:
+                more = f", … ({len(names)} in all)" if len(names) > _NAMES_SHOWN else ""
+                lines += ["", f"{kind}: {', '.join(names[:_NAMES_SHOWN])}{more}"]
+        if self.notes:
+            lines += ["", *(f"note: {note}" for note in self.notes)]
+        return "\n".join(lines)
+
+    def _kinds(self) -> dict[str, tuple[str, ...]]:
+        return {
+            "cast": self.cast,
+            "filled": self.filled,
+            "missing": self.missing,
+            "unexpected": self.unexpected,
+            "mismatched": self.mismatched,
+            "skipped": self.skipped,
+        }
+
+    def _rank_rows(self) -> list[list[str]]:
+        met = dict.fromkeys(phase for rank in self.ranks for phase in rank.seconds)
+        phases = [*(phase for phase in _PHASES if phase in met), *(phase for phase in met if phase not in _PHASES)]
+        rows = [["rank", "needed", "read", *(f"{phase} s" for phase in phases)]]
+        for rank in self.ranks[:_RANKS_SHOWN]:
+            seconds = [f"{rank.seconds.get(phase, 0.0):.3f}" for phase in phases]
+            rows.append([str(rank.rank), _size(rank.bytes_needed), _size(rank.bytes_read), *seconds])
+        slowest = [f"{max((rank.seconds.get(phase, 0.0) for rank in self.ranks), default=0.0):.3f}" for phase in phases]
+        return [*rows, ["all", _size(self.bytes_needed), _size(self.bytes_read), *slowest]]
+
     def __str__(self) -> str:
         which = self.directory if self.iteration is None else f"iteration {self.iteration}"
         line = (
             f"{which}: {len(self.restored)} tensors restored, {_size(self.bytes_needed)} needed, {_size(self.bytes_read)} read by "
             f"{len(self.ranks)} rank{'' if len(self.ranks) == 1 else 's'} in {self.seconds:.2f} s"
         )
-        for label, names in (
-            ("filled", self.filled),
-            ("missing", self.missing),
-            ("unexpected", self.unexpected),
-            ("mismatched", self.mismatched),
-        ):
+        for label, names in self._kinds().items():
             if names:
                 line += f"; {len(names)} {label}"
         return line + f"; random states {self.random}"
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows as lines, each column flush right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
 
 
 def _size(nbytes: float) -> str:
