@@ -84,7 +84,6 @@ def test_everything_comes_back(tmp_path: Path) -> None:
         weights, moments = blank(WEIGHTS), blank(MOMENTS)
         fresh = Counter(0), Counter(0), Counter(0)
         report = manager.load(model=weights, optimizer=moments, scheduler=fresh[0], dataloader=fresh[1], extra={"ema": fresh[2]})
-    assert report is not None
     assert same(weights, WEIGHTS)
     moments.pop("global_step", None)
     assert same(moments, MOMENTS)
@@ -105,7 +104,6 @@ def test_the_tracker_decides_also_when_it_was_edited(root: Path) -> None:
     (root / "latest_checkpointed_iteration.txt").write_text("10\n")
     weights = blank(WEIGHTS)
     report = reshard.load(root, model=weights)
-    assert report is not None
     assert report.iteration == 10
     assert same(weights, WEIGHTS)
     assert any("20" in note for note in report.notes)
@@ -113,8 +111,7 @@ def test_the_tracker_decides_also_when_it_was_edited(root: Path) -> None:
 
 def test_one_iteration_by_its_own_path(root: Path) -> None:
     weights = blank(WEIGHTS)
-    report = reshard.load(root / "iteration_00000010", model=weights)
-    assert report is not None
+    reshard.load(root / "iteration_00000010", model=weights)
     assert same(weights, WEIGHTS)
 
 
@@ -140,14 +137,12 @@ def test_tensors_that_metadata_does_not_list_are_ignored_with_a_note(root: Path)
     del content["storage_data"]["('b.bias', (0,))"]
     metadata.write_text(json.dumps(content))
     report = reshard.load(root, model={"a.weight": blank(WEIGHTS)["a.weight"]})
-    assert report is not None
     assert any("b.bias" in note for note in report.notes)
     assert report.unexpected == ()
 
 
 def test_weights_only_leaves_optimizer_tensors_out_of_the_question(root: Path) -> None:
     report = reshard.load(root, model=blank(WEIGHTS))
-    assert report is not None
     assert report.unexpected == ()
     assert set(report.restored) == set(WEIGHTS)
 
@@ -159,7 +154,6 @@ def test_a_checkpoint_without_optimizer_says_what_allows_it(tmp_path: Path) -> N
         reshard.load(tmp_path, model=weights, optimizer=moments)
     assert same(weights, blank(WEIGHTS)), "nothing was changed"
     report = reshard.load(tmp_path, model=weights, optimizer=moments, strict=reshard.Strictness(missing="ignore"))
-    assert report is not None
     assert same(weights, WEIGHTS)
     assert set(report.missing) >= set(MOMENTS)
 
@@ -183,7 +177,6 @@ def test_each_misfit_is_an_error_or_a_warning_or_let_pass(
     assert same(weights, before), "nothing was changed"
     with caplog.at_level(logging.WARNING, "reshard"):
         report = reshard.load(root, model=weights, strict=reshard.Strictness(**{field: "warn"}))
-    assert report is not None
     assert len(caplog.records) == 1
     names = {"shape": report.mismatched, "dtype": report.mismatched, "missing": report.missing, "unexpected": report.unexpected}[field]
     assert len(names) == 1
@@ -234,6 +227,15 @@ def test_damage_is_named_and_changes_nothing(root: Path, damage: Any, error: typ
     assert same(weights, WEIGHTS)
 
 
+def test_the_iteration_in_use_stays_also_when_the_root_has_two_paths(root: Path, tmp_path: Path) -> None:
+    (root / "latest_checkpointed_iteration.txt").write_text("10")
+    link = tmp_path / "link"
+    link.symlink_to(root)
+    with reshard.CheckpointManager(link, keep_checkpoint_max=1) as manager:
+        manager.load(root, model=blank(WEIGHTS))
+        assert manager.save(5, model=WEIGHTS).removed == (20,), "10 stays until a newer one is committed"
+
+
 def test_old_checkpoints_go_over_restarts_but_not_the_one_in_use(root: Path) -> None:
     (root / "latest_checkpointed_iteration.txt").write_text("10")
     with reshard.CheckpointManager(root, keep_checkpoint_max=2) as manager:
@@ -273,19 +275,16 @@ def test_random_states_come_back_to_the_same_place_only(tmp_path: Path) -> None:
     reshard.save(tmp_path, 1, model=WEIGHTS)
     expected = random.random(), np.random.random()  # noqa: NPY002
     report = reshard.load(tmp_path, model=blank(WEIGHTS))
-    assert report is not None
     assert report.random == "restored"
     assert (random.random(), np.random.random()) == expected  # noqa: NPY002
 
     def elsewhere(comm: Communicator) -> str:
         report = reshard.load(tmp_path, model=blank(WEIGHTS), communicator=comm, reseed=None if comm.rank < 0 else 11)
-        assert report is not None
         return report.random
 
     assert run_ranks(2, elsewhere) == ["reseeded"] * 2
     state = random.getstate()
     report = reshard.load(tmp_path, model=blank(WEIGHTS), restore_random=False)
-    assert report is not None
     assert report.random == "untouched"
     assert random.getstate() == state
 
@@ -320,11 +319,23 @@ def test_one_rank_that_can_not_load_fails_all(root: Path) -> None:
     assert [type(outcome) for outcome in outcomes] == [MismatchError] * 2
 
 
+def test_ranks_that_let_different_things_pass_are_told_so(root: Path) -> None:
+    """The one that raised left the other waiting."""
+
+    def work(comm: Communicator) -> None:
+        weights = blank(WEIGHTS) | {"c.weight": np.zeros(2, np.float32)}
+        reshard.load(root, model=weights, strict=reshard.Strictness(missing="warn") if comm.rank else None, communicator=comm)
+
+    outcomes = run_ranks_settled(2, work, timeout=20)
+    assert [type(outcome) for outcome in outcomes] == [UsageError] * 2
+    assert len({str(outcome) for outcome in outcomes}) == 1
+    assert "strict" in str(outcomes[0])
+
+
 def test_a_rank_cares_for_its_own_place_when_the_world_grows(root: Path) -> None:
     def work(comm: Communicator) -> bool:
         weights = blank(WEIGHTS)
-        report = reshard.load(root / "iteration_00000010", model=weights, communicator=comm)
-        assert report is not None
+        reshard.load(root / "iteration_00000010", model=weights, communicator=comm)
         return same(weights, WEIGHTS)
 
     assert run_ranks(3, work) == [True] * 3
@@ -444,7 +455,6 @@ def test_a_single_cards_checkpoint_loads_without_metadata_and_what_belongs_to_it
     shutil.rmtree(directory / "extra")
     (directory / "common.json").unlink()
     report = reshard.load(directory, model=weights)
-    assert report is not None
     assert report.common is None
 
 
@@ -456,5 +466,4 @@ def test_a_checkpoint_of_another_writer_loads_without_common_information(root: P
     shutil.rmtree(metadata.parent / "extra")
     (metadata.parent / "common.json").unlink()
     report = reshard.load(root, model=blank(WEIGHTS))
-    assert report is not None
     assert report.common is None

@@ -5,8 +5,9 @@ from reshard.errors import ReshardError
 from reshard.format.common import CommonInfo
 from reshard.loading.report import RestoreReport
 from reshard.loading.strictness import Strictness
-from reshard.manager import CheckpointManager, load, save
+from reshard.manager import CheckpointManager
 from reshard.saving.saver import SaveReport
+from reshard.shortcuts import load, save
 from reshard.version import __version__
 
 __all__ = [

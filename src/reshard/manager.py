@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal, overload
 
 from reshard.catalog import Catalog
 from reshard.collector import collector_paused
@@ -154,6 +154,38 @@ class CheckpointManager:
         stated = common if common is not None else CommonInfo(step_num=step, global_step=step)
         return self._saver.save(step, state if state is not None else State(), stated, error)
 
+    @overload
+    def load(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        model: Any = None,
+        optimizer: Any = None,
+        scheduler: Any = None,
+        dataloader: Any = None,
+        extra: Any = None,
+        strict: Strictness | None = None,
+        missing_ok: Literal[False] = False,
+        restore_random: bool = True,
+        reseed: int | None = None,
+    ) -> RestoreReport: ...
+
+    @overload
+    def load(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        model: Any = None,
+        optimizer: Any = None,
+        scheduler: Any = None,
+        dataloader: Any = None,
+        extra: Any = None,
+        strict: Strictness | None = None,
+        missing_ok: bool,
+        restore_random: bool = True,
+        reseed: int | None = None,
+    ) -> RestoreReport | None: ...
+
     def load(
         self,
         path: str | os.PathLike[str] | None = None,
@@ -177,7 +209,7 @@ class CheckpointManager:
             scheduler: has `load_state_dict`, or None.
             dataloader: has `load_state_dict`, or None.
             extra: an object or a dictionary of objects with `load_state_dict`, or None; all values come back in the report.
-            strict: what to do about tensors that don't fit.
+            strict: what to do about tensors that don't fit; the same on every rank.
             missing_ok: no checkpoint at all is not an error but gives None (a fresh start).
             restore_random: give the random generators their states, where this rank has the same place in the same strategy.
             reseed: the seed of this rank's generators where it hasn't. Ranks that must draw the same numbers (those of one tensor-parallel
@@ -190,6 +222,7 @@ class CheckpointManager:
             CheckpointNotFoundError: there is no checkpoint.
             DamagedCheckpointError: it isn't what it promises.
             MismatchError: it doesn't fit the run.
+            UsageError: the ranks were given different `strict`.
         """
         self._check_open()
         with collector_paused():
@@ -228,7 +261,8 @@ class CheckpointManager:
         resolved = found[0]
         index = from_first(self._comm, lambda: open_index(self._storage, resolved.directory), bytes, what="nothing was loaded")
         opened, error = attempt(lambda: self._open(resolved.directory, index, model, optimizer, restore_random=restore_random))
-        settle(self._comm, error, what="nothing was loaded")
+        strictness = strict if strict is not None else Strictness()
+        _check_same(settle(self._comm, error, repr(strictness).encode(), what="nothing was loaded"))
         assert opened is not None  # settle raises when any rank has not opened it
         adapter = opened.adapter
         kinds = frozenset(kind for kind, given in ((Kind.MODEL, model), (Kind.OPTIMIZER, optimizer)) if given is not None)
@@ -239,7 +273,7 @@ class CheckpointManager:
             common=opened.common,
             comm=self._comm,
             storage=self._storage,
-            strictness=strict if strict is not None else Strictness(),
+            strictness=strictness,
             kinds=kinds,
             has_random=opened.rank_values is not None and "random" in opened.rank_values,
         )
@@ -260,7 +294,7 @@ class CheckpointManager:
         random, extra_values, notes = together(self._comm, install, what="tensors are loaded, but the rest of the run's state is not")
         for note in notes:
             _logger.warning("%s", note)
-        if self._saver is not None and resolved.root == self.directory and resolved.iteration is not None:
+        if self._saver is not None and resolved.iteration is not None and _is_same(resolved.root, self.directory):
             self._saver.protect(resolved.iteration)
         report = _report(resolved, opened, loaded)
         return replace(report, random=random, extra=extra_values, notes=(*report.notes, *notes), seconds=time.perf_counter() - started)
@@ -317,6 +351,25 @@ class CheckpointManager:
         return _Opened(adapter, catalog, common, values_in(tree, global_file), groups, destination, description, mine)
 
 
+def _is_same(root: str | None, other: str) -> bool:
+    """Whether two paths mean the same directory; one may lead through a symbolic link."""
+    return root is not None and os.path.realpath(root) == os.path.realpath(other)
+
+
+def _check_same(strictness: Sequence[bytes]) -> None:
+    """See that all ranks go on, or none: where one raises for a misfit that another lets pass, the other would wait for it."""
+    for rank, other in enumerate(strictness):
+        if other != strictness[0]:
+            raise UsageError(
+                "the ranks were given different options for loading",
+                field="strict",
+                rank=rank,
+                found=other.decode(),
+                expected=f"{strictness[0].decode()}, as on rank 0",
+                fix="give every rank the same options",
+            )
+
+
 def _restore_parts(values: Mapping[str, Any], parts: Mapping[str, Any]) -> tuple[str, ...]:
     """Give each part the values that were saved for it; what was not saved is noted."""
     notes = []
@@ -345,91 +398,3 @@ def _report(resolved: Resolved, opened: _Opened, loaded: TensorsLoaded) -> Resto
         common=opened.common,
         notes=(*resolved.notes, *opened.catalog.notes, *loaded.notes),
     )
-
-
-def save(
-    directory: str | os.PathLike[str],
-    step: int,
-    *,
-    model: Any = None,
-    optimizer: Any = None,
-    scheduler: Any = None,
-    dataloader: Any = None,
-    extra: Any = None,
-    common: CommonInfo | None = None,
-    prefix: str | None = "CKP",
-    save_optimizer: bool = True,
-    communicator: Communicator | None = None,
-    storage: Storage | None = None,
-) -> SaveReport:
-    """Save one checkpoint: a manager's life in one call. Collective. It keeps every checkpoint that is there.
-
-    Args:
-        directory: the checkpoint root.
-        step: as in `CheckpointManager.save`, and so are `model` to `common`.
-        model: see there.
-        optimizer: see there.
-        scheduler: see there.
-        dataloader: see there.
-        extra: see there.
-        common: see there.
-        prefix: as in `CheckpointManager`, and so are the others.
-        save_optimizer: see there.
-        communicator: see there.
-        storage: see there.
-
-    Raises:
-        ReshardError: as `CheckpointManager` and its `save`.
-    """
-    with CheckpointManager(
-        directory, prefix=prefix, keep_checkpoint_max=None, save_optimizer=save_optimizer, communicator=communicator, storage=storage
-    ) as manager:
-        return manager.save(step, model=model, optimizer=optimizer, scheduler=scheduler, dataloader=dataloader, extra=extra, common=common)
-
-
-def load(
-    path: str | os.PathLike[str],
-    *,
-    model: Any = None,
-    optimizer: Any = None,
-    scheduler: Any = None,
-    dataloader: Any = None,
-    extra: Any = None,
-    strict: Strictness | None = None,
-    missing_ok: bool = False,
-    restore_random: bool = True,
-    reseed: int | None = None,
-    communicator: Communicator | None = None,
-    storage: Storage | None = None,
-) -> RestoreReport | None:
-    """Load one checkpoint: a root or an iteration. Collective. Nothing there is changed or locked.
-
-    Args:
-        path: as in `CheckpointManager.load`, and so are `model` to `reseed`.
-        model: see there.
-        optimizer: see there.
-        scheduler: see there.
-        dataloader: see there.
-        extra: see there.
-        strict: see there.
-        missing_ok: see there.
-        restore_random: see there.
-        reseed: see there.
-        communicator: as in `CheckpointManager`.
-        storage: likewise.
-
-    Raises:
-        ReshardError: as `CheckpointManager.load`.
-    """
-    with CheckpointManager(path, communicator=communicator, storage=storage, read_only=True) as manager:
-        return manager.load(
-            model=model,
-            optimizer=optimizer,
-            scheduler=scheduler,
-            dataloader=dataloader,
-            extra=extra,
-            strict=strict,
-            missing_ok=missing_ok,
-            restore_random=restore_random,
-            reseed=reseed,
-        )

@@ -51,7 +51,6 @@ def test_every_rank_gets_its_slices(case: str) -> None:
             model = {tensor_name(key): tensor for key, tensor in state.tensors.items() if key.kind is Kind.MODEL}
             optimizer = {tensor_name(key): tensor for key, tensor in state.tensors.items() if key.kind is Kind.OPTIMIZER}
             report = reshard.load(root, communicator=comm, model=model, optimizer=optimizer)
-            assert report is not None
             assert not report.missing
             assert not report.unexpected
             return differences(arrays, state)

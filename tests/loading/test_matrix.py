@@ -46,7 +46,6 @@ def test_every_rank_holds_the_oracles_slices(target: Strategy, roots: dict[Strat
         def load(comm: Communicator, root: Path = roots[source]) -> list[str]:
             state = state_on_rank(ARRAYS, placed, comm.rank, blank=True)
             report = reshard.load(root, communicator=comm, model=parts(state, Kind.MODEL), optimizer=parts(state, Kind.OPTIMIZER))
-            assert report is not None
             assert len(report.restored) == len(ARRAYS)
             assert report.iteration == 12
             assert report.bytes_read >= report.bytes_needed > 0

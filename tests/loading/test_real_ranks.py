@@ -86,7 +86,6 @@ def load(jobs: list[tuple[Path, ModelSettings, ParallelSizes]]) -> list[list[str
     for root, settings, arranged in jobs:
         model, optimizer = build(settings, arranged, seed=2)
         report = reshard.load(root, model=model, optimizer=optimizer)
-        assert report is not None
         assert not report.missing
         assert not report.unexpected
         assert not report.notes

@@ -1,0 +1,138 @@
+"""A manager's life in one call."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Literal, overload
+
+from reshard.comm import Communicator
+from reshard.format.common import CommonInfo
+from reshard.loading.report import RestoreReport
+from reshard.loading.strictness import Strictness
+from reshard.manager import CheckpointManager
+from reshard.saving.saver import SaveReport
+from reshard.storage import Storage
+
+
+def save(
+    directory: str | os.PathLike[str],
+    step: int,
+    *,
+    model: Any = None,
+    optimizer: Any = None,
+    scheduler: Any = None,
+    dataloader: Any = None,
+    extra: Any = None,
+    common: CommonInfo | None = None,
+    prefix: str | None = "CKP",
+    save_optimizer: bool = True,
+    communicator: Communicator | None = None,
+    storage: Storage | None = None,
+) -> SaveReport:
+    """Save one checkpoint: a manager's life in one call. Collective. It keeps every checkpoint that is there.
+
+    Args:
+        directory: the checkpoint root.
+        step: as in `CheckpointManager.save`, and so are `model` to `common`.
+        model: see there.
+        optimizer: see there.
+        scheduler: see there.
+        dataloader: see there.
+        extra: see there.
+        common: see there.
+        prefix: as in `CheckpointManager`, and so are the others.
+        save_optimizer: see there.
+        communicator: see there.
+        storage: see there.
+
+    Raises:
+        ReshardError: as `CheckpointManager` and its `save`.
+    """
+    with CheckpointManager(
+        directory, prefix=prefix, keep_checkpoint_max=None, save_optimizer=save_optimizer, communicator=communicator, storage=storage
+    ) as manager:
+        return manager.save(step, model=model, optimizer=optimizer, scheduler=scheduler, dataloader=dataloader, extra=extra, common=common)
+
+
+@overload
+def load(
+    path: str | os.PathLike[str],
+    *,
+    model: Any = None,
+    optimizer: Any = None,
+    scheduler: Any = None,
+    dataloader: Any = None,
+    extra: Any = None,
+    strict: Strictness | None = None,
+    missing_ok: Literal[False] = False,
+    restore_random: bool = True,
+    reseed: int | None = None,
+    communicator: Communicator | None = None,
+    storage: Storage | None = None,
+) -> RestoreReport: ...
+
+
+@overload
+def load(
+    path: str | os.PathLike[str],
+    *,
+    model: Any = None,
+    optimizer: Any = None,
+    scheduler: Any = None,
+    dataloader: Any = None,
+    extra: Any = None,
+    strict: Strictness | None = None,
+    missing_ok: bool,
+    restore_random: bool = True,
+    reseed: int | None = None,
+    communicator: Communicator | None = None,
+    storage: Storage | None = None,
+) -> RestoreReport | None: ...
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    model: Any = None,
+    optimizer: Any = None,
+    scheduler: Any = None,
+    dataloader: Any = None,
+    extra: Any = None,
+    strict: Strictness | None = None,
+    missing_ok: bool = False,
+    restore_random: bool = True,
+    reseed: int | None = None,
+    communicator: Communicator | None = None,
+    storage: Storage | None = None,
+) -> RestoreReport | None:
+    """Load one checkpoint: a root or an iteration. Collective. Nothing there is changed or locked.
+
+    Args:
+        path: as in `CheckpointManager.load`, and so are `model` to `reseed`.
+        model: see there.
+        optimizer: see there.
+        scheduler: see there.
+        dataloader: see there.
+        extra: see there.
+        strict: see there.
+        missing_ok: see there.
+        restore_random: see there.
+        reseed: see there.
+        communicator: as in `CheckpointManager`.
+        storage: likewise.
+
+    Raises:
+        ReshardError: as `CheckpointManager.load`.
+    """
+    with CheckpointManager(path, communicator=communicator, storage=storage, read_only=True) as manager:
+        return manager.load(
+            model=model,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            dataloader=dataloader,
+            extra=extra,
+            strict=strict,
+            missing_ok=missing_ok,
+            restore_random=restore_random,
+            reseed=reseed,
+        )
