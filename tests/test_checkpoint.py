@@ -23,7 +23,8 @@ from reshard.format.names import COMMON_FILE, EXTRA_DIRECTORY, GLOBAL_EXTRA_FILE
 from reshard.format.safetensors import plan_header, write_tensors
 from reshard.geometry import Layout, Mesh, Region
 from reshard.geometry.dtypes import by_numpy
-from reshard.state import Kind, ParameterGroup, model_key
+from reshard.shortcuts import load
+from reshard.state import HostMemory, Kind, ParameterGroup, Shard, ShardedTensor, model_key
 from reshard.storage import MemoryStorage, PosixStorage
 from tests.catalogs import stored_tensor
 from tests.golden import CASES, expected, iteration
@@ -223,6 +224,17 @@ def write(directory, name, array, regions, layout=None, storage=None):
     storage.write_bytes(f"{directory}/{COMMON_FILE}", encode_common(CommonInfo()))
     storage.make_directory(f"{directory}/{EXTRA_DIRECTORY}")
     write_extra(storage, f"{directory}/{EXTRA_DIRECTORY}/{GLOBAL_EXTRA_FILE}", global_tree({}, ()))
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.float8_e5m2, ml_dtypes.float8_e4m3fn, ml_dtypes.bfloat16])
+def test_a_column_of_a_type_that_numpy_does_not_know(tmp_path, dtype):
+    array = np.arange(24).reshape(4, 6).astype(dtype)
+    write(tmp_path, "w", array, [Region.whole(array.shape)])
+    assert np.array_equal(Checkpoint(tmp_path)["w"][:, 1:3], array[:, 1:3])
+    held = np.zeros((4, 2), dtype)
+    mine = ShardedTensor(model_key("w"), by_numpy(array.dtype), (4, 6), None, (Shard(Region((0, 1), (4, 2)), HostMemory(held)),))
+    load(tmp_path, model={"w": mine})
+    assert np.array_equal(held, array[:, 1:3])
 
 
 @st.composite

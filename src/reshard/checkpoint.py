@@ -194,7 +194,8 @@ class TensorView:
                 else:
                     run = np.empty(block.nbytes, np.uint8)
                     file.read_into(begin + block.offset, memoryview(run))
-                    target[...] = np.lib.stride_tricks.as_strided(run.view(self.dtype.numpy), block.region.shape, strides)
+                    # Not by `as_strided`, which knows no float8.
+                    target[...] = np.ndarray(block.region.shape, self.dtype.numpy, run.data, strides=strides)
 
     def __getitem__(self, index: Any) -> np.ndarray:
         """The values at an index of integers, slices with positive steps, and at most one ellipsis; an array also where nothing is left of

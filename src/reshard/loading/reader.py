@@ -187,16 +187,14 @@ class _FileReader:
                     return nbytes
                 window = None if needed == nbytes else self._source.map(begin + offset, nbytes)
                 if window is not None:
-                    first = np.frombuffer(window, np.uint8, itemsize).view(movement.dtype.numpy)
-                    memory.write(
-                        _target_of(region, transfer), np.lib.stride_tricks.as_strided(first, region.shape, strides, writeable=False)
-                    )
+                    # Not by `as_strided`, which knows no float8.
+                    box = np.ndarray(region.shape, movement.dtype.numpy, window, strides=strides)
+                    memory.write(_target_of(region, transfer), box)
                     return needed
                 stage = self._take_stage(nbytes)
                 try:
                     self._source.read_into(begin + offset, memoryview(stage)[:nbytes])
-                    first = stage[:itemsize].view(movement.dtype.numpy)
-                    box = np.lib.stride_tricks.as_strided(first, region.shape, strides, writeable=False)
+                    box = np.ndarray(region.shape, movement.dtype.numpy, stage.data, strides=strides)
                     memory.write(_target_of(region, transfer), box)
                 finally:
                     self._stages.put(stage)
