@@ -1,0 +1,133 @@
+"""Work that can be cut is spread evenly over ranks, first over those that want it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from reshard.geometry import Region
+
+# What is left after everyone has read for himself is spread up to so much above the mean, so that no box is cut into slivers.
+_SLACK = 50
+
+# A rank with less room than this part of its share is full: a cut costs another read and other messages.
+_SLIVER = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A box of bytes to read, of several tensors alike.
+
+    Attributes:
+        count: the number of tensors.
+        box: what is read of each.
+        nbytes: the bytes of one.
+        dimension: along which a box can be cut; None when it can't.
+        ranks: those that want any of it, sorted.
+    """
+
+    count: int
+    box: Region
+    nbytes: int
+    dimension: int | None
+    ranks: tuple[int, ...]
+
+
+class Assignment(NamedTuple):
+    """What one rank reads of a job.
+
+    Attributes:
+        job: its index.
+        reader: the rank.
+        first: the first tensor.
+        number: of tensors.
+        box: what is read of each.
+    """
+
+    job: int
+    reader: int
+    first: int
+    number: int
+    box: Region
+
+
+class _Rest(NamedTuple):
+    job: int
+    first: int
+    number: int
+    box: Region
+    nbytes: int
+    row_bytes: int
+    dimension: int | None
+
+
+def spread(jobs: Sequence[Job], ranks: Sequence[int]) -> list[Assignment]:
+    """Who reads what: everything once, evenly by bytes, and by ranks that want it as far as evenness allows.
+
+    Args:
+        jobs: all there is to read.
+        ranks: of the whole job.
+
+    Returns:
+        Assignments, the same for the same arguments on every rank. No rank has more than 1.02 of the mean and one row of a box (or one
+        box that can't be cut).
+    """
+    total = sum(job.nbytes * job.count for job in jobs)
+    mean = -(-total // len(ranks))
+    loads = dict.fromkeys(ranks, 0)
+    done: list[Assignment] = []
+    left: list[_Rest] = []
+    # Those that fewest ranks want first: the others have a choice later, too.
+    for index in sorted(range(len(jobs)), key=lambda index: len(jobs[index].ranks)):
+        job = jobs[index]
+        row_bytes = job.nbytes if job.dimension is None else job.nbytes // job.box.shape[job.dimension]
+        rest = _Rest(index, 0, job.count, job.box, job.nbytes, row_bytes, job.dimension)
+        left += _give(rest, job.ranks, loads, mean, done, force=False)
+    for rest in left:
+        _give(rest, ranks, loads, mean + mean // _SLACK, done, force=True)
+    return done
+
+
+def _give(rest: _Rest, ranks: Sequence[int], loads: dict[int, int], limit: int, done: list[Assignment], *, force: bool) -> list[_Rest]:
+    """Assign what has room, to the least loaded first; give back what hasn't."""
+    queue, left = [rest], []
+    while queue:
+        rest = queue.pop()
+        rank = min(ranks, key=loads.__getitem__)
+        room = limit - loads[rank]
+        whole = min(rest.number, room // rest.nbytes) if room > 0 else 0
+        if whole:
+            done.append(Assignment(rest.job, rank, rest.first, whole, rest.box))
+            loads[rank] += whole * rest.nbytes
+            if whole < rest.number:
+                queue.append(rest._replace(first=rest.first + whole, number=rest.number - whole))
+            continue
+        rows = max(room, 0) // rest.row_bytes
+        if rest.dimension is None or rows * rest.row_bytes * _SLIVER < limit:
+            rows = 0
+        if rows == 0:
+            if not force:
+                left.append(rest)
+                continue
+            rows = 1
+        # One tensor is cut: some rows now, its others next, then the tensors after it.
+        if rest.number > 1:
+            queue.append(rest._replace(first=rest.first + 1, number=rest.number - 1))
+        if rest.dimension is None:
+            done.append(Assignment(rest.job, rank, rest.first, 1, rest.box))
+            loads[rank] += rest.nbytes
+            continue
+        extent = rest.box.shape[rest.dimension]
+        now = _rows(rest.box, rest.dimension, 0, rows)
+        done.append(Assignment(rest.job, rank, rest.first, 1, now))
+        loads[rank] += rows * rest.row_bytes
+        if rows < extent:
+            others = _rows(rest.box, rest.dimension, rows, extent - rows)
+            queue.append(rest._replace(number=1, box=others, nbytes=rest.nbytes - rows * rest.row_bytes))
+    return left
+
+
+def _rows(box: Region, dimension: int, first: int, count: int) -> Region:
+    offset = tuple(o + (first if d == dimension else 0) for d, o in enumerate(box.offset))
+    return Region(offset, tuple(count if d == dimension else n for d, n in enumerate(box.shape)))
