@@ -10,10 +10,12 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Literal, overload
 
+import msgspec
+
 from reshard.catalog import Catalog
 from reshard.collector import collector_paused
 from reshard.comm import Communicator
-from reshard.comm.together import attempt, from_first, settle, together
+from reshard.comm.together import attempt, from_first, settle
 from reshard.errors import MetadataError, UsageError
 from reshard.format.common import CommonInfo, decode_common
 from reshard.format.extra import groups_of, rank_values_in, read_extra, values_in
@@ -23,6 +25,7 @@ from reshard.frameworks.adapter import Adapter, Destination
 from reshard.frameworks.select import default_communicator, select_adapter
 from reshard.loading.loader import TensorsLoaded, load_tensors
 from reshard.loading.report import RestoreReport
+from reshard.loading.selection import Selection, select
 from reshard.loading.strictness import Strictness
 from reshard.planning.agreement import RankDescription, describe, place_of
 from reshard.saving.saver import SaveOptions, Saver, SaveReport
@@ -49,6 +52,7 @@ class _Opened:
     destination: Destination
     description: RankDescription
     rank_values: Mapping[str, Any] | None
+    selection: Selection
 
 
 class CheckpointManager:
@@ -165,6 +169,8 @@ class CheckpointManager:
         dataloader: Any = None,
         extra: Any = None,
         strict: Strictness | None = None,
+        only: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] | None = None,
         missing_ok: Literal[False] = False,
         restore_random: bool = True,
         reseed: int | None = None,
@@ -181,6 +187,8 @@ class CheckpointManager:
         dataloader: Any = None,
         extra: Any = None,
         strict: Strictness | None = None,
+        only: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] | None = None,
         missing_ok: bool,
         restore_random: bool = True,
         reseed: int | None = None,
@@ -196,6 +204,8 @@ class CheckpointManager:
         dataloader: Any = None,
         extra: Any = None,
         strict: Strictness | None = None,
+        only: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] | None = None,
         missing_ok: bool = False,
         restore_random: bool = True,
         reseed: int | None = None,
@@ -210,6 +220,10 @@ class CheckpointManager:
             dataloader: has `load_state_dict`, or None.
             extra: an object or a dictionary of objects with `load_state_dict`, or None; all values come back in the report.
             strict: what to do about tensors that don't fit; the same on every rank.
+            only: patterns of names (`layers.0.*`): nothing but what matches one is loaded. They are globs (`*` goes over dots, too) of the
+                names in files, and of an optimizer's tensors also of their parameters' names. What is left out is neither missing nor
+                unexpected, is not read, and keeps the run's values. The same on every rank.
+            exclude: patterns, likewise: what matches one is left out.
             missing_ok: no checkpoint at all is not an error but gives None (a fresh start).
             restore_random: give the random generators their states, where this rank has the same place in the same strategy.
             reseed: the seed of this rank's generators where it hasn't. Ranks that must draw the same numbers (those of one tensor-parallel
@@ -222,7 +236,7 @@ class CheckpointManager:
             CheckpointNotFoundError: there is no checkpoint.
             DamagedCheckpointError: it isn't what it promises.
             MismatchError: it doesn't fit the run.
-            UsageError: the ranks were given different `strict`.
+            UsageError: the ranks were given different `strict`, `only` or `exclude`, or a pattern in `only` means no tensor at all.
         """
         self._check_open()
         with collector_paused():
@@ -234,6 +248,8 @@ class CheckpointManager:
                 dataloader=dataloader,
                 extra=extra,
                 strict=strict,
+                only=only,
+                exclude=exclude,
                 missing_ok=missing_ok,
                 restore_random=restore_random,
                 reseed=reseed,
@@ -249,6 +265,8 @@ class CheckpointManager:
         dataloader: Any,
         extra: Any,
         strict: Strictness | None,
+        only: str | Sequence[str] | None,
+        exclude: str | Sequence[str] | None,
         missing_ok: bool,
         restore_random: bool,
         reseed: int | None,
@@ -260,10 +278,14 @@ class CheckpointManager:
             return None
         resolved = found[0]
         index = from_first(self._comm, lambda: open_index(self._storage, resolved.directory), bytes, what="nothing was loaded")
-        opened, error = attempt(lambda: self._open(resolved.directory, index, model, optimizer, restore_random=restore_random))
+        opened, error = attempt(
+            lambda: self._open(resolved.directory, index, model, optimizer, select(only, exclude), restore_random=restore_random)
+        )
         strictness = strict if strict is not None else Strictness()
-        _check_same(settle(self._comm, error, repr(strictness).encode(), what="nothing was loaded"))
+        options = "" if opened is None else f"{strictness}, {opened.selection}"
+        _check_same(settle(self._comm, error, options.encode(), what="nothing was loaded"))
         assert opened is not None  # settle raises when any rank has not opened it
+        opening = time.perf_counter() - started
         adapter = opened.adapter
         kinds = frozenset(kind for kind, given in ((Kind.MODEL, model), (Kind.OPTIMIZER, optimizer)) if given is not None)
         loaded = load_tensors(
@@ -276,10 +298,13 @@ class CheckpointManager:
             strictness=strictness,
             kinds=kinds,
             has_random=opened.rank_values is not None and "random" in opened.rank_values,
+            selection=opened.selection,
+            opening=opening,
         )
+        began = time.perf_counter()
 
         def install() -> tuple[str, Any, tuple[str, ...]]:
-            opened.destination.install(opened.groups)
+            opened.destination.install(opened.selection.groups(opened.groups))
             values = {name: adapter.from_value(value) for name, value in opened.values.items()}
             notes = _restore_parts(values, {"scheduler": scheduler, "dataloader": dataloader, "extra": extra})
             random = "untouched"
@@ -291,12 +316,16 @@ class CheckpointManager:
                 random = "reseeded"
             return random, values.get("extra"), notes
 
-        random, extra_values, notes = together(self._comm, install, what="tensors are loaded, but the rest of the run's state is not")
+        installed, error = attempt(install)
+        seconds = msgspec.msgpack.encode(time.perf_counter() - began)
+        payloads = settle(self._comm, error, seconds, what="tensors are loaded, but the rest of the run's state is not")
+        assert installed is not None  # settle raises when any rank has not installed it
+        random, extra_values, notes = installed
         for note in notes:
             _logger.warning("%s", note)
         if self._saver is not None and resolved.iteration is not None and _is_same(resolved.root, self.directory):
             self._saver.protect(resolved.iteration)
-        report = _report(resolved, opened, loaded)
+        report = _report(resolved, opened, loaded, [msgspec.msgpack.decode(payload, type=float) for payload in payloads])
         return replace(report, random=random, extra=extra_values, notes=(*report.notes, *notes), seconds=time.perf_counter() - started)
 
     def wait(self) -> None:
@@ -331,7 +360,7 @@ class CheckpointManager:
             return [] if found is None else [found]
         return [resolve(self._storage, root)]
 
-    def _open(self, directory: str, index: bytes, model: Any, optimizer: Any, *, restore_random: bool) -> _Opened:
+    def _open(self, directory: str, index: bytes, model: Any, optimizer: Any, selection: Selection, *, restore_random: bool) -> _Opened:
         adapter = select_adapter(model, optimizer)
         catalog = decode_index(index, directory)
         if catalog is None:
@@ -342,13 +371,13 @@ class CheckpointManager:
         global_file = join(directory, EXTRA_DIRECTORY, GLOBAL_EXTRA_FILE)
         tree = read_extra(self._storage, global_file)
         groups = groups_of(tree, global_file)
-        destination = adapter.prepare(model, optimizer, catalog, groups)
+        destination = adapter.prepare(model, optimizer, selection.catalog(catalog), selection.groups(groups))
         description = describe(destination.state, self._comm.rank)
         mine = None
         if restore_random:
             rank_file = join(directory, EXTRA_DIRECTORY, rank_extra_file(self._comm.rank))
             mine = rank_values_in(read_extra(self._storage, rank_file), self._comm.world_size, place_of(description), rank_file)
-        return _Opened(adapter, catalog, common, values_in(tree, global_file), groups, destination, description, mine)
+        return _Opened(adapter, catalog, common, values_in(tree, global_file), groups, destination, description, mine, selection)
 
 
 def _is_same(root: str | None, other: str) -> bool:
@@ -362,7 +391,7 @@ def _check_same(strictness: Sequence[bytes]) -> None:
         if other != strictness[0]:
             raise UsageError(
                 "the ranks were given different options for loading",
-                field="strict",
+                field="strict, only, exclude",
                 rank=rank,
                 found=other.decode(),
                 expected=f"{strictness[0].decode()}, as on rank 0",
@@ -383,7 +412,7 @@ def _restore_parts(values: Mapping[str, Any], parts: Mapping[str, Any]) -> tuple
     return tuple(notes)
 
 
-def _report(resolved: Resolved, opened: _Opened, loaded: TensorsLoaded) -> RestoreReport:
+def _report(resolved: Resolved, opened: _Opened, loaded: TensorsLoaded, installing: Sequence[float]) -> RestoreReport:
     misfits = loaded.misfits
     return RestoreReport(
         directory=resolved.directory,
@@ -394,7 +423,11 @@ def _report(resolved: Resolved, opened: _Opened, loaded: TensorsLoaded) -> Resto
         unexpected=tuple(tensor_name(key) for key in misfits.unexpected),
         mismatched=tuple(tensor_name(mismatch.key) for mismatch in misfits.mismatched),
         random="untouched",
-        ranks=loaded.ranks,
+        ranks=tuple(
+            replace(rank, seconds={**rank.seconds, "install": seconds}) for rank, seconds in zip(loaded.ranks, installing, strict=True)
+        ),
         common=opened.common,
         notes=(*resolved.notes, *opened.catalog.notes, *loaded.notes),
+        cast=loaded.cast,
+        skipped=loaded.skipped,
     )

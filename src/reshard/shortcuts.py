@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any, Literal, overload
 
 from reshard.comm import Communicator
@@ -64,6 +65,8 @@ def load(
     dataloader: Any = None,
     extra: Any = None,
     strict: Strictness | None = None,
+    only: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
     missing_ok: Literal[False] = False,
     restore_random: bool = True,
     reseed: int | None = None,
@@ -82,6 +85,8 @@ def load(
     dataloader: Any = None,
     extra: Any = None,
     strict: Strictness | None = None,
+    only: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
     missing_ok: bool,
     restore_random: bool = True,
     reseed: int | None = None,
@@ -99,6 +104,8 @@ def load(
     dataloader: Any = None,
     extra: Any = None,
     strict: Strictness | None = None,
+    only: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
     missing_ok: bool = False,
     restore_random: bool = True,
     reseed: int | None = None,
@@ -115,6 +122,8 @@ def load(
         dataloader: see there.
         extra: see there.
         strict: see there.
+        only: see there.
+        exclude: see there.
         missing_ok: see there.
         restore_random: see there.
         reseed: see there.
@@ -132,6 +141,8 @@ def load(
             dataloader=dataloader,
             extra=extra,
             strict=strict,
+            only=only,
+            exclude=exclude,
             missing_ok=missing_ok,
             restore_random=restore_random,
             reseed=reseed,
