@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import random
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import reshard
 from reshard.cli.ls import list_root
@@ -444,6 +446,44 @@ def test_what_we_wrote_beside_the_tensors_and_is_gone_is_damage(root: Path, name
         reshard.Checkpoint(root)
     line = list_root(PosixStorage(), str(root)).iterations[-1]
     assert (line.iteration, line.state) == (20, "damaged")
+
+
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [
+        ("latest_checkpointed_iteration.txt", TrackerError),
+        ("iteration_00000020/metadata.json", MetadataError),
+        ("iteration_00000020/common.json", MetadataError),
+    ],
+)
+def test_a_file_of_an_impossible_size_is_not_read(root: Path, name: str, error: type[Exception]) -> None:
+    """Sparse: it takes no room on the disk, but would all the memory."""
+    os.truncate(root / name, 1 << 40)
+    with pytest.raises(error, match=r"larger than any of its kind[\s\S]*1099511627776 bytes"):
+        reshard.load(root, model=blank(WEIGHTS))
+    with pytest.raises(error, match="larger than any"):
+        reshard.Checkpoint(root)
+    listing = list_root(PosixStorage(), str(root))
+    assert "larger than any" in str(listing.tracker_problem or listing.iterations[-1].problem)
+
+
+@pytest.mark.parametrize("name", [".w", "w.", "."])
+@pytest.mark.parametrize("has_metadata", [True, False])
+def test_a_name_that_no_optimizer_tensor_has_is_damage(tmp_path: Path, name: str, has_metadata: bool) -> None:
+    reshard.save(tmp_path, 1, model=WEIGHTS, optimizer={"m.v": np.zeros(2, np.float32)})
+    directory = tmp_path / "iteration_00000001"
+    text = (directory / "metadata.json").read_text()
+    (directory / "metadata.json").unlink()
+    if has_metadata:
+        (directory / "metadata.json").write_text(text.replace('"m.v"', f'"{name}"').replace("'m.v'", f"'{name}'"))
+    else:
+        (path,) = directory.glob("*-opt-*")
+        path.unlink()
+        save_file({name: np.zeros(2, np.float32)}, path)
+    with pytest.raises(MetadataError if has_metadata else DataFileError, match="a name that no tensor has"):
+        reshard.Checkpoint(tmp_path)
+    with pytest.raises(MetadataError if has_metadata else DataFileError, match="a name that no tensor has"):
+        reshard.load(tmp_path, model=blank(WEIGHTS))
 
 
 def test_a_single_cards_checkpoint_loads_without_metadata_and_what_belongs_to_it(root: Path) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from reshard.catalog import Catalog, Chunk, StoredTensor
 from reshard.errors import UsageError
-from reshard.format.common import CommonInfo, decode_common
+from reshard.format.common import CommonInfo, read_common
 from reshard.format.extra import groups_of, read_extra, values_in
 from reshard.format.names import COMMON_FILE, EXTRA_DIRECTORY, GLOBAL_EXTRA_FILE, tensor_name
 from reshard.geometry import DType, Layout, Region
@@ -59,10 +59,7 @@ class Checkpoint:
         self.directory: str = found.directory
         self.iteration: int | None = found.iteration
         self.catalog: Catalog = open_catalog(self._storage, found.directory)
-        file = join(found.directory, COMMON_FILE)
-        self.common: CommonInfo | None = None
-        if self._storage.stat(file) is not None:
-            self.common = decode_common(self._storage.read_bytes(file), file)
+        self.common: CommonInfo | None = read_common(self._storage, join(found.directory, COMMON_FILE))
         self.notes: tuple[str, ...] = (*found.notes, *self.catalog.notes)
         self._headers = Headers(self._storage, found.directory)
         self._tensors = {tensor_name(key): tensor for key, tensor in self.catalog.tensors.items()}

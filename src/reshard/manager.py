@@ -17,7 +17,7 @@ from reshard.collector import collector_paused
 from reshard.comm import Communicator
 from reshard.comm.together import attempt, from_first, settle
 from reshard.errors import MetadataError, UsageError
-from reshard.format.common import CommonInfo, decode_common
+from reshard.format.common import CommonInfo, read_common
 from reshard.format.extra import groups_of, rank_values_in, read_extra, values_in
 from reshard.format.index import decode_index
 from reshard.format.names import COMMON_FILE, EXTRA_DIRECTORY, GLOBAL_EXTRA_FILE, rank_extra_file, tensor_name
@@ -174,6 +174,8 @@ class CheckpointManager:
         missing_ok: Literal[False] = False,
         restore_random: bool = True,
         reseed: int | None = None,
+        balanced: bool = False,
+        memory_budget: int = MEMORY_BUDGET,
     ) -> RestoreReport: ...
 
     @overload
@@ -192,6 +194,8 @@ class CheckpointManager:
         missing_ok: bool,
         restore_random: bool = True,
         reseed: int | None = None,
+        balanced: bool = False,
+        memory_budget: int = MEMORY_BUDGET,
     ) -> RestoreReport | None: ...
 
     def load(
@@ -209,6 +213,8 @@ class CheckpointManager:
         missing_ok: bool = False,
         restore_random: bool = True,
         reseed: int | None = None,
+        balanced: bool = False,
+        memory_budget: int = MEMORY_BUDGET,
     ) -> RestoreReport | None:
         """Load a checkpoint into the run, resharded to its strategy.
 
@@ -228,6 +234,9 @@ class CheckpointManager:
             restore_random: give the random generators their states, where this rank has the same place in the same strategy.
             reseed: the seed of this rank's generators where it hasn't. Ranks that must draw the same numbers (those of one tensor-parallel
                 group) must give the same. None leaves the generators alone.
+            balanced: every byte that any rank needs is read once in the whole job, evenly spread over the ranks, and sent to those who need
+                it: for storage that is slower than the network between the ranks. The result is the same. The same on every rank.
+            memory_budget: bytes that a balanced load may take beyond the run's own state. The same on every rank.
 
         Returns:
             The report, or None when there was none to load and that is fine.
@@ -236,7 +245,7 @@ class CheckpointManager:
             CheckpointNotFoundError: there is no checkpoint.
             DamagedCheckpointError: it isn't what it promises.
             MismatchError: it doesn't fit the run.
-            UsageError: the ranks were given different `strict`, `only` or `exclude`, or a pattern in `only` means no tensor at all.
+            UsageError: the ranks were given different `strict`, `only`, `exclude` or `balanced`, or a pattern in `only` means no tensor at all.
         """
         self._check_open()
         with collector_paused():
@@ -253,6 +262,8 @@ class CheckpointManager:
                 missing_ok=missing_ok,
                 restore_random=restore_random,
                 reseed=reseed,
+                balanced=balanced,
+                memory_budget=memory_budget,
             )
 
     def _load(
@@ -270,6 +281,8 @@ class CheckpointManager:
         missing_ok: bool,
         restore_random: bool,
         reseed: int | None,
+        balanced: bool,
+        memory_budget: int,
     ) -> RestoreReport | None:
         started = time.perf_counter()
         root = self.directory if path is None else os.path.abspath(os.fspath(path))
@@ -277,12 +290,12 @@ class CheckpointManager:
         if not found:
             return None
         resolved = found[0]
-        index = from_first(self._comm, lambda: open_index(self._storage, resolved.directory), bytes, what="nothing was loaded")
+        first = from_first(self._comm, lambda: self._read_first(resolved.directory, balanced=balanced), _First, what="nothing was loaded")
         opened, error = attempt(
-            lambda: self._open(resolved.directory, index, model, optimizer, select(only, exclude), restore_random=restore_random)
+            lambda: self._open(resolved.directory, first, model, optimizer, select(only, exclude), restore_random=restore_random)
         )
         strictness = strict if strict is not None else Strictness()
-        options = "" if opened is None else f"{strictness}, {opened.selection}"
+        options = "" if opened is None else f"{strictness}, {opened.selection}, balanced={balanced}, memory_budget={memory_budget}"
         _check_same(settle(self._comm, error, options.encode(), what="nothing was loaded"))
         assert opened is not None  # settle raises when any rank has not opened it
         opening = time.perf_counter() - started
@@ -300,6 +313,8 @@ class CheckpointManager:
             has_random=opened.rank_values is not None and "random" in opened.rank_values,
             selection=opened.selection,
             opening=opening,
+            balanced=balanced,
+            memory_budget=memory_budget,
         )
         began = time.perf_counter()
 
@@ -365,9 +380,7 @@ class CheckpointManager:
         catalog = decode_index(index, directory)
         if catalog is None:
             raise MetadataError("rank 0's index can't be understood", file=directory, fix="run the same version of reshard on every rank")
-        common_file = join(directory, COMMON_FILE)
-        has_common = self._storage.stat(common_file) is not None
-        common = decode_common(self._storage.read_bytes(common_file), common_file) if has_common else None
+        common = read_common(self._storage, join(directory, COMMON_FILE))
         global_file = join(directory, EXTRA_DIRECTORY, GLOBAL_EXTRA_FILE)
         tree = read_extra(self._storage, global_file)
         groups = groups_of(tree, global_file)

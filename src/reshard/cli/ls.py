@@ -16,7 +16,7 @@ from reshard.cli.layouts import tensor_ranks
 from reshard.cli.output import JsonOption, age_words, console, fits, print_json, size_words, table, timestamp
 from reshard.errors import CheckpointNotFoundError, DamagedCheckpointError, ReshardError, StorageError, TrackerError
 from reshard.format.names import COMMON_FILE, METADATA_FILE, REPLACED_PREFIX, TRACKER_FILE, parse_iteration_name
-from reshard.format.tracker import decode_tracker
+from reshard.format.tracker import read_tracker
 from reshard.saving.root import DELETING_PREFIX
 from reshard.sources.resolve import list_iterations
 from reshard.storage import PosixStorage, Storage
@@ -143,7 +143,7 @@ def _read_tracker(storage: Storage, root: str) -> tuple[int | None, str | None]:
     if storage.stat(path) is None:
         return None, None
     try:
-        return decode_tracker(storage.read_bytes(path), path), None
+        return read_tracker(storage, path), None
     except TrackerError as error:
         return None, error.what
 

@@ -11,6 +11,11 @@ import msgspec
 
 from reshard.errors import MetadataError
 from reshard.format import json_text
+from reshard.format.small_file import read_small
+from reshard.storage import Storage
+
+# Seven numbers and their names take some hundred bytes; a writer of another version may add to them.
+_MOST_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,16 @@ _DECODER = msgspec.json.Decoder(_Wire)
 def encode_common(info: CommonInfo) -> bytes:
     """The file's bytes: every key, in the contract's order, indented by 4. Counts may be integers of any kind, numpy's too."""
     return json.dumps(asdict(info), indent=4, allow_nan=False, default=operator.index).encode("ascii")
+
+
+def read_common(storage: Storage, path: str) -> CommonInfo | None:
+    """What a file says; None when there is no such file.
+
+    Raises:
+        MetadataError: it isn't JSON, a value has the wrong type, or it is larger than any such file.
+        StorageError: the storage refuses.
+    """
+    return None if storage.stat(path) is None else decode_common(read_small(storage, path, _MOST_BYTES, error=MetadataError), path)
 
 
 def decode_common(data: bytes, file: str) -> CommonInfo:

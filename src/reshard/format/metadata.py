@@ -13,7 +13,15 @@ import msgspec
 from reshard.catalog import Arrangement, Catalog, Piece, Place, Site, StoredTensor
 from reshard.errors import CaptureError, LayoutError, MetadataError
 from reshard.format import json_text
-from reshard.format.names import is_plain_file_name, kind_of_file, parse_storage_key, parse_tensor_name, storage_key, tensor_name
+from reshard.format.names import (
+    is_plain_file_name,
+    is_tensor_name,
+    kind_of_file,
+    parse_storage_key,
+    parse_tensor_name,
+    storage_key,
+    tensor_name,
+)
 from reshard.format.parameter import Parameter, decode_parameter, encode_parameter, number_slices
 from reshard.geometry import DType
 from reshard.geometry.tensor_map import slices_of
@@ -22,6 +30,10 @@ from reshard.version import __version__
 
 # What this project adds to the contract's keys. A reader refuses a newer one: it may leave out what an older reader needs.
 FORMAT_VERSION = 1
+
+# Above what any job needs: a stored chunk takes about 120 bytes, so that 10,000 tensors on 3,000 ranks, each with a chunk of its own, fit.
+# It is held in memory whole, and so is what it says, which takes some times as much.
+MOST_METADATA_BYTES = 4 << 30
 
 _DAMAGED = "the metadata is damaged: restore it from a copy, or resume from another iteration"
 
@@ -236,6 +248,8 @@ class _Reader:
                 # The parameter and the storage entries live as long as this reader: their identities stay theirs.
                 self._arrangements[alike] = arranged
         arrangement, kind = arranged
+        if not is_tensor_name(name, kind):
+            raise self._error("a name that no tensor has", name, field="state_dict_metadata", found=repr(name))
         return StoredTensor(parse_tensor_name(name, kind), name, arrangement)
 
     def _arrange(self, name: str, parameter: Parameter, found: tuple[_Stored | None, ...]) -> tuple[Arrangement, Kind]:

@@ -137,6 +137,14 @@ def parse_tensor_name(name: str, kind: Kind) -> TensorKey:
     return TensorKey(kind, slot, parameter)
 
 
+def is_tensor_name(name: str, kind: Kind) -> bool:
+    """Whether a name in a file is one that `tensor_name` gives: not empty, and of an optimizer tensor nothing like `.x` or `x.`."""
+    if kind is Kind.MODEL:
+        return bool(name)
+    slot, dot, parameter = name.partition(".")
+    return bool(slot) and bool(parameter or not dot)
+
+
 def storage_key(name: str, slice_id: int) -> str:
     """The key of a slice in the contract's `storage_data`: Python's `str((name, (slice_id,)))`."""
     return f"({name!r}, ({slice_id},))"

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from reshard.comm.together import attempt
 from reshard.errors import ReshardError, SaveError
 from reshard.format.names import REPLACED_PREFIX, TRACKER_FILE, iteration_name
-from reshard.format.tracker import encode_tracker
+from reshard.format.tracker import encode_tracker, read_text
 from reshard.saving.root import discard, scratch_name
 from reshard.storage import Storage
 from reshard.storage.storage import join
@@ -80,7 +80,7 @@ def publish(storage: Storage, root: str, step: int, temporary: str, mark: str, u
     tracker = join(root, TRACKER_FILE)
     scratch = join(root, scratch_name(mark))
     try:
-        before = storage.read_bytes(tracker) if storage.stat(tracker) is not None else None
+        before = read_text(storage, tracker)
         storage.write_bytes(scratch, encode_tracker(step))
         replaced = _give_name(storage, root, step, temporary, undo)
         storage.sync_directory(root)
@@ -134,7 +134,7 @@ def _rename_back(storage: Storage, source: str, target: str) -> None:
 
 
 def _restore_tracker(storage: Storage, tracker: str, before: bytes | None, scratch: str) -> None:
-    now = storage.read_bytes(tracker) if storage.stat(tracker) is not None else None
+    now = read_text(storage, tracker)
     if now == before:
         return
     if before is None:

@@ -8,18 +8,20 @@ from threading import Lock
 from reshard.catalog import Arrangement, Catalog, Piece, Place, Site, StoredTensor
 from reshard.errors import CheckpointNotFoundError, DataFileError, MetadataError
 from reshard.format.index import INDEX_FILE, decode_index, digest_of, encode_index
-from reshard.format.metadata import decode_metadata
+from reshard.format.metadata import MOST_METADATA_BYTES, decode_metadata
 from reshard.format.names import (
     COMMON_FILE,
     DATA_SUFFIX,
     EXTRA_DIRECTORY,
     GLOBAL_EXTRA_FILE,
     METADATA_FILE,
+    is_tensor_name,
     kind_of_file,
     parse_tensor_name,
     total_of_file,
 )
 from reshard.format.safetensors import Header, TensorEntry, read_header
+from reshard.format.small_file import read_small
 from reshard.geometry import DType, Region
 from reshard.state import Kind, TensorKey
 from reshard.storage import Storage
@@ -118,9 +120,11 @@ def _open(storage: Storage, directory: str) -> tuple[Catalog, bytes | None]:
     headers = Headers(storage, directory)
     file = join(directory, METADATA_FILE)
     if storage.stat(file) is not None:
-        metadata = storage.read_bytes(file)
+        metadata = read_small(storage, file, MOST_METADATA_BYTES, error=MetadataError)
         index_file = join(directory, EXTRA_DIRECTORY, INDEX_FILE)
-        index = storage.read_bytes(index_file) if storage.stat(index_file) is not None else None
+        # It says the same in fewer bytes; one that is larger is nobody's index.
+        found = storage.stat(index_file)
+        index = storage.read_bytes(index_file) if found is not None and found.size <= MOST_METADATA_BYTES else None
         catalog = None if index is None else decode_index(index, directory, digest_of(metadata))
         if catalog is None:
             index = None
@@ -173,6 +177,8 @@ def _whole_tensors(headers: Headers, directory: str, files: list[str]) -> Catalo
                     found=f"in {owners[name]} and in {file}",
                     fix="leave only one checkpoint's files in the directory",
                 )
+            if not is_tensor_name(name, kind):
+                raise DataFileError("a name that no tensor has", file=join(directory, file), tensor=repr(name), fix=_RESTORE)
             owners[name] = file
             key = parse_tensor_name(name, kind)
             piece = Piece(Region.whole(entry.shape), (Site(file, 0),), (0,))

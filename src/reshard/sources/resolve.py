@@ -19,7 +19,7 @@ from reshard.format.names import (
     parse_iteration_name,
     total_of_file,
 )
-from reshard.format.tracker import decode_tracker
+from reshard.format.tracker import read_tracker
 from reshard.storage import Entry, Storage
 from reshard.storage.storage import join
 
@@ -172,7 +172,7 @@ def is_committed(storage: Storage, directory: str) -> bool:
 
 def _tracked(storage: Storage, root: str) -> Resolved:
     tracker = join(root, TRACKER_FILE)
-    step = decode_tracker(storage.read_bytes(tracker), tracker)
+    step = read_tracker(storage, tracker)
     # Only now: what the tracker names was there before it did, but perhaps not when somebody looked earlier.
     entries = storage.list(root)
     committed, refused = _look(storage, root, entries)
