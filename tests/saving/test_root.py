@@ -15,10 +15,11 @@ import pytest
 
 from reshard.comm import SingleProcess
 from reshard.errors import ReshardError, RootLockedError, SaveError, StorageError, UsageError
+from reshard.format.common import CommonInfo
 from reshard.saving.root import discard, open_root, saving_name, scratch_name
 from reshard.saving.saver import SaveOptions, Saver
 from reshard.sources.resolve import list_iterations
-from reshard.storage import MemoryStorage, PosixStorage
+from reshard.storage import MemoryStorage, PosixStorage, WritableFile
 from reshard.testing import FaultyStorage, run_ranks_settled
 from tests import saving_runs as runs
 
@@ -220,3 +221,45 @@ print("parent:", manager.save(2, model={"a": np.zeros(3)}).step)
     assert "lock on the checkpoint root is gone" in said
     assert "parent: 2" in said
     assert list(dict(list_iterations(PosixStorage(), f"{tmp_path}/root"))) == [2]
+
+
+class Interrupted(PosixStorage):
+    """A storage in whose midst somebody presses Ctrl-C, once."""
+
+    def __init__(self, operation: str) -> None:
+        self._operation: str | None = operation
+
+    def _press(self, operation: str) -> None:
+        if operation == self._operation:
+            self._operation = None
+            raise KeyboardInterrupt
+
+    def create(self, path: str, size: int) -> WritableFile:
+        self._press("create" if "-opt-" in path else "")
+        return super().create(path, size)
+
+    def sync_directory(self, path: str) -> None:
+        super().sync_directory(path)
+        self._press("sync" if "extra" in path else "")
+
+    def replace(self, source: str, target: str) -> None:
+        self._press("replace")
+        super().replace(source, target)
+
+
+@pytest.mark.parametrize("operation", ["create", "sync", "replace"])
+@pytest.mark.parametrize("goes_on", [True, False])
+def test_what_an_interrupted_save_left_goes_with_the_next_one_or_at_the_end(tmp_path, operation, goes_on):
+    storage = Interrupted(operation)
+    other = tmp_path / saving_name(7, "0123abcd-1")
+    with Saver(storage, SingleProcess(), str(tmp_path)) as saver:
+        with pytest.raises(KeyboardInterrupt):
+            saver.save(1, runs.state(0, 1, 10), CommonInfo(global_step=10))
+        assert list(tmp_path.glob(".saving-*")), "it left something"
+        # Of nobody that we know: another run's business.
+        other.mkdir()
+        if goes_on:
+            saver.save(2, runs.state(0, 1, 20), CommonInfo(global_step=20))
+            assert list(tmp_path.glob(".saving-*")) == [other]
+            assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "2"
+    assert list(tmp_path.glob(".saving-*")) == [other]

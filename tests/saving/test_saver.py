@@ -443,3 +443,11 @@ def test_nothing_at_all_can_be_saved(tmp_path):
     from reshard.checkpoint import Checkpoint
 
     assert list(Checkpoint(tmp_path / "root")) == []
+
+
+def test_a_rank_that_another_version_runs_on_leaves_nobody_waiting(monkeypatch):
+    storage = MemoryStorage()
+    monkeypatch.setattr("reshard.saving.structure.encode", lambda description: b"\x01of another version")
+    results = runs.save(storage, [(1, 10)], world_size=2, settled=True)
+    assert [type(result) for result in results] == [SaveError] * 2
+    assert "the same version of reshard on every rank" in str(results[1])

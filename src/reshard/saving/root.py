@@ -48,6 +48,11 @@ def deleting_name(step: int, mark: str) -> str:
     return f"{DELETING_PREFIX}{iteration_name(step)}-{mark}"
 
 
+def is_leftover_of(name: str, token: str) -> bool:
+    """Whether a name is one that the run of this token gave to something that it was writing or removing."""
+    return _LEFTOVER.fullmatch(name) is not None and f"-{token}-" in name
+
+
 def open_root(storage: Storage, root: str, lock_timeout: float) -> Lock:
     """Make a root if there is none, take its lock, and set right what dead runs left.
 

@@ -7,7 +7,6 @@ import operator
 import posixpath
 import secrets
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import SupportsIndex
@@ -23,10 +22,11 @@ from reshard.format.index import INDEX_FILE
 from reshard.format.names import COMMON_FILE, EXTRA_DIRECTORY, GLOBAL_EXTRA_FILE, METADATA_FILE, data_file_name, iteration_name
 from reshard.saving.commit import Undo, check_presence, publish
 from reshard.saving.groups import GroupOptions, encode_options, merge_groups
+from reshard.saving.opening import Opening, agree_on_opening
 from reshard.saving.outcome import UNCHANGED, Failure, Outcome, Verdict, describe_failure, failure_of_ranks
 from reshard.saving.rank_files import check_space, write_rank
 from reshard.saving.retention import retire
-from reshard.saving.root import LOCK_FILE, discard, open_root, saving_name
+from reshard.saving.root import LOCK_FILE, discard, is_leftover_of, open_root, saving_name
 from reshard.saving.structure import RankPlan, Structures
 from reshard.state import GLOBAL_STEP, Kind, State
 from reshard.storage import Lock, Storage
@@ -99,37 +99,6 @@ class _Prepared:
     global_step: int | None
 
 
-class _Opening(msgspec.Struct, array_like=True):
-    """What a rank tells the others when a saver is made.
-
-    Attributes:
-        token: rank 0's, for temporary names; empty on the others.
-        prefix: as in `SaveOptions`; rank 0 derives every rank's file names from its own.
-        save_optimizer: likewise.
-    """
-
-    token: str
-    prefix: str | None
-    save_optimizer: bool
-
-
-def _agree_on_opening(told: Sequence[_Opening]) -> _Opening:
-    """Rank 0's, when every rank writes the files that rank 0 will list in the metadata."""
-    first = told[0]
-    for rank, other in enumerate(told):
-        for field in ("prefix", "save_optimizer"):
-            if getattr(other, field) != getattr(first, field):
-                raise UsageError(
-                    "the ranks were given different options for saving",
-                    field=field,
-                    rank=rank,
-                    found=repr(getattr(other, field)),
-                    expected=f"{getattr(first, field)!r}, as on rank 0",
-                    fix="give every rank the same options",
-                )
-    return first
-
-
 class Saver:
     """Saves the states of a run's ranks as iterations of one checkpoint root.
 
@@ -162,6 +131,7 @@ class Saver:
         self._structures = Structures(comm.rank, comm.world_size, self.options.prefix, self.options.save_optimizer)
         self._lock: Lock | None = None
         self._is_open = True
+        self._was_broken_off = False
 
         def open_here() -> str:
             self._lock = open_root(storage, self.root, self.options.lock_timeout)
@@ -169,9 +139,9 @@ class Saver:
 
         try:
             token, error = attempt(open_here) if comm.rank == 0 else ("", None)
-            mine = _Opening(token or "", self.options.prefix, self.options.save_optimizer)
+            mine = Opening(token or "", self.options.prefix, self.options.save_optimizer)
             told = settle(comm, error, msgspec.msgpack.encode(mine), what="this run can't save there")
-            self._token = _agree_on_opening([msgspec.msgpack.decode(data, type=_Opening) for data in told]).token
+            self._token = agree_on_opening([msgspec.msgpack.decode(data, type=Opening) for data in told]).token
         except BaseException:
             self.close()
             raise
@@ -202,7 +172,9 @@ class Saver:
         if not self._is_open:
             raise UsageError("this saver is closed", field="step", found=step)
         started = time.perf_counter()
+        self._clear()
         self._sequence += 1
+        self._was_broken_off = True
         prepared: _Prepared | None = None
         if error is None:
             prepared, error = attempt(lambda: self._prepare(step, state, common))
@@ -219,6 +191,7 @@ class Saver:
             if problem is not None:
                 mine = Verdict(describe_failure(None, {0: Failure.of(problem)}, len(outcomes)), [])
         verdict = msgspec.msgpack.decode(self._comm.broadcast(msgspec.msgpack.encode(mine)), type=Verdict)
+        self._was_broken_off = False
         if verdict.failure is not None:
             raise verdict.failure.error_class(verdict.failure.text) from error
         assert prepared is not None  # else its failure would have been in the verdict
@@ -235,6 +208,7 @@ class Saver:
     def close(self) -> None:
         """Let go of the root. Not collective."""
         self._is_open = False
+        self._clear()
         lock, self._lock = self._lock, None
         if lock is not None:
             _, error = attempt(lock.release)
@@ -246,6 +220,21 @@ class Saver:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+    def _clear(self) -> None:
+        """Rank 0: remove what a save left that an interrupt or a lost rank broke off, in a process that lives on."""
+        if not self._was_broken_off:
+            return
+        self._was_broken_off = False
+        _, error = attempt(self._remove_leftovers)
+        if error is not None:
+            _logger.warning("can't look for what the save before left in %s: %s", self.root, error)
+
+    def _remove_leftovers(self) -> None:
+        if self._lock is not None and self._lock.is_held():
+            for entry in self._storage.list(self.root):
+                if is_leftover_of(entry.name, self._token):
+                    discard(self._storage, join(self.root, entry.name))
 
     @property
     def _mark(self) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import msgspec
 
+from reshard.errors import CommunicationError, SaveError
 from reshard.format.index import digest_of, encode_index
 from reshard.format.metadata import FORMAT_VERSION, encode_metadata
 from reshard.format.safetensors import Header, plan_header
@@ -154,9 +155,14 @@ class Structures:
 
         Raises:
             CaptureError: the ranks' states don't fit together.
+            SaveError: a rank's description can't be understood.
         """
         if self._metadata is None:
-            descriptions = [decode(structure.description) for structure in self._ranks]
+            try:
+                descriptions = [decode(structure.description) for structure in self._ranks]
+            except CommunicationError as cause:
+                # Rank 0 alone reads them. As the error of a collective it would end rank 0, and the others would wait for it.
+                raise SaveError(cause.what, found=cause.found, fix=cause.fix) from cause
             check_agreement(descriptions)
             catalog = plan_catalog(descriptions, self._prefix, self._save_optimizer, directory)
             metadata = encode_metadata(catalog)

@@ -1,0 +1,44 @@
+"""What ranks must agree on when a saver is made: who they are on disk, and which files they will write."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from reshard.errors import UsageError
+
+
+class Opening(msgspec.Struct, array_like=True):
+    """What a rank tells the others when a saver is made.
+
+    Attributes:
+        token: rank 0's, for temporary names; empty on the others.
+        prefix: as in `SaveOptions`; rank 0 derives every rank's file names from its own.
+        save_optimizer: likewise.
+    """
+
+    token: str
+    prefix: str | None
+    save_optimizer: bool
+
+
+def agree_on_opening(told: Sequence[Opening]) -> Opening:
+    """Rank 0's, when every rank writes the files that rank 0 will list in the metadata.
+
+    Raises:
+        UsageError: a rank would write others.
+    """
+    first = told[0]
+    for rank, other in enumerate(told):
+        for field in ("prefix", "save_optimizer"):
+            if getattr(other, field) != getattr(first, field):
+                raise UsageError(
+                    "the ranks were given different options for saving",
+                    field=field,
+                    rank=rank,
+                    found=repr(getattr(other, field)),
+                    expected=f"{getattr(first, field)!r}, as on rank 0",
+                    fix="give every rank the same options",
+                )
+    return first
