@@ -23,13 +23,14 @@ from reshard.format.index import decode_index
 from reshard.format.names import COMMON_FILE, EXTRA_DIRECTORY, GLOBAL_EXTRA_FILE, rank_extra_file, tensor_name
 from reshard.frameworks.adapter import Adapter, Destination
 from reshard.frameworks.select import default_communicator, select_adapter
+from reshard.loading.exchange import MEMORY_BUDGET
 from reshard.loading.loader import TensorsLoaded, load_tensors
 from reshard.loading.report import RestoreReport
 from reshard.loading.selection import Selection, select
 from reshard.loading.strictness import Strictness
 from reshard.planning.agreement import RankDescription, describe, place_of
 from reshard.saving.saver import SaveOptions, Saver, SaveReport
-from reshard.sources.native import open_index
+from reshard.sources.relay import Relayed, read_for_all
 from reshard.sources.resolve import Resolved, latest, resolve
 from reshard.state import Kind, ParameterGroup, State
 from reshard.stateful import restore_values, values_of
@@ -245,7 +246,8 @@ class CheckpointManager:
             CheckpointNotFoundError: there is no checkpoint.
             DamagedCheckpointError: it isn't what it promises.
             MismatchError: it doesn't fit the run.
-            UsageError: the ranks were given different `strict`, `only`, `exclude` or `balanced`, or a pattern in `only` means no tensor at all.
+            UsageError: the ranks were given different `strict`, `only`, `exclude`, `balanced` or `memory_budget`, or a pattern in `only`
+                means no tensor at all.
         """
         self._check_open()
         with collector_paused():
@@ -290,9 +292,12 @@ class CheckpointManager:
         if not found:
             return None
         resolved = found[0]
-        first = from_first(self._comm, lambda: self._read_first(resolved.directory, balanced=balanced), _First, what="nothing was loaded")
+        directory = resolved.directory
+        relayed = from_first(
+            self._comm, lambda: read_for_all(self._storage, directory, balanced=balanced), Relayed, what="nothing was loaded"
+        )
         opened, error = attempt(
-            lambda: self._open(resolved.directory, first, model, optimizer, select(only, exclude), restore_random=restore_random)
+            lambda: self._open(directory, relayed, model, optimizer, select(only, exclude), restore_random=restore_random)
         )
         strictness = strict if strict is not None else Strictness()
         options = "" if opened is None else f"{strictness}, {opened.selection}, balanced={balanced}, memory_budget={memory_budget}"
@@ -375,14 +380,15 @@ class CheckpointManager:
             return [] if found is None else [found]
         return [resolve(self._storage, root)]
 
-    def _open(self, directory: str, index: bytes, model: Any, optimizer: Any, selection: Selection, *, restore_random: bool) -> _Opened:
+    def _open(self, directory: str, relayed: Relayed, model: Any, optimizer: Any, selection: Selection, *, restore_random: bool) -> _Opened:
         adapter = select_adapter(model, optimizer)
-        catalog = decode_index(index, directory)
+        catalog = decode_index(relayed.index, directory)
         if catalog is None:
             raise MetadataError("rank 0's index can't be understood", file=directory, fix="run the same version of reshard on every rank")
-        common = read_common(self._storage, join(directory, COMMON_FILE))
+        small = relayed.storage(self._storage)
+        common = read_common(small, join(directory, COMMON_FILE))
         global_file = join(directory, EXTRA_DIRECTORY, GLOBAL_EXTRA_FILE)
-        tree = read_extra(self._storage, global_file)
+        tree = read_extra(small, global_file)
         groups = groups_of(tree, global_file)
         destination = adapter.prepare(model, optimizer, selection.catalog(catalog), selection.groups(groups))
         description = describe(destination.state, self._comm.rank)
@@ -404,7 +410,7 @@ def _check_same(strictness: Sequence[bytes]) -> None:
         if other != strictness[0]:
             raise UsageError(
                 "the ranks were given different options for loading",
-                field="strict, only, exclude",
+                field="strict, only, exclude, balanced, memory_budget",
                 rank=rank,
                 found=other.decode(),
                 expected=f"{strictness[0].decode()}, as on rank 0",

@@ -8,6 +8,7 @@ from typing import Any, Literal, overload
 
 from reshard.comm import Communicator
 from reshard.format.common import CommonInfo
+from reshard.loading.exchange import MEMORY_BUDGET
 from reshard.loading.report import RestoreReport
 from reshard.loading.strictness import Strictness
 from reshard.manager import CheckpointManager
@@ -70,6 +71,8 @@ def load(
     missing_ok: Literal[False] = False,
     restore_random: bool = True,
     reseed: int | None = None,
+    balanced: bool = False,
+    memory_budget: int = MEMORY_BUDGET,
     communicator: Communicator | None = None,
     storage: Storage | None = None,
 ) -> RestoreReport: ...
@@ -90,6 +93,8 @@ def load(
     missing_ok: bool,
     restore_random: bool = True,
     reseed: int | None = None,
+    balanced: bool = False,
+    memory_budget: int = MEMORY_BUDGET,
     communicator: Communicator | None = None,
     storage: Storage | None = None,
 ) -> RestoreReport | None: ...
@@ -109,13 +114,15 @@ def load(
     missing_ok: bool = False,
     restore_random: bool = True,
     reseed: int | None = None,
+    balanced: bool = False,
+    memory_budget: int = MEMORY_BUDGET,
     communicator: Communicator | None = None,
     storage: Storage | None = None,
 ) -> RestoreReport | None:
     """Load one checkpoint: a root or an iteration. Collective. Nothing there is changed or locked.
 
     Args:
-        path: as in `CheckpointManager.load`, and so are `model` to `reseed`.
+        path: as in `CheckpointManager.load`, and so are `model` to `memory_budget`.
         model: see there.
         optimizer: see there.
         scheduler: see there.
@@ -127,6 +134,8 @@ def load(
         missing_ok: see there.
         restore_random: see there.
         reseed: see there.
+        balanced: see there.
+        memory_budget: see there.
         communicator: as in `CheckpointManager`.
         storage: likewise.
 
@@ -146,4 +155,6 @@ def load(
             missing_ok=missing_ok,
             restore_random=restore_random,
             reseed=reseed,
+            balanced=balanced,
+            memory_budget=memory_budget,
         )

@@ -18,11 +18,12 @@ from reshard.format.safetensors import TensorEntry
 from reshard.geometry import Region
 from reshard.geometry.dtypes import by_name
 from reshard.loading.casting import CastMemory
+from reshard.loading.exchange import MEMORY_BUDGET, PreparedExchange, Traffic, prepare_exchange, run_exchange
 from reshard.loading.reader import locate, read_plan
 from reshard.loading.report import RankReport
 from reshard.loading.selection import Selection
 from reshard.loading.strictness import Misfits, Strictness, apply_strictness
-from reshard.planning.agreement import RankDescription
+from reshard.planning.agreement import RankDescription, decode, encode
 from reshard.planning.read_plan import Mismatch, ReadPlan, plan_reads
 from reshard.sources.native import Headers
 from reshard.state import GLOBAL_STEP, Kind, Shard, State, TensorKey
@@ -52,6 +53,8 @@ class _Outcome(msgspec.Struct, array_like=True):
     bytes_needed: int = 0
     bytes_read: int = 0
     seconds: dict[str, float] = {}
+    bytes_sent: int = 0
+    bytes_received: int = 0
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,8 @@ def load_tensors(
     has_random: bool,
     selection: Selection = Selection(),  # noqa: B008 - frozen
     opening: float = 0.0,
+    balanced: bool = False,
+    memory_budget: int = MEMORY_BUDGET,
 ) -> TensorsLoaded:
     """Fill the states of a job from a checkpoint. Collective.
 
@@ -109,6 +114,8 @@ def load_tensors(
         has_random: whether this rank found the random states of its place.
         selection: the tensors that the load is about, the same on every rank.
         opening: the seconds that it took to open the checkpoint, for the report.
+        balanced: whether ranks read for each other, so that each byte is read once in the whole job; the same on every rank.
+        memory_budget: bytes for staging and messages of a balanced load; the same on every rank.
 
     Raises:
         UsageError: a pattern that chooses nothing.
@@ -123,14 +130,14 @@ def load_tensors(
 
     def plan() -> tuple[ReadPlan, list[TensorEntry], tuple[TensorKey, ...]]:
         planned = plan_reads(wanted, chosen, strictness.casts)
-        entries = locate(planned, headers)
+        entries = [] if balanced else locate(planned, headers)
         filled = (GLOBAL_STEP,) if GLOBAL_STEP in planned.missing and common is not None and common.global_step is not None else ()
         return planned, entries, filled
 
     planned, error = attempt(plan)
     payload = b""
     if planned is not None:
-        unlisted = _unlisted(planned[0].files, headers, catalog)
+        unlisted = [] if balanced else _unlisted(planned[0].files, headers, catalog)
         found = _findings(planned[0], planned[2], keys, has_random=has_random, unlisted=unlisted, kinds=kinds)
         if not selection.is_all:
             mine = [tensor.key for tensor in description.tensors if tensor.key not in catalog.tensors]
@@ -150,24 +157,37 @@ def load_tensors(
     has_optimizer = any(key.kind is Kind.OPTIMIZER for key in catalog.tensors)
     apply_strictness(strictness, misfits, directory=catalog.directory, has_optimizer=has_optimizer)
 
+    unlisted_names = {name for finding in findings for name in finding.unlisted}
+    prepared = None
+    if balanced:
+        prepared, others = _agree(wanted, read, chosen, headers, comm, memory_budget, catalog)
+        unlisted_names |= others
     planning = time.perf_counter() - started
 
-    def execute() -> int:
-        nbytes = read_plan(read, entries, _casting(state, read.cast), storage, catalog.directory)
+    def execute() -> Traffic:
+        memory = _casting(state, read.cast)
+        if prepared is None:
+            traffic = Traffic(read_plan(read, entries, memory, storage, catalog.directory), 0, 0)
+        else:
+            traffic = run_exchange(prepared, memory, comm, storage, catalog.directory)
         for key in filled:
             for shard in state.tensors[key].shards:
                 _fill(shard, common.global_step if common is not None else 0)
-        return nbytes
+        return traffic
 
     started = time.perf_counter()
-    nbytes, error = attempt(execute)
-    outcome = _Outcome(read.nbytes, nbytes or 0, {"open": opening, "plan": planning, "read": time.perf_counter() - started})
+    traffic, error = attempt(execute)
+    moved = traffic if traffic is not None else Traffic(0, 0, 0)
+    seconds = {"open": opening, "plan": planning, "read": time.perf_counter() - started}
+    outcome = _Outcome(read.nbytes, moved.read, seconds, moved.sent, moved.received)
     payloads = settle(comm, error, msgspec.msgpack.encode(outcome), what="the load broke off; tensors of the run are partly overwritten")
     outcomes = [msgspec.msgpack.decode(data, type=_Outcome) for data in payloads]
-    ranks = tuple(RankReport(rank, o.bytes_needed, o.bytes_read, o.seconds) for rank, o in enumerate(outcomes))
+    ranks = tuple(
+        RankReport(rank, o.bytes_needed, o.bytes_read, o.seconds, o.bytes_sent, o.bytes_received) for rank, o in enumerate(outcomes)
+    )
     mismatched = {m.key for m in misfits.mismatched}
     restored = tuple(catalog.tensors[key].name for key in present if key not in mismatched)
-    names = sorted({name for finding in findings for name in finding.unlisted})
+    names = sorted(unlisted_names)
     notes = (f"the files hold tensors that the metadata doesn't list; ignored: {', '.join(names[:_NAMES_SHOWN])}",) if names else ()
     notes += tuple(f"exclude: {pattern!r} means no tensor of the checkpoint or the run" for pattern in idle)
     return TensorsLoaded(
@@ -180,6 +200,30 @@ def load_tensors(
         all(f.has_random for f in findings),
         notes,
     )
+
+
+def _agree(
+    wanted: RankDescription,
+    plan: ReadPlan,
+    chosen: Catalog,
+    headers: Headers,
+    comm: Communicator,
+    memory_budget: int,
+    catalog: Catalog,
+) -> tuple[PreparedExchange, set[str]]:
+    """Collective: every rank's part of one exchange, and the tensors of the files that the metadata doesn't list."""
+    restored = set(plan.restored)
+    mine = replace(wanted, tensors=tuple(tensor for tensor in wanted.tensors if tensor.key in restored))
+    texts = comm.all_gather(encode(mine))
+
+    def prepare() -> tuple[PreparedExchange, list[str]]:
+        prepared = prepare_exchange([decode(text) for text in texts], chosen, headers, comm.rank, memory_budget)
+        return prepared, _unlisted(prepared.files, headers, catalog)
+
+    made, error = attempt(prepare)
+    names = settle(comm, error, b"" if made is None else msgspec.msgpack.encode(made[1]), what="the load failed; nothing was changed")
+    assert made is not None  # settle raises when any rank has no part
+    return made[0], {name for text in names for name in msgspec.msgpack.decode(text, type=list[str])}
 
 
 def _casting(state: State, casts: Sequence[Mismatch]) -> State:

@@ -68,7 +68,9 @@ def locate(plan: ReadPlan, headers: Headers) -> list[TensorEntry]:
     return entries
 
 
-def read_plan(plan: ReadPlan, entries: list[TensorEntry], state: State, storage: Storage, directory: str) -> int:
+def read_plan(
+    plan: ReadPlan, entries: list[TensorEntry], state: State, storage: Storage, directory: str, *, gap_bytes: int = GAP_BYTES
+) -> int:
     """Fill a state's memory as the plan says.
 
     Args:
@@ -77,6 +79,7 @@ def read_plan(plan: ReadPlan, entries: list[TensorEntry], state: State, storage:
         state: the state whose description was planned.
         storage: where the files lie.
         directory: the checkpoint.
+        gap_bytes: the widest gap between small runs that is read over.
 
     Returns:
         The bytes that were read, gaps included.
@@ -90,7 +93,7 @@ def read_plan(plan: ReadPlan, entries: list[TensorEntry], state: State, storage:
     with ThreadPoolExecutor(READERS, "reshard-read") as pool:
         for file, group in groupby(located, key=lambda pair: pair[0].movement.site.file):
             with storage.open_read(join(directory, file)) as source:
-                reader = _FileReader(source, state)
+                reader = _FileReader(source, state, gap_bytes)
                 pending: list[Future[int]] = []
                 try:
                     pending.extend(pool.submit(work) for work in reader.plan(list(group)))
@@ -105,8 +108,9 @@ def read_plan(plan: ReadPlan, entries: list[TensorEntry], state: State, storage:
 class _FileReader:
     """The reads of one file."""
 
-    def __init__(self, source: ReadableFile, state: State) -> None:
+    def __init__(self, source: ReadableFile, state: State, gap_bytes: int) -> None:
         self._source = source
+        self._gap_bytes = gap_bytes
         self._tensors = state.tensors
         self._stages: SimpleQueue[np.ndarray] = SimpleQueue()
         for _ in range(READERS):
@@ -142,7 +146,7 @@ class _FileReader:
         batch: list[_Run] = []
         begin = end = 0
         for run in runs:
-            if batch and (run.begin - end > GAP_BYTES or run.begin + run.nbytes - begin > BLOCK_BYTES):
+            if batch and (run.begin - end > self._gap_bytes or run.begin + run.nbytes - begin > BLOCK_BYTES):
                 yield self._scattering(batch, begin, end)
                 batch = []
             if not batch:

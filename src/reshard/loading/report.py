@@ -26,12 +26,16 @@ class RankReport:
         bytes_read: the bytes that it read of data files, gaps included.
         seconds: by phase: `open` (find the checkpoint, its catalog, and where in memory it belongs), `plan`, `read`, `install` (optimizers,
             schedulers, random states). Waiting for other ranks counts in the phase in which it happens.
+        bytes_sent: the bytes that it read for other ranks and sent them, each time it did so; 0 unless the load was balanced.
+        bytes_received: the bytes that other ranks sent it.
     """
 
     rank: int
     bytes_needed: int
     bytes_read: int
     seconds: Mapping[str, float]
+    bytes_sent: int = 0
+    bytes_received: int = 0
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,11 @@ class RestoreReport:
         """Over all ranks."""
         return sum(rank.bytes_read for rank in self.ranks)
 
+    @property
+    def bytes_sent(self) -> int:
+        """Over all ranks."""
+        return sum(rank.bytes_sent for rank in self.ranks)
+
     def table(self) -> str:
         """The report as lines of text: tensors by what became of them; bytes and seconds by rank (in the last row bytes of all ranks, and
         the slowest rank's seconds); names, of each kind the first; notes.
@@ -114,12 +123,15 @@ class RestoreReport:
     def _rank_rows(self) -> list[list[str]]:
         met = dict.fromkeys(phase for rank in self.ranks for phase in rank.seconds)
         phases = [*(phase for phase in _PHASES if phase in met), *(phase for phase in met if phase not in _PHASES)]
-        rows = [["rank", "needed", "read", *(f"{phase} s" for phase in phases)]]
+        moved = [("needed", "bytes_needed"), ("read", "bytes_read")]
+        if self.bytes_sent:
+            moved += [("sent", "bytes_sent"), ("received", "bytes_received")]
+        rows = [["rank", *(word for word, _ in moved), *(f"{phase} s" for phase in phases)]]
         for rank in self.ranks[:_RANKS_SHOWN]:
             seconds = [f"{rank.seconds.get(phase, 0.0):.3f}" for phase in phases]
-            rows.append([str(rank.rank), _size(rank.bytes_needed), _size(rank.bytes_read), *seconds])
+            rows.append([str(rank.rank), *(_size(getattr(rank, field)) for _, field in moved), *seconds])
         slowest = [f"{max((rank.seconds.get(phase, 0.0) for rank in self.ranks), default=0.0):.3f}" for phase in phases]
-        return [*rows, ["all", _size(self.bytes_needed), _size(self.bytes_read), *slowest]]
+        return [*rows, ["all", *(_size(sum(getattr(rank, field) for rank in self.ranks)) for _, field in moved), *slowest]]
 
     def __str__(self) -> str:
         which = self.directory if self.iteration is None else f"iteration {self.iteration}"

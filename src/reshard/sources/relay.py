@@ -1,0 +1,58 @@
+"""What one rank reads of a checkpoint for all ranks of a job."""
+
+from __future__ import annotations
+
+import msgspec
+
+from reshard.format.common import read_common
+from reshard.format.names import COMMON_FILE, EXTRA_DIRECTORY, GLOBAL_EXTRA_FILE
+from reshard.sources.native import open_index
+from reshard.storage import Storage
+from reshard.storage.memory import MemoryStorage
+from reshard.storage.storage import join
+
+
+class Relayed(msgspec.Struct, array_like=True):
+    """What one rank has read, to be sent to the others.
+
+    Attributes:
+        index: the catalog, as an index.
+        files: the bytes of small files, by path; None when every rank reads them itself.
+    """
+
+    index: bytes
+    files: dict[str, bytes] | None = None
+
+    def storage(self, storage: Storage) -> Storage:
+        """Where to read the small files: what was sent, else the storage itself."""
+        if self.files is None:
+            return storage
+        held = MemoryStorage()
+        for path, data in self.files.items():
+            held.make_directory(path.rpartition("/")[0])
+            held.write_bytes(path, data)
+        return held
+
+
+def read_for_all(storage: Storage, directory: str, *, balanced: bool) -> Relayed:
+    """Read what all ranks need: on one of them.
+
+    Args:
+        storage: where the checkpoint lies.
+        directory: its directory.
+        balanced: whether the training information and the extras are read for the others, too.
+
+    Raises:
+        ReshardError: as `open_index` and `read_common`.
+    """
+    index = open_index(storage, directory)
+    if not balanced:
+        return Relayed(index)
+    common = join(directory, COMMON_FILE)
+    # Whether it is sound, before it goes to everyone.
+    read_common(storage, common)
+    files = {}
+    for path in (common, join(directory, EXTRA_DIRECTORY, GLOBAL_EXTRA_FILE)):
+        if storage.stat(path) is not None:
+            files[path] = storage.read_bytes(path)
+    return Relayed(index, files)
