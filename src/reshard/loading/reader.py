@@ -161,9 +161,9 @@ class _FileReader:
             stage = self._take_stage(end - begin)
             try:
                 self._source.read_into(begin, memoryview(stage)[: end - begin])
-                for at, nbytes, transfer in batch:
-                    movement = transfer.movement
-                    memory = self._memory(transfer)
+                tensors = self._tensors
+                for at, nbytes, (key, _, movement) in batch:
+                    memory = tensors[key].shards[movement.shard].memory
                     data = stage[at - begin : at - begin + nbytes]
                     host = memory.host
                     if host is not None and movement.target.shape == host.shape and host.flags.c_contiguous:

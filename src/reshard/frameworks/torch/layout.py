@@ -54,9 +54,13 @@ class Meshes:
         self._holdings: dict[Any, _Holding] = {}
         self._layouts: dict[tuple[int, tuple[tuple[int, ...], ...]], Layout] = {}
         self._by_fsdp2: set[Any] = set()
+        seen: set[int] = set()
         for tensor in tensors:
             if is_dtensor(tensor):
-                self._mesh(tensor.device_mesh)  # pyright: ignore[reportAttributeAccessIssue]
+                device_mesh = tensor.device_mesh  # pyright: ignore[reportAttributeAccessIssue]
+                if id(device_mesh) not in seen:  # by identity: its hash goes over its ranks
+                    seen.add(id(device_mesh))
+                    self._mesh(device_mesh)
                 if id(tensor) in fsdp2:
                     self._by_fsdp2.add(_kind_of(tensor))
         meshes = list(dict.fromkeys(self._meshes.values()))
