@@ -337,16 +337,17 @@ class CheckpointManager:
             return random, values.get("extra"), notes
 
         installed, error = attempt(install)
-        seconds = msgspec.msgpack.encode(time.perf_counter() - began)
-        payloads = settle(self._comm, error, seconds, what="tensors are loaded, but the rest of the run's state is not")
+        ended = time.perf_counter()
+        took = msgspec.msgpack.encode((ended - began, ended - started))
+        payloads = settle(self._comm, error, took, what="tensors are loaded, but the rest of the run's state is not")
         assert installed is not None  # settle raises when any rank has not installed it
         random, extra_values, notes = installed
         for note in notes:
             _logger.warning("%s", note)
         if self._saver is not None and resolved.iteration is not None and _is_same(resolved.root, self.directory):
             self._saver.protect(resolved.iteration)
-        report = _report(resolved, opened, loaded, [msgspec.msgpack.decode(payload, type=float) for payload in payloads])
-        return replace(report, random=random, extra=extra_values, notes=(*report.notes, *notes), seconds=time.perf_counter() - started)
+        report = _report(resolved, opened, loaded, [msgspec.msgpack.decode(payload, type=tuple[float, float]) for payload in payloads])
+        return replace(report, random=random, extra=extra_values, notes=(*report.notes, *notes))
 
     def wait(self) -> None:
         """Return when the save in flight is committed; raise its error. A synchronous save never is in flight."""
@@ -431,7 +432,8 @@ def _restore_parts(values: Mapping[str, Any], parts: Mapping[str, Any]) -> tuple
     return tuple(notes)
 
 
-def _report(resolved: Resolved, opened: _Opened, loaded: TensorsLoaded, installing: Sequence[float]) -> RestoreReport:
+def _report(resolved: Resolved, opened: _Opened, loaded: TensorsLoaded, took: Sequence[tuple[float, float]]) -> RestoreReport:
+    """The report; `took` has every rank's seconds for the installation and for all."""
     misfits = loaded.misfits
     return RestoreReport(
         directory=resolved.directory,
@@ -443,10 +445,11 @@ def _report(resolved: Resolved, opened: _Opened, loaded: TensorsLoaded, installi
         mismatched=tuple(tensor_name(mismatch.key) for mismatch in misfits.mismatched),
         random="untouched",
         ranks=tuple(
-            replace(rank, seconds={**rank.seconds, "install": seconds}) for rank, seconds in zip(loaded.ranks, installing, strict=True)
+            replace(rank, seconds={**rank.seconds, "install": seconds}) for rank, (seconds, _) in zip(loaded.ranks, took, strict=True)
         ),
         common=opened.common,
         notes=(*resolved.notes, *opened.catalog.notes, *loaded.notes),
+        seconds=max(whole for _, whole in took),
         cast=loaded.cast,
         skipped=loaded.skipped,
     )

@@ -143,9 +143,10 @@ def load(root: Path, strategy: Strategy, **options: object) -> list[tuple[reshar
     return run_ranks(strategy.world_size, on_rank)
 
 
+@pytest.mark.parametrize("balanced", [False, True], ids=["direct", "balanced"])
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
-def test_every_rank_holds_the_cast_slices(strategy: Strategy, root: Path) -> None:
-    loaded = load(root, strategy, strict=CAST)
+def test_every_rank_holds_the_cast_slices(strategy: Strategy, balanced: bool, root: Path) -> None:
+    loaded = load(root, strategy, strict=CAST, balanced=balanced)
     assert [wrong for _, wrong in loaded] == [[]] * strategy.world_size
     report = loaded[0][0]
     cast = {

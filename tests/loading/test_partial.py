@@ -48,6 +48,7 @@ def is_chosen(key: TensorKey, only: Sequence[str] | None, exclude: Sequence[str]
     return is_meant and not any(fnmatchcase(name, pattern) for name in names for pattern in exclude)
 
 
+@pytest.mark.parametrize("balanced", [False, True], ids=["direct", "balanced"])
 @pytest.mark.parametrize(
     ("only", "exclude"),
     [
@@ -58,7 +59,9 @@ def is_chosen(key: TensorKey, only: Sequence[str] | None, exclude: Sequence[str]
     ],
     ids=str,
 )
-def test_what_is_chosen_is_loaded_and_nothing_else_is_touched(only: list[str] | None, exclude: list[str], root: Path) -> None:
+def test_what_is_chosen_is_loaded_and_nothing_else_is_touched(
+    only: list[str] | None, exclude: list[str], balanced: bool, root: Path
+) -> None:
     chosen = {key for key in ARRAYS if is_chosen(key, only, exclude)}
     assert 0 < len(chosen) < len(ARRAYS)
     for target in TARGETS:
@@ -74,6 +77,7 @@ def test_what_is_chosen_is_loaded_and_nothing_else_is_touched(only: list[str] | 
                 only=only,
                 exclude=exclude,
                 strict=reshard.Strictness(unexpected="error"),
+                balanced=balanced,
             )
             for key, tensor in state.tensors.items():
                 for shard in tensor.shards:
@@ -204,8 +208,9 @@ def test_a_part_of_a_torch_run_with_its_optimizer(steps: int, tmp_path: Path) ->
     assert [group["lr"] for group in optimizer.param_groups] == [0.01, 1.0]
 
 
+@pytest.mark.parametrize("balanced", [False, True], ids=["direct", "balanced"])
 @pytest.mark.parametrize("has_files", [True, False])
-def test_weights_only_never_touch_the_optimizers_files(has_files: bool, root: Path, tmp_path: Path) -> None:
+def test_weights_only_never_touch_the_optimizers_files(has_files: bool, balanced: bool, root: Path, tmp_path: Path) -> None:
     (iteration,) = root.glob("iteration_*")
     path = iteration
     if not has_files:
@@ -218,7 +223,7 @@ def test_weights_only_never_touch_the_optimizers_files(has_files: bool, root: Pa
 
     def load(comm: Communicator) -> tuple[str, ...]:
         state = state_on_rank(ARRAYS, layouts(Strategy(tp=2)), comm.rank, blank=True)
-        report = reshard.load(path, communicator=comm, storage=storage, model=parts(state, Kind.MODEL))
+        report = reshard.load(path, communicator=comm, storage=storage, model=parts(state, Kind.MODEL), balanced=balanced)
         return (*report.missing, *report.unexpected)
 
     assert run_ranks(2, load) == [(), ()]

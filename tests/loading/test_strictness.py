@@ -155,7 +155,8 @@ def test_the_report_as_a_table(root: Path) -> None:
         strict = reshard.Strictness(dtype="cast", shape="ignore", rules={"new.*": {"missing": "ignore"}})
         return reshard.load(root, model=model, communicator=comm, strict=strict, exclude="old.*")
 
-    report = run_ranks(2, load)[1]
+    report, other = run_ranks(2, load)
+    assert report == other
     title, _, kinds, numbers, _, columns, *rows = report.table().splitlines()
     assert title.startswith(f"iteration 1 of {report.directory}: loaded in ")
     counts = dict(zip(kinds.split(), numbers.split(), strict=True))
@@ -169,7 +170,7 @@ def test_the_report_as_a_table(root: Path) -> None:
     for rank in report.ranks:
         assert list(rank.seconds) == ["open", "plan", "read", "install"]
         assert all(seconds > 0 for seconds in rank.seconds.values())
-    assert sum(report.ranks[1].seconds.values()) <= report.seconds
+    assert max(sum(rank.seconds.values()) for rank in report.ranks) <= report.seconds
     assert rows[3:] == [
         "",
         "cast: body.weight: float32 -> float16",
