@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections import defaultdict
 
 from reshard.errors import CommunicationError
@@ -11,6 +12,9 @@ from reshard.errors import CommunicationError
 # A simulated rank that waits this long (seconds) waits for one that will never come: real work between two collectives of a test takes
 # milliseconds, on a loaded machine seconds.
 DEFAULT_TIMEOUT = 60.0
+
+# How often (seconds) a rank that waits for a message looks whether another has died.
+_GLANCE = 0.05
 
 
 class SimulatedCluster:
@@ -86,12 +90,17 @@ class SimulatedCommunicator:
         self._cluster._queue(self.rank, target).put(bytes(data))
 
     def recv(self, source: int) -> bytes:
-        try:
-            return self._cluster._queue(source, self.rank).get(timeout=self._cluster.timeout)
-        except queue.Empty:
+        sent = self._cluster._queue(source, self.rank)
+        deadline = time.monotonic() + self._cluster.timeout
+        while True:
+            try:
+                return sent.get(timeout=_GLANCE)
+            except queue.Empty:
+                if not self._cluster._aborted and time.monotonic() < deadline:
+                    continue
             raise CommunicationError(
                 "a rank sent nothing", rank=self.rank, expected=f"bytes from rank {source} within {self._cluster.timeout:g} s"
-            ) from None
+            )
 
     def close(self) -> None:
         return None
