@@ -140,7 +140,6 @@ def test_the_error_counts_the_others(tmp_path: Path) -> None:
     [
         ({"callbacks": [MONITOR | {"async_save": True}]}, "callbacks[0].async_save"),
         ({"callbacks": [MONITOR | {"remove_redundancy": True}]}, "callbacks[0].remove_redundancy"),
-        ({"balanced_load": True}, "balanced_load"),
         ({"pretrained_model_dir": "qwen3"}, "pretrained_model_dir"),
     ],
 )

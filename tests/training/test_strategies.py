@@ -70,13 +70,14 @@ def test_one_run_wanders_through_strategies(rank_pool: Pools, tmp_path: Path) ->
     losses: list[float] = []
     for world, strategy, steps in (
         (8, {"data": 2, "tensor": 2, "pipeline": 2}, 2),
-        (4, {"pipeline": 4}, 3),
-        (2, {"data": 2, "shard": None}, 4),
+        (4, {"pipeline": 4, "balanced_load": True}, 3),
+        (2, {"data": 2, "shard": None, "balanced_load": True}, 4),
         (4, {"data": 4, "shard": 2}, 5),
     ):
         found = rank_pool(world).run(ranks.train, ranks.settings(**strategy, **tied), wandering, steps)
         assert len({tuple(rank_losses) for rank_losses, _ in found}) == 1
         assert [bool(shown) for _, shown in found] == [True] + [False] * (world - 1)
+        assert ("sent from rank to rank" in found[0][1]) is ("balanced_load" in strategy)
         losses += found[0][0]
     alone_again, shown = ranks.train(ranks.settings(**tied), wandering, 6)
     losses += alone_again

@@ -172,7 +172,9 @@ class RunConfig(Section):
         default=False, description="whether a resumed run leaves the checkpoint's optimizer out and begins with fresh moments"
     )
     pretrained_model_dir: str = Field(default="", description="a folder with Hugging Face weights")
-    balanced_load: bool = Field(default=False, description="whether ranks share the reading")
+    balanced_load: bool = Field(
+        default=False, description="whether ranks share the reading of a checkpoint: each byte is read once in the whole job, and sent on"
+    )
     use_legacy_format: bool | None = Field(
         default=None, description="False: Checkpoint 2.0, which is also what absence means; True (Checkpoint 1.0) is not supported"
     )

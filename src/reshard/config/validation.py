@@ -222,7 +222,6 @@ def _check_later_features(run: RunConfig, document: Document) -> None:
         if isinstance(callback, CheckpointMonitor):
             later.append((("callbacks", index, "async_save"), callback.async_save, "False: saves are synchronous"))
             later.append((("callbacks", index, "remove_redundancy"), callback.remove_redundancy, "False: every rank writes what it holds"))
-    later.append((("balanced_load",), run.balanced_load, "False: every rank reads what it needs"))
     later.append((("pretrained_model_dir",), run.pretrained_model_dir, "nothing; load_checkpoint takes Checkpoint 2.0 checkpoints"))
     for path, given, expected in later:
         if given:

@@ -139,6 +139,8 @@ class RestoreReport:
             f"{which}: {len(self.restored)} tensors restored, {_size(self.bytes_needed)} needed, {_size(self.bytes_read)} read by "
             f"{len(self.ranks)} rank{'' if len(self.ranks) == 1 else 's'} in {self.seconds:.2f} s"
         )
+        if self.bytes_sent:
+            line += f", {_size(self.bytes_sent)} sent from rank to rank"
         for label, names in self._kinds().items():
             if names:
                 line += f"; {len(names)} {label}"

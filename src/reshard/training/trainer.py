@@ -116,7 +116,7 @@ class Trainer:
         run = self._run
         if run.resume == "auto":
             assert manager is not None  # validation: `auto` needs a monitor
-            report = manager.load(missing_ok=True, **self._loaded_parts())
+            report = manager.load(missing_ok=True, balanced=run.balanced_load, **self._loaded_parts())
             if report is not None:
                 return self._continue(report, "resume: auto: continuing from", progress)
             progress.note(f"resume: auto: no checkpoint in {manager.directory}, a fresh start")
@@ -125,10 +125,10 @@ class Trainer:
         reader = manager if manager is not None else CheckpointManager(run.load_checkpoint, read_only=True)
         try:
             if run.resume_training:
-                report = reader.load(run.load_checkpoint, **self._loaded_parts())
+                report = reader.load(run.load_checkpoint, balanced=run.balanced_load, **self._loaded_parts())
                 assert report is not None
                 return self._continue(report, "resume_training: continuing from", progress)
-            report = reader.load(run.load_checkpoint, model=self.model, restore_random=False)
+            report = reader.load(run.load_checkpoint, model=self.model, restore_random=False, balanced=run.balanced_load)
             progress.note(f"load_checkpoint: weights of {report}; optimizer, schedule and data begin anew")
             return None
         finally:
