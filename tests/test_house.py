@@ -203,6 +203,11 @@ def _classes(tree: ast.Module) -> Iterator[ast.ClassDef]:
     return (node for node in tree.body if isinstance(node, ast.ClassDef))
 
 
+def _is_overload(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    """A signature only: the implementation has the docstring."""
+    return any(ast.unparse(decorator) == "overload" for decorator in node.decorator_list)
+
+
 def _is_protocol(node: ast.ClassDef) -> bool:
     return any(ast.unparse(base) in ("Protocol", "typing.Protocol") for base in node.bases)
 
@@ -224,14 +229,15 @@ def _protocol_methods() -> frozenset[str]:
 def test_what_is_public_has_a_docstring(path: Path) -> None:
     tree = _tree(path)
     bare = [] if ast.get_docstring(tree) else ["the module"]
-    bare += [f.name for f in _functions(tree) if not f.name.startswith("_") and not ast.get_docstring(f)]
+    bare += [f.name for f in _functions(tree) if not f.name.startswith("_") and not ast.get_docstring(f) and not _is_overload(f)]
     for node in _classes(tree):
         if node.name.startswith("_"):
             continue
         if not ast.get_docstring(node):
             bare.append(node.name)
         for function in _functions(node):
-            documented = ast.get_docstring(function) or (function.name in _protocol_methods() and not _is_protocol(node))
+            documented = ast.get_docstring(function) or _is_overload(function)
+            documented = documented or (function.name in _protocol_methods() and not _is_protocol(node))
             if not function.name.startswith("_") and not documented:
                 bare.append(f"{node.name}.{function.name}")
     assert bare == []

@@ -5,55 +5,34 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Literal, overload
 
 import msgspec
 
-from reshard.catalog import Catalog
 from reshard.collector import collector_paused
 from reshard.comm import Communicator
 from reshard.comm.together import attempt, from_first, settle
-from reshard.errors import MetadataError, UsageError
-from reshard.format.common import CommonInfo, read_common
-from reshard.format.extra import groups_of, rank_values_in, read_extra, values_in
-from reshard.format.index import decode_index
-from reshard.format.names import COMMON_FILE, EXTRA_DIRECTORY, GLOBAL_EXTRA_FILE, rank_extra_file, tensor_name
-from reshard.frameworks.adapter import Adapter, Destination
+from reshard.errors import UsageError
+from reshard.format.common import CommonInfo
 from reshard.frameworks.select import default_communicator, select_adapter
 from reshard.loading.exchange import MEMORY_BUDGET
-from reshard.loading.loader import TensorsLoaded, load_tensors
+from reshard.loading.loader import load_tensors
+from reshard.loading.opened import open_checkpoint, report_of, restore_parts
 from reshard.loading.report import RestoreReport
-from reshard.loading.selection import Selection, select
+from reshard.loading.selection import select
 from reshard.loading.strictness import Strictness
-from reshard.planning.agreement import RankDescription, describe, place_of
 from reshard.saving.saver import SaveOptions, Saver, SaveReport
 from reshard.sources.relay import Relayed, read_for_all
 from reshard.sources.resolve import Resolved, latest, resolve
-from reshard.state import Kind, ParameterGroup, State
-from reshard.stateful import restore_values, values_of
+from reshard.state import Kind, State
+from reshard.stateful import values_of
 from reshard.storage import Storage
 from reshard.storage.posix import PosixStorage
-from reshard.storage.storage import join
 
 _logger = logging.getLogger("reshard")
-
-
-@dataclass(frozen=True)
-class _Opened:
-    """A checkpoint as one rank sees it before it loads."""
-
-    adapter: Adapter
-    catalog: Catalog
-    common: CommonInfo | None
-    values: Mapping[str, Any]
-    groups: tuple[ParameterGroup, ...]
-    destination: Destination
-    description: RankDescription
-    rank_values: Mapping[str, Any] | None
-    selection: Selection
 
 
 class CheckpointManager:
@@ -297,7 +276,9 @@ class CheckpointManager:
             self._comm, lambda: read_for_all(self._storage, directory, balanced=balanced), Relayed, what="nothing was loaded"
         )
         opened, error = attempt(
-            lambda: self._open(directory, relayed, model, optimizer, select(only, exclude), restore_random=restore_random)
+            lambda: open_checkpoint(
+                self._storage, self._comm, directory, relayed, model, optimizer, select(only, exclude), restore_random=restore_random
+            )
         )
         strictness = strict if strict is not None else Strictness()
         options = "" if opened is None else f"{strictness}, {opened.selection}, balanced={balanced}, memory_budget={memory_budget}"
@@ -326,7 +307,7 @@ class CheckpointManager:
         def install() -> tuple[str, Any, tuple[str, ...]]:
             opened.destination.install(opened.selection.groups(opened.groups))
             values = {name: adapter.from_value(value) for name, value in opened.values.items()}
-            notes = _restore_parts(values, {"scheduler": scheduler, "dataloader": dataloader, "extra": extra})
+            notes = restore_parts(values, {"scheduler": scheduler, "dataloader": dataloader, "extra": extra})
             random = "untouched"
             if loaded.all_have_random and opened.rank_values is not None and "random" in opened.rank_values:
                 adapter.restore_random_states(adapter.from_value(opened.rank_values["random"]))
@@ -346,7 +327,7 @@ class CheckpointManager:
             _logger.warning("%s", note)
         if self._saver is not None and resolved.iteration is not None and _is_same(resolved.root, self.directory):
             self._saver.protect(resolved.iteration)
-        report = _report(resolved, opened, loaded, [msgspec.msgpack.decode(payload, type=tuple[float, float]) for payload in payloads])
+        report = report_of(resolved, opened, loaded, [msgspec.msgpack.decode(payload, type=tuple[float, float]) for payload in payloads])
         return replace(report, random=random, extra=extra_values, notes=(*report.notes, *notes))
 
     def wait(self) -> None:
@@ -381,24 +362,6 @@ class CheckpointManager:
             return [] if found is None else [found]
         return [resolve(self._storage, root)]
 
-    def _open(self, directory: str, relayed: Relayed, model: Any, optimizer: Any, selection: Selection, *, restore_random: bool) -> _Opened:
-        adapter = select_adapter(model, optimizer)
-        catalog = decode_index(relayed.index, directory)
-        if catalog is None:
-            raise MetadataError("rank 0's index can't be understood", file=directory, fix="run the same version of reshard on every rank")
-        small = relayed.storage(self._storage)
-        common = read_common(small, join(directory, COMMON_FILE))
-        global_file = join(directory, EXTRA_DIRECTORY, GLOBAL_EXTRA_FILE)
-        tree = read_extra(small, global_file)
-        groups = groups_of(tree, global_file)
-        destination = adapter.prepare(model, optimizer, selection.catalog(catalog), selection.groups(groups))
-        description = describe(destination.state, self._comm.rank)
-        mine = None
-        if restore_random:
-            rank_file = join(directory, EXTRA_DIRECTORY, rank_extra_file(self._comm.rank))
-            mine = rank_values_in(read_extra(self._storage, rank_file), self._comm.world_size, place_of(description), rank_file)
-        return _Opened(adapter, catalog, common, values_in(tree, global_file), groups, destination, description, mine, selection)
-
 
 def _is_same(root: str | None, other: str) -> bool:
     """Whether two paths mean the same directory; one may lead through a symbolic link."""
@@ -417,39 +380,3 @@ def _check_same(strictness: Sequence[bytes]) -> None:
                 expected=f"{strictness[0].decode()}, as on rank 0",
                 fix="give every rank the same options",
             )
-
-
-def _restore_parts(values: Mapping[str, Any], parts: Mapping[str, Any]) -> tuple[str, ...]:
-    """Give each part the values that were saved for it; what was not saved is noted."""
-    notes = []
-    for name, part in parts.items():
-        if part is None:
-            continue
-        if name in values:
-            restore_values(part, values[name], name)
-        else:
-            notes.append(f"the checkpoint has no values for the {name}; it stays as it is")
-    return tuple(notes)
-
-
-def _report(resolved: Resolved, opened: _Opened, loaded: TensorsLoaded, took: Sequence[tuple[float, float]]) -> RestoreReport:
-    """The report; `took` has every rank's seconds for the installation and for all."""
-    misfits = loaded.misfits
-    return RestoreReport(
-        directory=resolved.directory,
-        iteration=resolved.iteration,
-        restored=loaded.restored,
-        filled=loaded.filled,
-        missing=tuple(tensor_name(key) for key in misfits.missing),
-        unexpected=tuple(tensor_name(key) for key in misfits.unexpected),
-        mismatched=tuple(tensor_name(mismatch.key) for mismatch in misfits.mismatched),
-        random="untouched",
-        ranks=tuple(
-            replace(rank, seconds={**rank.seconds, "install": seconds}) for rank, (seconds, _) in zip(loaded.ranks, took, strict=True)
-        ),
-        common=opened.common,
-        notes=(*resolved.notes, *opened.catalog.notes, *loaded.notes),
-        seconds=max(whole for _, whole in took),
-        cast=loaded.cast,
-        skipped=loaded.skipped,
-    )

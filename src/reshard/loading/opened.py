@@ -1,0 +1,135 @@
+"""What a load does beside the tensors: a checkpoint opened as one rank sees it, its values given back, and the report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from reshard.catalog import Catalog
+from reshard.comm import Communicator
+from reshard.errors import MetadataError
+from reshard.format.common import CommonInfo, read_common
+from reshard.format.extra import groups_of, rank_values_in, read_extra, values_in
+from reshard.format.index import decode_index
+from reshard.format.names import COMMON_FILE, EXTRA_DIRECTORY, GLOBAL_EXTRA_FILE, rank_extra_file, tensor_name
+from reshard.frameworks.adapter import Adapter, Destination
+from reshard.frameworks.select import select_adapter
+from reshard.loading.loader import TensorsLoaded
+from reshard.loading.report import RestoreReport
+from reshard.loading.selection import Selection
+from reshard.planning.agreement import RankDescription, describe, place_of
+from reshard.sources.relay import Relayed
+from reshard.sources.resolve import Resolved
+from reshard.state import ParameterGroup
+from reshard.stateful import restore_values
+from reshard.storage import Storage
+from reshard.storage.storage import join
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint as one rank sees it before it loads.
+
+    Attributes:
+        adapter: of the run's framework.
+        catalog: what the checkpoint holds.
+        common: its training information, None when it has none.
+        values: its global values.
+        groups: its hyper-parameters.
+        destination: this rank's state, prepared to be filled.
+        description: of that state.
+        rank_values: the values of this rank's own place; None when there are none, or when they are of another place.
+        selection: which tensors are loaded.
+    """
+
+    adapter: Adapter
+    catalog: Catalog
+    common: CommonInfo | None
+    values: Mapping[str, Any]
+    groups: tuple[ParameterGroup, ...]
+    destination: Destination
+    description: RankDescription
+    rank_values: Mapping[str, Any] | None
+    selection: Selection
+
+
+def open_checkpoint(
+    storage: Storage,
+    comm: Communicator,
+    directory: str,
+    relayed: Relayed,
+    model: Any,
+    optimizer: Any,
+    selection: Selection,
+    *,
+    restore_random: bool,
+) -> Opened:
+    """Read all of a checkpoint but its tensors, and prepare the run to be filled. Local.
+
+    Args:
+        storage: where it lies.
+        comm: gives this rank's number and the number of ranks.
+        directory: of the checkpoint.
+        relayed: what one rank read for all.
+        model: the run's.
+        optimizer: likewise.
+        selection: which tensors are loaded.
+        restore_random: whether this rank's random states are wanted.
+
+    Raises:
+        DamagedCheckpointError: the checkpoint isn't what it promises.
+        UsageError: a model or an optimizer that no adapter knows.
+    """
+    adapter = select_adapter(model, optimizer)
+    catalog = decode_index(relayed.index, directory)
+    if catalog is None:
+        raise MetadataError("rank 0's index can't be understood", file=directory, fix="run the same version of reshard on every rank")
+    small = relayed.storage(storage)
+    common = read_common(small, join(directory, COMMON_FILE))
+    global_file = join(directory, EXTRA_DIRECTORY, GLOBAL_EXTRA_FILE)
+    tree = read_extra(small, global_file)
+    groups = groups_of(tree, global_file)
+    destination = adapter.prepare(model, optimizer, selection.catalog(catalog), selection.groups(groups))
+    description = describe(destination.state, comm.rank)
+    mine = None
+    if restore_random:
+        rank_file = join(directory, EXTRA_DIRECTORY, rank_extra_file(comm.rank))
+        mine = rank_values_in(read_extra(storage, rank_file), comm.world_size, place_of(description), rank_file)
+    return Opened(adapter, catalog, common, values_in(tree, global_file), groups, destination, description, mine, selection)
+
+
+def restore_parts(values: Mapping[str, Any], parts: Mapping[str, Any]) -> tuple[str, ...]:
+    """Give each part the values that were saved for it; the notes say what was not saved."""
+    notes = []
+    for name, part in parts.items():
+        if part is None:
+            continue
+        if name in values:
+            restore_values(part, values[name], name)
+        else:
+            notes.append(f"the checkpoint has no values for the {name}; it stays as it is")
+    return tuple(notes)
+
+
+def report_of(resolved: Resolved, opened: Opened, loaded: TensorsLoaded, took: Sequence[tuple[float, float]]) -> RestoreReport:
+    """The report; `took` has every rank's seconds for the installation and for all."""
+    misfits = loaded.misfits
+    return RestoreReport(
+        directory=resolved.directory,
+        iteration=resolved.iteration,
+        restored=loaded.restored,
+        filled=loaded.filled,
+        missing=tuple(tensor_name(key) for key in misfits.missing),
+        unexpected=tuple(tensor_name(key) for key in misfits.unexpected),
+        mismatched=tuple(tensor_name(mismatch.key) for mismatch in misfits.mismatched),
+        random="untouched",
+        ranks=tuple(
+            replace(rank, seconds={**rank.seconds, "install": seconds}) for rank, (seconds, _) in zip(loaded.ranks, took, strict=True)
+        ),
+        common=opened.common,
+        notes=(*resolved.notes, *opened.catalog.notes, *loaded.notes),
+        seconds=max(whole for _, whole in took),
+        cast=loaded.cast,
+        skipped=loaded.skipped,
+    )
