@@ -59,7 +59,7 @@ class Piece:
 
     def source(self, buffer: object, offset: int) -> np.ndarray:
         """The rows in a buffer in which the first one begins at an offset."""
-        return np.ndarray(self.target.shape, np.uint8, buffer, offset, (self.stride, 1))  # type: ignore[arg-type]
+        return np.ndarray(self.target.shape, np.uint8, buffer, offset, (self.stride, 1))  # type: ignore[arg-type]  # its stub knows no mapping as a buffer
 
 
 def pieces_of(path: str | Path, tensors: Sequence[TensorSpec], strategy: Strategy, memory: Sequence[np.ndarray], rank: int) -> list[Piece]:

@@ -30,7 +30,7 @@ def restore_host_random_states(states: Mapping[str, Any]) -> None:
     try:
         python = states["python"]
         random.setstate((int(python["version"]), tuple(python["state"].tolist()), python["gauss"]))
-        np.random.set_state(states["numpy"])  # noqa: NPY002
+        np.random.set_state(states["numpy"])  # noqa: NPY002 - the generator that users draw from
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise misunderstood(error) from error
 
@@ -48,4 +48,4 @@ def reseed_host(seed: int) -> None:
     """
     random.seed(seed)
     # numpy's seed is 32 bits, or a sequence of such.
-    np.random.seed([seed & 0xFFFFFFFF, seed >> 32])  # noqa: NPY002
+    np.random.seed([seed & 0xFFFFFFFF, seed >> 32])  # noqa: NPY002 - the generator that users draw from

@@ -23,7 +23,7 @@ class Qwen3Stage(Qwen3ForCausalLM):
 
     takes_tokens = True
 
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:  # type: ignore[override]  # a stage takes one positional tensor
         """Hidden states or logits, as the class says."""
         given: dict[str, Any] = {"input_ids": inputs} if self.takes_tokens else {"inputs_embeds": inputs}
         output: Any = super().forward(**given, use_cache=False)
@@ -85,8 +85,10 @@ def build_stage(settings: ModelSettings, stage: int = 0, stages: int = 1) -> Qwe
     first, last = stage == 0, stage == stages - 1
     model.takes_tokens = first
     if not first and not (last and settings.tie_word_embeddings):
+        # Typed as the modules of a whole model, which a stage is not.
         model.model.embed_tokens = None  # type: ignore[assignment]
     if not last:
+        # Likewise.
         model.model.norm = nn.Identity()  # type: ignore[assignment]
         model.lm_head = nn.Identity()  # type: ignore[assignment]
     model.train()

@@ -159,6 +159,7 @@ def _copies(parameter: nn.Parameter, place: Place) -> int:
     if ranks == 1:
         return 1
     shards = 1
+    # On more than one rank every parameter is a DTensor.
     for placement, size in zip(parameter.placements, parameter.device_mesh.shape, strict=True):  # type: ignore[attr-defined]
         # Not `is_shard`: it doesn't know the strided shards that FSDP makes of tensor-parallel ones.
         shards *= 1 if placement.is_replicate() else size
