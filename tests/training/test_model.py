@@ -9,7 +9,8 @@ import torch
 from transformers import Qwen3ForCausalLM
 
 from reshard.config.fields import ModelSettings
-from reshard.training.model import build_stage, materialize, qwen3_config, stage_layers
+from reshard.planning.naming import stage_layers
+from reshard.training.model import build_stage, materialize, qwen3_config
 from reshard.training.seeds import derived_seed, seed_generators
 from tests.training.ranks import MODEL
 

@@ -10,6 +10,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from reshard.config.fields import ModelSettings
+from reshard.planning.naming import stage_layers
 from reshard.training.seeds import derived_seed
 
 
@@ -61,13 +62,6 @@ def qwen3_config(settings: ModelSettings) -> Qwen3Config:
     # Its dropout is drawn from torch's own generators, which checkpoints save.
     config._attn_implementation = "sdpa"
     return config
-
-
-def stage_layers(layers: int, stages: int, stage: int) -> range:
-    """The layers of a pipeline stage: as even as can be, the first stages have one more."""
-    size, more = divmod(layers, stages)
-    first = stage * size + min(stage, more)
-    return range(first, first + size + (stage < more))
 
 
 def build_stage(settings: ModelSettings, stage: int = 0, stages: int = 1) -> Qwen3Stage:
