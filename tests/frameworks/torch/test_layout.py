@@ -153,6 +153,47 @@ def test_fsdp2_order_where_the_placements_read_otherwise() -> None:
     assert differ > 0
 
 
+@pytest.mark.parametrize(
+    ("sizes", "dimension"), [((8, 6), 0), ((16, 3), 0), ((40, 2), 0), ((6, 8), 1), ((3, 16), 1), ((2, 40), 1)], ids=str
+)
+@pytest.mark.parametrize("mesh_shape", [(2, 2), (3, 2), (2, 4)], ids=str)
+def test_fully_shard_over_a_fused_projection_by_what_it_really_holds(sizes, dimension, mesh_shape) -> None:
+    """Tensor parallelism takes a part of each of two matrices that lie one after the other; FSDP2 cuts what that leaves."""
+    whole = numbered(sizes)
+    ranks = mesh_shape[0] * mesh_shape[1]
+    coverage = Coverage(whole.numpy())
+    for rank in range(ranks):
+        with fake_rank(rank, ranks):
+            mesh = make_mesh(mesh_shape, ("dp", "tp"))
+            module = nn.Linear(1, 1, bias=False)
+            module.weight = nn.Parameter(distribute(whole, mesh["tp"], [_StridedShard(dimension, split_factor=2)]))
+            fully_shard(module, mesh=mesh["dp"])
+            coverage.add(TorchAdapter().capture(module, None, global_step=None).tensors[model_key("weight")])
+    coverage.check()
+    assert coverage.holders.max() == 1
+
+
+@pytest.mark.parametrize("experts", [4, 6, 8])
+@pytest.mark.parametrize("over_width", [Shard(1), _StridedShard(1, split_factor=2)], ids=str)
+def test_stacked_experts_over_three_axes_by_what_they_really_hold(experts, over_width) -> None:
+    """Experts over ep, their width over tp, FSDP2 over the ranks that have the same ones: 6 of them don't divide evenly."""
+    whole = numbered((experts, 8, 2))
+    coverage = Coverage(whole.numpy())
+    for rank in range(8):
+        with fake_rank(rank, 8):
+            mesh = make_mesh((2, 2, 2), ("edp", "ep", "tp"))
+            module = nn.Module()
+            module.weight = nn.Parameter(distribute(whole, mesh["ep", "tp"], [Shard(0), over_width]))
+            fully_shard(module, mesh=mesh["edp"])
+            tensor = TorchAdapter().capture(module, None, global_step=None).tensors[model_key("weight")]
+        coverage.add(tensor)
+        if over_width == Shard(1):
+            assert tensor.layout is not None
+            assert tensor.layout.split == ((1, 0), (2,), ())
+    coverage.check()
+    assert coverage.holders.max() == 1
+
+
 def test_hsdp() -> None:
     whole = numbered((5, 2))
     coverage = Coverage(whole.numpy())
@@ -187,6 +228,24 @@ def test_a_tensor_on_a_slice_of_the_mesh_lies_on_the_whole() -> None:
     norm, count = layouts.pop()
     assert (norm.mesh.axes, norm.mesh.ranks, norm.split) == (("dp", "tp"), (0, 1, 2, 3), ((0,),))
     assert count.split == ((),)
+
+
+def test_meshes_over_the_same_ranks_are_each_home_to_their_slices() -> None:
+    """Experts see the ranks with other axes than the rest of the model, some of which is on a slice of its own mesh."""
+    layouts = set()
+    for rank in range(8):
+        with fake_rank(rank, 8):
+            mesh, expert_mesh = make_mesh((4, 2), ("dp", "tp")), make_mesh((2, 2, 2), ("edp", "ep", "tp"))
+            module = nn.Sequential(OrderedDict(a=nn.Linear(8, 4, bias=False), norm=nn.LayerNorm(8), experts=nn.Linear(1, 1, bias=False)))
+            module.a.weight = nn.Parameter(distribute(numbered((4, 8)), mesh["tp"], [Shard(0)]))
+            module.experts.weight = nn.Parameter(distribute(numbered((4, 6)), expert_mesh["ep", "tp"], [Shard(0), Shard(1)]))
+            fully_shard(module.experts, mesh=expert_mesh["edp"])
+            fully_shard(module, mesh=mesh["dp"])
+            tensors = TorchAdapter().capture(module, None, global_step=None).tensors
+        names = ("a.weight", "norm.weight", "experts.weight")
+        layouts.add(tuple(tensors[model_key(name)].layout for name in names))
+    assert len(layouts) == 1, "every rank gives one tensor the same layout"
+    assert [layout.mesh.axes for layout in layouts.pop()] == [("dp", "tp"), ("dp", "tp"), ("edp", "ep", "tp")]
 
 
 def test_pipeline_stages_have_meshes_of_their_own_ranks() -> None:

@@ -11,7 +11,7 @@ import torch
 
 from reshard.errors import CaptureError
 from reshard.frameworks.torch.memory import MirrorMemory, checked_dtype, memory_of
-from reshard.frameworks.torch.placements import explicit_order, is_dtensor, runs_of, split_order, splits_of
+from reshard.frameworks.torch.placements import explicit_order, fsdp2_runs_of, is_dtensor, runs_of, split_order, splits_of
 from reshard.geometry import Layout, Mesh, Region
 from reshard.state import Memory, Shard, ShardedTensor, TensorKey
 
@@ -35,14 +35,15 @@ class _Holding:
 class Meshes:
     """The meshes of a model on this rank, and how tensors lie on them.
 
-    The model's *home* is the largest of its DTensors' meshes. A tensor on a slice of it (FSDP2 shards what tensor parallelism leaves alone
-    over the data-parallel axis only) is given the layout on the whole home, replicated over the other axes, and a plain tensor is
-    replicated over it: every rank of the home runs the same modules. A plain tensor of a model without DTensors, or with meshes that
-    don't lie inside one, has no layout; then what each rank holds is all that is known.
+    The *home* of a mesh is the largest of the model's meshes of which it is a slice. A tensor on a slice (FSDP2 shards what tensor
+    parallelism leaves alone over the data-parallel axis only) is given the layout on the whole home, replicated over the other axes, and a
+    plain tensor is replicated over the largest of all: every rank of it runs the same modules. The same ranks may have more than one
+    home: experts see them with other axes. A plain tensor of a model without DTensors, or with meshes that don't lie inside one, has no
+    layout; then what each rank holds is all that is known.
 
-    `_StridedShard` that doesn't divide evenly is filled in two ways: FSDP2 cuts what tensor parallelism has left, one after the other, as
-    a layout does; `distribute_tensor` follows the placements from the first to the last, which no layout says. So it matters whose
-    tensor it is. Optimizer slots are filled as the parameter of their shape and placements is.
+    `_StridedShard` is filled in two ways where it doesn't divide evenly, or lies over one that interleaves: FSDP2 cuts what tensor
+    parallelism has left, one after the other, as a layout does; `distribute_tensor` follows the placements from the first to the last,
+    which no layout says. So it matters whose tensor it is. Optimizer slots are filled as the parameter of their shape and placements is.
 
     Args:
         tensors: the model's.
@@ -63,9 +64,10 @@ class Meshes:
                     self._mesh(device_mesh)
                 if id(tensor) in fsdp2:
                     self._by_fsdp2.add(_kind_of(tensor))
-        meshes = list(dict.fromkeys(self._meshes.values()))
-        self._home = max(meshes, key=lambda mesh: (len(mesh.ranks), len(mesh.shape)), default=None)
-        self._everywhere = self._home if all(self._home and set(mesh.ranks) <= set(self._home.ranks) for mesh in meshes) else None
+        meshes = dict.fromkeys(self._meshes.values())
+        self._largest_first = sorted(meshes, key=lambda mesh: (len(mesh.ranks), len(mesh.shape)), reverse=True)
+        home = self._largest_first[0] if meshes else None
+        self._everywhere = home if all(home and set(mesh.ranks) <= set(home.ranks) for mesh in meshes) else None
 
     def replicated(self, dimensions: int) -> Layout | None:
         """The layout of a tensor that every rank of the model holds whole."""
@@ -128,7 +130,8 @@ class Meshes:
         splits = splits_of(tensor.placements, len(shape), name)
         rank = _rank()
         orders = _orders(splits, spec, mesh, len(shape))
-        if orders is not None and _kind_of(tensor) not in self._by_fsdp2 and not _agree(splits, Layout(mesh, orders), shape):
+        by_fsdp2 = _kind_of(tensor) in self._by_fsdp2
+        if orders is not None and not by_fsdp2 and not _agree(splits, Layout(mesh, orders), shape):
             orders = None
         layout = None if orders is None else self._layout(mesh, orders, rank)
         if rank not in mesh:
@@ -138,7 +141,8 @@ class Meshes:
             runs = [[(begin, count)] for begin, count in zip(region.offset, region.shape, strict=True)]
         else:
             coordinate = mesh.coordinate(mesh.position(rank))
-            runs = [runs_of(splits, mesh.shape, coordinate, dimension, size) for dimension, size in enumerate(shape)]
+            held = fsdp2_runs_of if by_fsdp2 else runs_of
+            runs = [held(splits, mesh.shape, coordinate, dimension, size) for dimension, size in enumerate(shape)]
         extent = tuple(sum(count for _, count in dimension) for dimension in runs)
         if tuple(local) == extent or (0 in local and 0 in extent):  # an empty part may have any empty shape
             return _Holding(layout, _pieces(runs, shape))
@@ -152,14 +156,15 @@ class Meshes:
         )
 
     def _layout(self, mesh: Mesh, orders: Sequence[tuple[int, ...]], rank: int) -> Layout:
-        """The layout of these orders of axes, on the home where the mesh is a slice of it."""
-        home = self._home
-        if home is None or home == mesh or not set(mesh.axes) <= set(home.axes) or rank not in home or rank not in mesh:
-            return self._one_layout(mesh, tuple(orders))
-        axes = [home.axes.index(name) for name in mesh.axes]
-        if _slice(home, axes, rank) != mesh.ranks:
-            return self._one_layout(mesh, tuple(orders))
-        return self._one_layout(home, tuple(tuple(axes[axis] for axis in order) for order in orders))
+        """The layout of these orders of axes, on the mesh's home."""
+        for home in self._largest_first:
+            if home == mesh:
+                break
+            if set(mesh.axes) <= set(home.axes) and rank in home and rank in mesh:
+                axes = [home.axes.index(name) for name in mesh.axes]
+                if _slice(home, axes, rank) == mesh.ranks:
+                    return self._one_layout(home, tuple(tuple(axes[axis] for axis in order) for order in orders))
+        return self._one_layout(mesh, tuple(orders))
 
     def _one_layout(self, mesh: Mesh, split: tuple[tuple[int, ...], ...]) -> Layout:
         """The same object for the same layout: to compare two by their values means to go over all ranks of a mesh."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -122,6 +123,22 @@ def runs_of(
             taken += _cut(runs, begin + first, min(part, inside - first))
         runs = taken
     return _joined(runs)
+
+
+def fsdp2_runs_of(
+    splits: Sequence[tuple[int, int] | None], mesh_shape: Sequence[int], coordinate: Sequence[int], dimension: int, size: int
+) -> list[Run]:
+    """The same for a parameter that FSDP2 manages.
+
+    FSDP2 puts its axis before the others, with the number of parts that they make of the dimension as its split factor, and cuts what they
+    have left: also where one of them interleaves (the rows of a fused projection), so that the factor says nothing of runs.
+    """
+    axes = [axis for axis, split in enumerate(splits) if split is not None and split[0] == dimension]
+    if not axes or (splits[axes[0]] or (0, 0))[1] != math.prod(mesh_shape[axis] for axis in axes[1:]):
+        return runs_of(splits, mesh_shape, coordinate, dimension, size)
+    order = [*axes[1:], axes[0]]
+    in_turn = [*(splits[axis] for axis in axes[1:]), (dimension, 1)]
+    return runs_of(in_turn, [mesh_shape[axis] for axis in order], [coordinate[axis] for axis in order], dimension, size)
 
 
 def _cut(runs: Sequence[Run], begin: int, length: int) -> list[Run]:
