@@ -12,7 +12,9 @@ _lines = st.tuples(st.integers(0, 5), st.integers(0, 4))
 
 
 def _regions(dimensions: int) -> st.SearchStrategy[Region]:
-    return st.lists(_lines, min_size=dimensions, max_size=dimensions).map(lambda lines: Region(tuple(o for o, _ in lines), tuple(n for _, n in lines)))
+    return st.lists(_lines, min_size=dimensions, max_size=dimensions).map(
+        lambda lines: Region(tuple(o for o, _ in lines), tuple(n for _, n in lines))
+    )
 
 
 @given(st.integers(0, 3).flatmap(lambda d: st.tuples(st.just(d), st.lists(_regions(d), max_size=8), _regions(d))))

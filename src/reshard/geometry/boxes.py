@@ -34,8 +34,8 @@ class Boxes:
     def __getitem__(self, index: int) -> Region:
         return Region(tuple(self.offsets[:, index].tolist()), tuple(self.shapes[:, index].tolist()))
 
-    def take(self, indices: np.ndarray) -> Boxes:
-        """Some of them, by index."""
+    def take(self, indices: np.ndarray | slice) -> Boxes:
+        """Some of them."""
         return Boxes(self.offsets[:, indices], self.shapes[:, indices])
 
     def regions(self) -> list[Region]:
