@@ -10,6 +10,10 @@ from reshard.config.fields import RunConfig
 from reshard.config.sizes import BatchSizes, ParallelSizes, batch_sizes, expected_ranks, parallel_sizes
 from reshard.errors import ConfigError
 
+EXPERTS = {
+    "model": {"model_type": "qwen3_moe", "num_experts": 12, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "intermediate_size": 3}
+}
+
 
 def config(**fields: Any) -> RunConfig:
     return RunConfig.model_validate(fields)
@@ -38,6 +42,33 @@ def test_words_for_a_strategy() -> None:
     assert str(ParallelSizes(2, 1, 2, 2)) == "dp2 × tp2 × pp2"
     assert str(ParallelSizes(1, 1, 1, 4)) == "tp4"
     assert str(ParallelSizes(1, 1, 1, 1)) == "one rank"
+    assert str(ParallelSizes(1, 2, 2, 1)) == "dp4 (2 × 2 sharded)"
+    assert str(ParallelSizes(2, 4, 1, 1, 2)) == "dp4 (ep2) × pp2"
+    assert str(ParallelSizes(1, 2, 2, 2, 4)) == "dp4 (2 × 2 sharded, ep4) × tp2"
+
+
+@pytest.mark.parametrize(
+    ("data", "shard", "expert", "replicas", "shards"),
+    [
+        (8, 8, 1, 1, 8),
+        (8, 8, 2, 1, 4),
+        (8, 8, 4, 1, 2),
+        (8, 4, 2, 2, 2),
+        (8, 4, 4, 2, 1),
+        # More ranks share the experts out than share a copy of the rest: what is left are copies.
+        (8, 2, 4, 2, 1),
+        (8, None, 4, 2, 1),
+        (6, 6, 6, 1, 1),
+    ],
+)
+def test_experts_take_their_ranks_from_the_data_parallel_ones(
+    data: int, shard: int | None, expert: int, replicas: int, shards: int
+) -> None:
+    context = {"enable_parallel_optimizer": shard is not None, "optimizer_weight_shard_size": shard or -1}
+    sizes = parallel_sizes(config(**EXPERTS, **parallel(data, expert_parallel=expert), parallel=context), data)
+    assert sizes == ParallelSizes(1, data // (shard or 1), shard or 1, 1, expert)
+    assert (sizes.ranks, sizes.expert_replicate, sizes.expert_shard) == (data, replicas, shards)
+    assert replicas * shards * expert == data
 
 
 def test_ranks_follow_from_the_sizes() -> None:
@@ -66,12 +97,43 @@ def test_ranks_follow_from_the_sizes() -> None:
             4,
             "parallel.optimizer_weight_shard_size",
         ),
+        (parallel(2, expert_parallel=2), 2, "parallel_config.expert_parallel"),
+        (EXPERTS | parallel(4, expert_parallel=3), 4, "parallel_config.expert_parallel"),
+        (EXPERTS | parallel(1, 4, expert_parallel=4), 4, "parallel_config.expert_parallel"),
+        (EXPERTS | parallel(8, expert_parallel=8), 8, "parallel_config.expert_parallel"),
+        (
+            EXPERTS | parallel(12, expert_parallel=3) | {"parallel": {"enable_parallel_optimizer": True, "optimizer_weight_shard_size": 4}},
+            12,
+            "parallel_config.expert_parallel",
+        ),
+        ({"model": EXPERTS["model"] | {"moe_intermediate_size": 15}} | parallel(1, 2), 2, "model.moe_intermediate_size"),
+        # Layers without experts have the width of a dense model's.
+        ({"model": EXPERTS["model"] | {"decoder_sparse_step": 2}} | parallel(1, 2), 2, "model.intermediate_size"),
     ],
 )
 def test_what_does_not_fit_is_named(fields: dict[str, Any], ranks: int, name: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parallel_sizes(config(**fields), ranks)
     assert caught.value.field == name
+
+
+def test_unused_widths_may_be_anything() -> None:
+    assert parallel_sizes(config(**EXPERTS, **parallel(1, 2)), 2).tensor == 2
+    assert parallel_sizes(config(**parallel(1, 2)), 2).tensor == 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "ranks", "found", "expected"),
+    [
+        (parallel(2, expert_parallel=2), 2, "2, with model.model_type qwen3", "1"),
+        (EXPERTS | parallel(4, expert_parallel=3), 4, "3, of 4 data-parallel ranks", "a divisor of 4"),
+        (EXPERTS | parallel(8, expert_parallel=8), 8, "8, with model.num_experts 12", "a divisor of 12"),
+    ],
+)
+def test_what_is_wrong_with_expert_parallelism_is_said(fields: dict[str, Any], ranks: int, found: str, expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parallel_sizes(config(**fields), ranks)
+    assert (caught.value.found, caught.value.expected) == (found, expected)
 
 
 def test_a_wrong_product_says_all_numbers() -> None:

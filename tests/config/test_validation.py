@@ -13,6 +13,7 @@ from reshard.config.validation import Configuration, read_config
 from reshard.errors import ConfigError
 
 MONITOR: dict[str, Any] = {"type": "CheckpointMonitor"}
+EXPERTS: dict[str, Any] = {"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 
 
 def read(folder: Path, **fields: Any) -> Configuration:
@@ -118,6 +119,18 @@ def test_a_field_like_no_other_gets_no_guess(tmp_path: Path) -> None:
         ({"model": {"num_key_value_heads": 3}}, "model.num_key_value_heads", "num_key_value_heads 3", "a divisor"),
         ({"train_dataset": {"seq_length": 8192}}, "model.max_position_embeddings", "4096", "at least train_dataset.seq_length, 8192"),
         ({"callbacks": [MONITOR | {"prefix": "a/b"}]}, "callbacks[0].prefix", "a/b", "no slash"),
+        ({"model": {"model_type": "qwen4"}}, "model.model_type", "'qwen4'", "one of: 'qwen3' or 'qwen3_moe'"),
+        ({"model": {"num_experts": 8}}, "model.num_experts", "8", "no such field"),
+        ({"model": {"norm_topk_prob": False}}, "model.norm_topk_prob", "False", "no such field"),
+        ({"model": {"mlp_only_layers": [0]}}, "model.mlp_only_layers", "[0]", "no such field"),
+        ({"model": EXPERTS | {"num_experts": None}}, "model.num_experts", "nothing", "the number of experts of a layer"),
+        ({"model": {"model_type": "qwen3_moe", "num_experts": 4}}, "model.num_experts_per_tok", "nothing", "the number of experts that"),
+        ({"model": EXPERTS | {"num_experts_per_tok": 9}}, "model.num_experts_per_tok", "9", "at most model.num_experts, 8"),
+        ({"model": EXPERTS | {"mlp_only_layers": [1, 4]}}, "model.mlp_only_layers", "4", "0 to 3"),
+        ({"model": EXPERTS | {"mlp_only_layers": ["1"]}}, "model.mlp_only_layers[0]", "'1' (text)", "a whole number"),
+        ({"model": EXPERTS | {"decoder_sparse_step": 5}}, "model.decoder_sparse_step", "decoder_sparse_step 5", "at least one layer"),
+        ({"model": EXPERTS | {"mlp_only_layers": [0, 1, 2, 3]}}, "model.mlp_only_layers", "4 layers", "at least one layer"),
+        ({"parallel_config": {"expert_parallel": 0}}, "parallel_config.expert_parallel", "0", "at least 1"),
     ],
 )
 def test_a_wrong_value_is_said_with_what_is_allowed(tmp_path: Path, fields: dict[str, Any], name: str, found: str, expected: str) -> None:
@@ -188,6 +201,14 @@ def test_null_saves_never_and_absence_saves_every_step(tmp_path: Path) -> None:
 )
 def test_fields_that_contradict_each_other(tmp_path: Path, fields: dict[str, Any], name: str) -> None:
     assert refused(tmp_path, **fields).field == name
+
+
+def test_which_layers_have_experts(tmp_path: Path) -> None:
+    """As transformers decides it."""
+    sparse = {"decoder_sparse_step": 2, "mlp_only_layers": [3]}
+    model = read(tmp_path, model=EXPERTS | sparse | {"num_hidden_layers": 6}).run.model
+    assert [model.has_experts(layer) for layer in range(6)] == [False, True, False, False, False, True]
+    assert not any(read(tmp_path).run.model.has_experts(layer) for layer in range(4))
 
 
 def test_every_field_has_a_meaning() -> None:

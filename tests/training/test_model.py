@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Qwen3ForCausalLM
+from transformers import Qwen3ForCausalLM, Qwen3MoeForCausalLM
 
 from reshard.config.fields import ModelSettings
 from reshard.planning.naming import stage_layers
-from reshard.training.model import build_stage, materialize, qwen3_config
+from reshard.training.model import build_stage, materialize, model_config
 from reshard.training.seeds import derived_seed, seed_generators
-from tests.training.ranks import MODEL
+from tests.training.ranks import EXPERTS, MODEL, SAMPLES, gradients, settings, whole
 
 CPU = torch.device("cpu")
 
@@ -35,18 +35,41 @@ def test_layers_are_shared_out_evenly() -> None:
 
 def test_it_is_the_published_model() -> None:
     model = made()
-    published = Qwen3ForCausalLM(qwen3_config(ModelSettings(**MODEL)))
+    published = Qwen3ForCausalLM(model_config(ModelSettings(**MODEL)))
     published.load_state_dict(model.state_dict())
     tokens = torch.randint(0, 256, (2, 16), generator=torch.Generator().manual_seed(1))
     assert torch.equal(model(tokens), published(tokens).logits)
     assert [name for name, _ in model.named_parameters()] == [name for name, _ in published.named_parameters()]
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"norm_topk_prob": False, "num_experts_per_tok": 1}, {"num_experts_per_tok": 3, "decoder_sparse_step": 2}],
+    ids=["pairs", "one", "three"],
+)
+def test_with_experts_it_is_the_published_model(fields: dict[str, Any]) -> None:
+    """Loss and gradients of a first step, with the same weights, as transformers computes them in one process."""
+    model = {**EXPERTS, **fields}
+    ours = gradients(settings(model=model))
+    published = Qwen3MoeForCausalLM(model_config(ModelSettings(**MODEL, **model))).train()
+    weights = {name: torch.from_numpy(weight) for name, weight in whole([ours["weights"]]).items()}
+    published.load_state_dict(weights)
+    loss = published(SAMPLES, labels=SAMPLES).loss
+    loss.backward()
+    assert ours["loss"] == pytest.approx(loss.item(), rel=1e-6)
+    found = whole([ours["gradients"]])
+    assert found.keys() == {name for name, _ in published.named_parameters()}
+    for name, parameter in published.named_parameters():
+        assert parameter.grad is not None
+        torch.testing.assert_close(torch.from_numpy(found[name]), parameter.grad, rtol=1e-3, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("more", [{}, {"tie_word_embeddings": True}, EXPERTS], ids=["untied", "tied", "experts"])
 @pytest.mark.parametrize("stages", [2, 3, 4])
-def test_stages_make_up_the_whole(stages: int, tied: bool) -> None:
-    whole = made(tie_word_embeddings=tied)
-    parts = [made(stage, stages, tie_word_embeddings=tied) for stage in range(stages)]
+def test_stages_make_up_the_whole(stages: int, more: dict[str, Any]) -> None:
+    tied = "tie_word_embeddings" in more
+    whole = made(**more)
+    parts = [made(stage, stages, **more) for stage in range(stages)]
     tokens = torch.randint(0, 256, (2, 16), generator=torch.Generator().manual_seed(1))
     hidden = tokens
     for part in parts:

@@ -1,10 +1,9 @@
-"""The same training under every strategy: initial weights, losses, gradients, norms; and one run that wanders through many."""
+"""The same training under every strategy: initial weights, losses, gradients, norms."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,70 +16,72 @@ Pools = Callable[[int], RankPool]
 
 
 @cache
-def alone(*, tied: bool, bias: bool = False) -> dict[str, Any]:
-    return ranks.gradients(ranks.settings(model={"tie_word_embeddings": tied, "attention_bias": bias}))
+def alone(**model: Any) -> dict[str, Any]:
+    found = ranks.gradients(ranks.settings(model=dict(ranks.EXPERTS if model.pop("experts", False) else {}, **model)))
+    return {name: ranks.whole([value]) if isinstance(value, dict) else value for name, value in found.items()}
+
+
+TIED, BIAS, EXPERTS = {"tie_word_embeddings": True}, {"attention_bias": True}, {"experts": True}
 
 
 @pytest.mark.parametrize(
-    ("world", "strategy", "tied"),
+    ("world", "strategy", "model"),
     [
-        (2, {"data": 2}, False),
-        (2, {"tensor": 2}, True),
-        (4, {"tensor": 4}, False),
-        (4, {"data": 4, "shard": 2}, False),
-        (4, {"data": 2, "tensor": 2, "shard": None}, False),
-        (4, {"data": 2, "tensor": 2, "bias": True}, False),
-        (4, {"pipeline": 4}, True),
-        (8, {"data": 2, "tensor": 2, "pipeline": 2}, False),
-        (8, {"data": 2, "tensor": 2, "pipeline": 2}, True),
+        (2, {"data": 2}, {}),
+        (2, {"tensor": 2}, TIED),
+        (4, {"tensor": 4}, {}),
+        (4, {"data": 4, "shard": 2}, {}),
+        (4, {"data": 2, "tensor": 2, "shard": None}, {}),
+        (4, {"data": 2, "tensor": 2}, BIAS),
+        (4, {"pipeline": 4}, TIED),
+        (8, {"data": 2, "tensor": 2, "pipeline": 2}, {}),
+        (8, {"data": 2, "tensor": 2, "pipeline": 2}, TIED),
+        (2, {"tensor": 2}, EXPERTS),
+        (4, {"data": 4, "expert": 2}, EXPERTS),
+        (4, {"data": 4, "expert": 2, "shard": None}, EXPERTS),
+        (4, {"data": 4, "expert": 4, "shard": 2}, EXPERTS),
+        (4, {"data": 2, "tensor": 2, "expert": 2}, EXPERTS),
+        (8, {"data": 4, "expert": 2, "pipeline": 2}, EXPERTS),
+        (8, {"data": 4, "expert": 2, "tensor": 2}, EXPERTS),
+        pytest.param(8, {"data": 8, "expert": 2, "shard": 4}, EXPERTS, marks=pytest.mark.sweep),
+        pytest.param(8, {"data": 4, "expert": 2, "shard": 2, "tensor": 2}, EXPERTS, marks=pytest.mark.sweep),
+        pytest.param(8, {"data": 2, "expert": 2, "tensor": 2, "pipeline": 2}, {**EXPERTS, **TIED}, marks=pytest.mark.sweep),
+        pytest.param(8, {"data": 8, "expert": 8}, EXPERTS, marks=pytest.mark.sweep),
     ],
     ids=lambda value: "-".join(f"{name}{size}" for name, size in value.items()) if isinstance(value, dict) else str(value),
 )
-def test_every_strategy_computes_the_same(rank_pool: Pools, world: int, strategy: dict[str, Any], tied: bool) -> None:
-    bias = strategy.get("bias", False)
-    whole = alone(tied=tied, bias=bias)
-    sizes = {name: size for name, size in strategy.items() if name != "bias"}
-    model = {"tie_word_embeddings": tied, "attention_bias": bias}
-    found = rank_pool(world).run(ranks.gradients, ranks.settings(**sizes, model=model))
+def test_every_strategy_computes_the_same(rank_pool: Pools, world: int, strategy: dict[str, Any], model: dict[str, Any]) -> None:
+    expected = alone(**model)
+    fields = {name: value for name, value in model.items() if name != "experts"} | (ranks.EXPERTS if "experts" in model else {})
+    found = rank_pool(world).run(ranks.gradients, ranks.settings(**strategy, model=fields))
     for rank in found:
-        assert rank["loss"] == pytest.approx(whole["loss"], rel=1e-6)
-        assert rank["norm"] == pytest.approx(whole["norm"], rel=1e-5)
+        assert rank["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+        assert rank["norm"] == pytest.approx(expected["norm"], rel=1e-5)
         # Clipping and saving depend on it: every rank has the very same numbers.
         assert (rank["loss"], rank["norm"]) == (found[0]["loss"], found[0]["norm"])
-        for name in rank["weights"]:
-            assert np.array_equal(rank["weights"][name], whole["weights"][name]), name
-            np.testing.assert_allclose(rank["gradients"][name], whole["gradients"][name], rtol=1e-3, atol=1e-6, err_msg=name)
-            np.testing.assert_allclose(rank["clipped"][name], whole["gradients"][name] / 5, rtol=1e-3, atol=1e-6, err_msg=name)
-    names = [set(rank["weights"]) for rank in found]
-    assert set.union(*names) == set(whole["weights"])
+    weights, gradients, clipped = (ranks.whole([rank[kind] for rank in found]) for kind in ("weights", "gradients", "clipped"))
+    assert weights.keys() == gradients.keys() == clipped.keys() == expected["weights"].keys()
+    for name, weight in weights.items():
+        assert np.array_equal(weight, expected["weights"][name]), name
+        np.testing.assert_allclose(gradients[name], expected["gradients"][name], rtol=1e-3, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(clipped[name], expected["gradients"][name] / 5, rtol=1e-3, atol=1e-6, err_msg=name)
     if strategy.get("pipeline", 1) > 1:
-        shared = names[0] & names[-1]
-        assert shared == ({"model.embed_tokens.weight"} if tied else set())
+        shared = set(found[0]["weights"]) & set(found[-1]["weights"])
+        assert shared == ({"model.embed_tokens.weight"} if "tie_word_embeddings" in model else set())
+
+
+def test_experts_and_ranks_to_which_no_token_goes(rank_pool: Pools) -> None:
+    """One choice on each of four ranks, which share out 16 experts: somebody has nothing to compute, and nobody waits for them."""
+    fields = {"model": {**ranks.EXPERTS, "num_experts": 16, "num_experts_per_tok": 1}, "train_dataset": {"seq_length": 1}}
+    expected = ranks.gradients(ranks.settings(**fields))
+    found = rank_pool(4).run(ranks.gradients, ranks.settings(data=4, expert=4, **fields))
+    assert found[0]["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+    whole, gradients = ranks.whole([expected["gradients"]]), ranks.whole([rank["gradients"] for rank in found])
+    for name, gradient in gradients.items():
+        np.testing.assert_allclose(gradient, whole[name], rtol=1e-3, atol=1e-6, err_msg=name)
+    assert all((~gradients[name].any(axis=(1, 2))).sum() >= 8 for name in gradients if "experts" in name)
 
 
 def test_the_norm_is_that_of_all_gradients() -> None:
-    whole = alone(tied=False)
+    whole = alone()
     assert whole["norm"] == pytest.approx(np.sqrt(sum((g.astype(np.float64) ** 2).sum() for g in whole["gradients"].values())), rel=1e-6)
-
-
-def test_one_run_wanders_through_strategies(rank_pool: Pools, tmp_path: Path) -> None:
-    tied = {"model": {"tie_word_embeddings": True}}
-    straight, _ = ranks.train(ranks.settings(**tied), tmp_path / "straight", 6)
-    wandering = tmp_path / "wandering"
-    losses: list[float] = []
-    for world, strategy, steps in (
-        (8, {"data": 2, "tensor": 2, "pipeline": 2}, 2),
-        (4, {"pipeline": 4, "balanced_load": True}, 3),
-        (2, {"data": 2, "shard": None, "balanced_load": True}, 4),
-        (4, {"data": 4, "shard": 2}, 5),
-    ):
-        found = rank_pool(world).run(ranks.train, ranks.settings(**strategy, **tied), wandering, steps)
-        assert len({tuple(rank_losses) for rank_losses, _ in found}) == 1
-        assert [bool(shown) for _, shown in found] == [True] + [False] * (world - 1)
-        assert ("sent from rank to rank" in found[0][1]) is ("balanced_load" in strategy)
-        losses += found[0][0]
-    alone_again, shown = ranks.train(ranks.settings(**tied), wandering, 6)
-    losses += alone_again
-    assert "continuing from iteration 5" in shown
-    assert len(losses) == 6
-    np.testing.assert_allclose(losses, straight, rtol=1e-5)

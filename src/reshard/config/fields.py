@@ -32,6 +32,10 @@ class ParallelConfig(Section):
     )
     model_parallel: Positive = Field(default=1, description="ranks that split every matrix of a layer between them (tensor parallelism)")
     pipeline_stage: Positive = Field(default=1, description="ranks that have different layers")
+    expert_parallel: Positive = Field(
+        default=1,
+        description="data-parallel ranks that have different experts of a layer and send each other tokens; divides data_parallel",
+    )
     micro_batch_num: Positive | None = Field(
         default=None,
         description="micro-batches of one step with pipeline stages; null: what the global batch needs; at least pipeline_stage",
@@ -70,9 +74,9 @@ class RunnerConfig(Section):
 
 
 class ModelSettings(Section):
-    """`model`: a Qwen3, with the names of its Hugging Face configuration."""
+    """`model`: a Qwen3, dense or with experts, with the names of its Hugging Face configuration."""
 
-    model_type: Literal["qwen3"] = Field(default="qwen3", description="the model family")
+    model_type: Literal["qwen3", "qwen3_moe"] = Field(default="qwen3", description="the model family: dense, or with experts")
     vocab_size: Positive = Field(default=256, description="tokens; at least 256, the data are bytes")
     hidden_size: Positive = Field(default=64, description="width of the residual stream")
     intermediate_size: Positive = Field(default=192, description="width of the feed-forward layers")
@@ -88,6 +92,18 @@ class ModelSettings(Section):
     attention_bias: bool = Field(default=False, description="whether the attention's projections have a bias")
     attention_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.0, description="dropout on attention weights")
     tie_word_embeddings: bool = Field(default=False, description="whether embedding and output layer are one parameter")
+    num_experts: Positive | None = Field(default=None, description="experts of a layer; only, and always, with qwen3_moe")
+    num_experts_per_tok: Positive | None = Field(default=None, description="experts that a token goes to; as num_experts")
+    moe_intermediate_size: Positive | None = Field(default=None, description="width of an expert; as num_experts")
+    norm_topk_prob: bool = Field(
+        default=True, description="whether the weights of a token's experts are made to add up to 1, as in the published models"
+    )
+    decoder_sparse_step: Positive = Field(default=1, description="every how many layers one has experts")
+    mlp_only_layers: list[NotNegative] = Field(default=[], description="layers (from 0) that have no experts all the same")
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether a layer (from 0) has experts in the place of one feed-forward network: transformers' rule."""
+        return self.num_experts is not None and layer not in self.mlp_only_layers and (layer + 1) % self.decoder_sparse_step == 0
 
 
 class OptimizerSettings(Section):

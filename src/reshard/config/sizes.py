@@ -17,12 +17,14 @@ class ParallelSizes:
         replicate: data-parallel groups that keep copies of each other's shards.
         shard: data-parallel ranks that share one copy of parameters and optimizer.
         tensor: ranks that split a layer's matrices.
+        expert: data-parallel ranks, next to each other, that have different experts.
     """
 
     pipeline: int
     replicate: int
     shard: int
     tensor: int
+    expert: int = 1
 
     @property
     def data(self) -> int:
@@ -34,8 +36,20 @@ class ParallelSizes:
         """All ranks."""
         return self.pipeline * self.data * self.tensor
 
+    @property
+    def expert_shard(self) -> int:
+        """Of the ranks that have the same experts, those that share one copy of them: what expert parallelism leaves of `shard`."""
+        return max(1, self.shard // self.expert)
+
+    @property
+    def expert_replicate(self) -> int:
+        """Copies of the experts."""
+        return self.data // (self.expert * self.expert_shard)
+
     def __str__(self) -> str:
-        parts = [f"dp{self.data}", f"tp{self.tensor}", f"pp{self.pipeline}"]
+        hybrid = [f"{self.replicate} × {self.shard} sharded"] if min(self.replicate, self.shard) > 1 else []
+        inside = ", ".join(hybrid + [f"ep{self.expert}"] * (self.expert > 1))
+        parts = [f"dp{self.data}" + (f" ({inside})" if inside else ""), f"tp{self.tensor}", f"pp{self.pipeline}"]
         return " × ".join(part for part, size in zip(parts, (self.data, self.tensor, self.pipeline), strict=True) if size > 1) or "one rank"
 
 
@@ -89,16 +103,22 @@ def parallel_sizes(run: RunConfig, ranks: int) -> ParallelSizes:
                 expected=f"-1 or a divisor of {data}",
             )
     _check_model_fits(run.model, tensor, pipeline)
-    return ParallelSizes(pipeline, data // shard, shard, tensor)
+    _check_experts_fit(run.model, parallel.expert_parallel, data, shard)
+    return ParallelSizes(pipeline, data // shard, shard, tensor, parallel.expert_parallel)
 
 
 def _check_model_fits(model: ModelSettings, tensor: int, pipeline: int) -> None:
-    for name, size in (
-        ("num_attention_heads", model.num_attention_heads),
-        ("num_key_value_heads", model.num_key_value_heads or model.num_attention_heads),
-        ("intermediate_size", model.intermediate_size),
-        ("vocab_size", model.vocab_size),
-    ):
+    with_experts = [model.has_experts(layer) for layer in range(model.num_hidden_layers)]
+    sizes = {
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.num_key_value_heads or model.num_attention_heads,
+        "vocab_size": model.vocab_size,
+    }
+    if not all(with_experts):
+        sizes["intermediate_size"] = model.intermediate_size
+    if any(with_experts) and model.moe_intermediate_size is not None:
+        sizes["moe_intermediate_size"] = model.moe_intermediate_size
+    for name, size in sizes.items():
         if size % tensor:
             raise ConfigError(
                 "tensor parallelism can't split the model evenly",
@@ -113,6 +133,42 @@ def _check_model_fits(model: ModelSettings, tensor: int, pipeline: int) -> None:
             field="parallel_config.pipeline_stage",
             found=pipeline,
             expected=f"at most model.num_hidden_layers, {model.num_hidden_layers}",
+        )
+
+
+def _check_experts_fit(model: ModelSettings, expert: int, data: int, shard: int) -> None:
+    if expert == 1:
+        return
+    if model.num_experts is None:
+        raise ConfigError(
+            "expert parallelism shares out the experts of a layer, and the model has none",
+            field="parallel_config.expert_parallel",
+            found=f"{expert}, with model.model_type {model.model_type}",
+            expected="1",
+            fix="leave it out, or choose model_type qwen3_moe",
+        )
+    if data % expert:
+        raise ConfigError(
+            "the data-parallel ranks can't be divided into groups that share the experts",
+            field="parallel_config.expert_parallel",
+            found=f"{expert}, of {data} data-parallel rank{'s' if data > 1 else ''}",
+            expected=f"a divisor of {data}",
+            fix="expert parallelism takes its ranks from data_parallel and adds none of its own",
+        )
+    if model.num_experts % expert:
+        raise ConfigError(
+            "expert parallelism can't share the experts out evenly",
+            field="parallel_config.expert_parallel",
+            found=f"{expert}, with model.num_experts {model.num_experts}",
+            expected=f"a divisor of {model.num_experts}",
+        )
+    if shard % expert and expert % shard:
+        raise ConfigError(
+            "expert parallelism crosses the groups that share one copy of the optimizer",
+            field="parallel_config.expert_parallel",
+            found=f"{expert}, with {shard} data-parallel ranks that share one copy",
+            expected=f"a divisor or a multiple of {shard}",
+            fix="change expert_parallel or parallel.optimizer_weight_shard_size",
         )
 
 

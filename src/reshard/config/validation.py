@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from reshard.config.document import Document, FieldPath, apply_overrides, dotted, read_document
 from reshard.config.fields import CheckpointMonitor, LossMonitor, RunConfig
+from reshard.config.model_check import check_model
 from reshard.errors import ConfigError
 
 _CALLBACKS: dict[str, type[BaseModel]] = {"CheckpointMonitor": CheckpointMonitor, "MFLossMonitor": LossMonitor}
@@ -75,7 +76,7 @@ def validate(document: Document) -> Configuration:
     notes: list[str] = []
     _check_versions(run, document, notes)
     _check_later_features(run, document)
-    _check_model(run, document)
+    check_model(run, document)
     _check_schedule(run, document)
     _check_callbacks(run, document)
     return Configuration(run, tuple(notes), document.file)
@@ -233,40 +234,6 @@ def _check_later_features(run: RunConfig, document: Document) -> None:
                 expected=expected,
                 fix="take the line out",
             )
-
-
-def _check_model(run: RunConfig, document: Document) -> None:
-    model = run.model
-
-    def refuse(name: str, what: str, found: object, expected: str) -> None:
-        raise ConfigError(what, file=document.where(("model", name)), field=f"model.{name}", found=found, expected=expected)
-
-    if model.vocab_size < 256:
-        refuse("vocab_size", "the vocabulary is smaller than the data: tokens are bytes", model.vocab_size, "at least 256")
-    if model.head_dim is None and model.hidden_size % model.num_attention_heads:
-        refuse(
-            "hidden_size",
-            "the width can't be divided among the heads",
-            f"hidden_size {model.hidden_size}, num_attention_heads {model.num_attention_heads}",
-            "a multiple of num_attention_heads, or an explicit head_dim",
-        )
-    head_dim = model.head_dim or model.hidden_size // model.num_attention_heads
-    if head_dim % 2:
-        refuse("head_dim", "the rotary embedding turns pairs: the width of a head is even", head_dim, "an even number")
-    if model.num_key_value_heads is not None and model.num_attention_heads % model.num_key_value_heads:
-        refuse(
-            "num_key_value_heads",
-            "query heads can't be shared evenly among the key and value heads",
-            f"num_attention_heads {model.num_attention_heads}, num_key_value_heads {model.num_key_value_heads}",
-            "a divisor of num_attention_heads",
-        )
-    if run.train_dataset.seq_length > model.max_position_embeddings:
-        refuse(
-            "max_position_embeddings",
-            "samples are longer than the model's longest sequence",
-            model.max_position_embeddings,
-            f"at least train_dataset.seq_length, {run.train_dataset.seq_length}",
-        )
 
 
 def _check_schedule(run: RunConfig, document: Document) -> None:

@@ -1,1 +1,1 @@
-"""The reference trainer: a Qwen3 under any combination of data, tensor and pipeline parallelism, as `reshard train` runs it."""
+"""The reference trainer: a Qwen3 under any combination of data, tensor, pipeline and expert parallelism, as `reshard train` runs it."""

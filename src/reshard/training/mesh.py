@@ -14,6 +14,10 @@ from reshard.config.sizes import ParallelSizes
 # Pipeline stages outermost (they exchange least), tensor parallelism innermost (it exchanges most), as is usual.
 AXES = ("pp", "dp_replicate", "dp_shard", "tp")
 
+# The same ranks as experts see them: data-parallel ranks next to each other share the experts out (ep), those at the same place among
+# them have the same ones, as copies or as shards (edp: expert data parallelism).
+EXPERT_AXES = ("pp", "edp_replicate", "edp_shard", "ep", "tp")
+
 
 @dataclass(frozen=True)
 class Place:
@@ -24,12 +28,14 @@ class Place:
         sizes: how the ranks are arranged.
         mesh: all ranks with the axes `AXES`; None for a run of one rank, which needs no process group.
         device: where this rank's tensors are.
+        expert_mesh: all ranks with the axes `EXPERT_AXES`; None without expert parallelism.
     """
 
     rank: int
     sizes: ParallelSizes
     mesh: DeviceMesh | None
     device: torch.device
+    expert_mesh: DeviceMesh | None = None
 
     def coordinate(self, axis: str) -> int:
         """This rank's index along an axis."""
@@ -67,7 +73,12 @@ def make_place(sizes: ParallelSizes) -> Place:
     if sizes.ranks == 1:
         return Place(0, sizes, None, device)
     shape = (sizes.pipeline, sizes.replicate, sizes.shard, sizes.tensor)
-    return Place(dist.get_rank(), sizes, init_device_mesh(device.type, shape, mesh_dim_names=AXES), device)
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=AXES)
+    expert_mesh = None
+    if sizes.expert > 1:
+        shape = (sizes.pipeline, sizes.expert_replicate, sizes.expert_shard, sizes.expert, sizes.tensor)
+        expert_mesh = init_device_mesh(device.type, shape, mesh_dim_names=EXPERT_AXES)
+    return Place(dist.get_rank(), sizes, mesh, device, expert_mesh)
 
 
 def local_device() -> torch.device:

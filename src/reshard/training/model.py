@@ -1,4 +1,4 @@
-"""The model: transformers' Qwen3, whole or as one stage of a pipeline, with the same initial weights whatever the strategy."""
+"""The model: transformers' Qwen3, with or without experts, whole or in stages, with initial weights that no strategy changes."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRotaryEmbedding, Qwen3MoeSparseMoeBlock
 
 from reshard.config.fields import ModelSettings
 from reshard.planning.naming import stage_layers
+from reshard.training.experts import RoutedExperts
 from reshard.training.seeds import derived_seed
 
 
@@ -26,9 +28,36 @@ class Qwen3Stage(Qwen3ForCausalLM):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:  # type: ignore[override]  # a stage takes one positional tensor
         """Hidden states or logits, as the class says."""
-        given: dict[str, Any] = {"input_ids": inputs} if self.takes_tokens else {"inputs_embeds": inputs}
-        output: Any = super().forward(**given, use_cache=False)
+        output: Any = super().forward(**_named(inputs, tokens=self.takes_tokens))
         return output.logits
+
+
+class Qwen3MoeStage(Qwen3MoeForCausalLM):
+    """The same with experts, which are `RoutedExperts`.
+
+    The loss that balances the router's load is left out: transformers' is one over all tokens of a forward pass, so it would be another
+    one for every way to split a batch.
+    """
+
+    takes_tokens = True
+
+    def __init__(self, config: Qwen3MoeConfig) -> None:
+        super().__init__(config)
+        for layer in self.model.layers:
+            if isinstance(layer.mlp, Qwen3MoeSparseMoeBlock):
+                layer.mlp.experts = RoutedExperts(config)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:  # type: ignore[override]  # a stage takes one positional tensor
+        """Hidden states or logits, as for `Qwen3Stage`."""
+        output: Any = super().forward(**_named(inputs, tokens=self.takes_tokens))
+        return output.logits
+
+
+ModelStage = Qwen3Stage | Qwen3MoeStage
+
+
+def _named(inputs: torch.Tensor, *, tokens: bool) -> dict[str, Any]:
+    return {"input_ids" if tokens else "inputs_embeds": inputs, "use_cache": False}
 
 
 class _Elsewhere(nn.Module):
@@ -38,39 +67,45 @@ class _Elsewhere(nn.Module):
         return hidden_states
 
 
-def qwen3_config(settings: ModelSettings) -> Qwen3Config:
+def model_config(settings: ModelSettings) -> Qwen3Config | Qwen3MoeConfig:
     """The Hugging Face configuration of a model."""
     heads = settings.num_attention_heads
-    config = Qwen3Config(
-        vocab_size=settings.vocab_size,
-        hidden_size=settings.hidden_size,
-        intermediate_size=settings.intermediate_size,
-        num_hidden_layers=settings.num_hidden_layers,
-        num_attention_heads=heads,
-        num_key_value_heads=settings.num_key_value_heads or heads,
-        head_dim=settings.head_dim or settings.hidden_size // heads,
-        hidden_act=settings.hidden_act,
-        max_position_embeddings=settings.max_position_embeddings,
-        initializer_range=settings.initializer_range,
-        rms_norm_eps=settings.rms_norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": settings.rope_theta},
-        attention_bias=settings.attention_bias,
-        attention_dropout=settings.attention_dropout,
-        tie_word_embeddings=settings.tie_word_embeddings,
-        use_cache=False,
-    )
+    common: dict[str, Any] = {
+        "vocab_size": settings.vocab_size,
+        "hidden_size": settings.hidden_size,
+        "intermediate_size": settings.intermediate_size,
+        "num_hidden_layers": settings.num_hidden_layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": settings.num_key_value_heads or heads,
+        "head_dim": settings.head_dim or settings.hidden_size // heads,
+        "hidden_act": settings.hidden_act,
+        "max_position_embeddings": settings.max_position_embeddings,
+        "initializer_range": settings.initializer_range,
+        "rms_norm_eps": settings.rms_norm_eps,
+        "rope_parameters": {"rope_type": "default", "rope_theta": settings.rope_theta},
+        "attention_bias": settings.attention_bias,
+        "attention_dropout": settings.attention_dropout,
+        "tie_word_embeddings": settings.tie_word_embeddings,
+        "use_cache": False,
+    }
+    if settings.model_type == "qwen3":
+        config = Qwen3Config(**common)
+    else:
+        names = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers")
+        config = Qwen3MoeConfig(**common, **{name: getattr(settings, name) for name in names})
     # Its dropout is drawn from torch's own generators, which checkpoints save.
     config._attn_implementation = "sdpa"
     return config
 
 
-def build_stage(settings: ModelSettings, stage: int = 0, stages: int = 1) -> Qwen3Stage:
+def build_stage(settings: ModelSettings, stage: int = 0, stages: int = 1) -> ModelStage:
     """One pipeline stage of the model, without memory for its parameters (on torch's meta device); `materialize` gives it.
 
     A tied embedding stays on the last stage too, under its own name: the output layer there is the same parameter.
     """
     with torch.device("meta"):
-        model = Qwen3Stage(qwen3_config(settings))
+        config = model_config(settings)
+        model = Qwen3MoeStage(config) if isinstance(config, Qwen3MoeConfig) else Qwen3Stage(config)
     mine = stage_layers(settings.num_hidden_layers, stages, stage)
     layers = model.model.layers
     for index in range(settings.num_hidden_layers):
@@ -113,9 +148,10 @@ def materialize(module: nn.Module, prefix: str, settings: ModelSettings, seed: i
             submodule.register_parameter(short, made[id(parameter)])
     # Derived constants, not saved: computed anew.
     for name, submodule in list(module.named_modules()):
-        if isinstance(submodule, Qwen3RotaryEmbedding) and submodule.inv_freq.is_meta:
+        if isinstance(submodule, Qwen3RotaryEmbedding | Qwen3MoeRotaryEmbedding) and submodule.inv_freq.is_meta:
             parent, _, short = name.rpartition(".")
-            setattr(module.get_submodule(parent), short, Qwen3RotaryEmbedding(config=submodule.config).to(device))
+            kind: Any = type(submodule)
+            setattr(module.get_submodule(parent), short, kind(config=submodule.config).to(device))
 
 
 def _initial(path: str, parameter: nn.Parameter, settings: ModelSettings, seed: int) -> torch.Tensor:

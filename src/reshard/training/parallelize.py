@@ -19,14 +19,12 @@ from torch.distributed.tensor.parallel import (
 from torch.distributed.tensor.parallel.style import ParallelStyle
 
 from reshard.config.fields import ModelSettings
+from reshard.training.experts import RoutedExperts
 from reshard.training.mesh import Place
-from reshard.training.model import Qwen3Stage, build_stage, materialize
-
-# What surrounds the layers, in the order of the model. The output layer must come after a tied embedding.
-_OUTER = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")
+from reshard.training.model import ModelStage, build_stage, materialize
 
 
-def build_model(settings: ModelSettings, seed: int, place: Place) -> Qwen3Stage:
+def build_model(settings: ModelSettings, seed: int, place: Place) -> ModelStage:
     """This rank's part of the model, with its initial weights.
 
     Layer by layer: memory, values, split; so that a rank never holds more than its own shards and one whole layer.
@@ -37,15 +35,20 @@ def build_model(settings: ModelSettings, seed: int, place: Place) -> Qwen3Stage:
     for index, layer in enumerate(model.model.layers):
         if any(True for _ in layer.parameters()):
             materialize(layer, f"model.layers.{index}.", settings, seed, place.device)
-            _lay_out(layer, layer_plan(), place)
+            experts = next((module for module in layer.modules() if isinstance(module, RoutedExperts)), None)
+            if experts is not None:
+                _lay_out_experts(experts, place)
+            _lay_out(layer, layer_plan(dense=experts is None), place)
     materialize(model, "", settings, seed, place.device)
     if place.mesh is not None:
         _lay_out(model, outer_plan(model), place, tied=tied)
     return model
 
 
-def layer_plan() -> dict[str, ParallelStyle]:
+def layer_plan(*, dense: bool = True) -> dict[str, ParallelStyle]:
     """How tensor parallelism splits a decoder layer.
+
+    One that isn't dense has experts, which split themselves, and a router, which every rank has whole.
 
     Attention and feed-forward each take a whole input and give a whole output: the first matrices are split by output (heads), the last by
     input, and their partial results are added up. Queries and keys are normed per head, so those norms' one weight collects gradients
@@ -55,7 +58,7 @@ def layer_plan() -> dict[str, ParallelStyle]:
     whole_keyword = PrepareModuleInput(
         input_kwarg_layouts={"hidden_states": Replicate()}, desired_input_kwarg_layouts={"hidden_states": Replicate()}
     )
-    return {
+    plan: dict[str, ParallelStyle] = {
         "self_attn": whole_keyword,
         "self_attn.q_proj": ColwiseParallel(),
         "self_attn.k_proj": ColwiseParallel(),
@@ -63,14 +66,18 @@ def layer_plan() -> dict[str, ParallelStyle]:
         "self_attn.q_norm": SequenceParallel(sequence_dim=2, use_local_output=True),
         "self_attn.k_norm": SequenceParallel(sequence_dim=2, use_local_output=True),
         "self_attn.o_proj": RowwiseParallel(),
-        "mlp": whole,
-        "mlp.gate_proj": ColwiseParallel(),
-        "mlp.up_proj": ColwiseParallel(),
-        "mlp.down_proj": RowwiseParallel(),
     }
+    if dense:
+        plan |= {
+            "mlp": whole,
+            "mlp.gate_proj": ColwiseParallel(),
+            "mlp.up_proj": ColwiseParallel(),
+            "mlp.down_proj": RowwiseParallel(),
+        }
+    return plan
 
 
-def outer_plan(model: Qwen3Stage) -> dict[str, ParallelStyle]:
+def outer_plan(model: ModelStage) -> dict[str, ParallelStyle]:
     """How tensor parallelism splits embedding and output layer: both by vocabulary, so that they can be tied."""
     plan: dict[str, ParallelStyle] = {}
     if model.model.embed_tokens is not None:
@@ -89,8 +96,17 @@ def _lay_out(module: nn.Module, plan: dict[str, ParallelStyle], place: Place, *,
         if tied:
             # parallelize_module splits module by module, which unties.
             module.get_submodule("lm_head").weight = module.get_submodule("model.embed_tokens").weight
-    # Kept whole from the first micro-batch's forward pass to the last one's backward pass: one gather and one reduction a step.
-    fully_shard(module, mesh=data_mesh(place), reshard_after_forward=False)
+    _share_out(module, data_mesh(place))
+
+
+def _lay_out_experts(experts: RoutedExperts, place: Place) -> None:
+    mesh, sizes = place.expert_mesh, place.sizes
+    if mesh is not None:
+        experts.split(mesh["ep", "tp"] if sizes.tensor > 1 else mesh["ep"])
+        _share_out(experts, mesh["edp_shard"] if sizes.expert_replicate == 1 else mesh["edp_replicate", "edp_shard"])
+    elif place.mesh is not None and sizes.tensor > 1:
+        # The same data-parallel ranks have all experts as have the layer, which takes them along.
+        experts.split(place.mesh["tp"])
 
 
 def data_mesh(place: Place) -> DeviceMesh:
@@ -99,6 +115,11 @@ def data_mesh(place: Place) -> DeviceMesh:
     if place.sizes.replicate == 1:
         return place.mesh["dp_shard"]
     return place.mesh["dp_replicate", "dp_shard"]
+
+
+def _share_out(module: nn.Module, mesh: DeviceMesh) -> None:
+    # Kept whole from the first micro-batch's forward pass to the last one's backward pass: one gather and one reduction a step.
+    fully_shard(module, mesh=mesh, reshard_after_forward=False)
 
 
 def sum_gradients_over_data(model: nn.Module) -> None:

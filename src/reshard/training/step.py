@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from reshard.config.fields import ModelSettings
 from reshard.config.sizes import BatchSizes
 from reshard.training.mesh import Place
-from reshard.training.model import Qwen3Stage
+from reshard.training.model import ModelStage
 from reshard.training.parallelize import local_part, sum_gradients_over_data
 
 # As in torch's own clipping.
@@ -33,7 +33,7 @@ class TrainStep:
         seq_length: tokens of a sample.
     """
 
-    def __init__(self, model: Qwen3Stage, settings: ModelSettings, place: Place, batch: BatchSizes, seq_length: int) -> None:
+    def __init__(self, model: ModelStage, settings: ModelSettings, place: Place, batch: BatchSizes, seq_length: int) -> None:
         self._model = model
         self._place = place
         self._batch = batch
@@ -135,7 +135,7 @@ class TrainStep:
         return mean, squared**0.5
 
 
-def _tied_over_stages(model: Qwen3Stage, settings: ModelSettings, place: Place) -> nn.Parameter | None:
+def _tied_over_stages(model: ModelStage, settings: ModelSettings, place: Place) -> nn.Parameter | None:
     """The tied embedding's parameter on the first and on the last of several stages."""
     if not settings.tie_word_embeddings or place.sizes.pipeline == 1 or not (place.is_first_stage or place.is_last_stage):
         return None
