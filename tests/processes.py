@@ -7,6 +7,7 @@ import os
 import socket
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -18,6 +19,13 @@ PRELOAD = [
     "torch.distributed.pipelining",
     "transformers.models.qwen3",
 ]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """How a rank failed: a traceback, or that it died, and with which exit code."""
+
+    text: str
 
 
 class RankFailedError(AssertionError):
@@ -54,29 +62,47 @@ class RankPool:
 
         A rank that raises, dies or hangs fails the test, and the pool starts anew for the next one.
         """
+        outcomes = self._call(function, arguments, timeout, keep_going=False)
+        for rank, outcome in outcomes.items():
+            if isinstance(outcome, Failure):
+                self.restart()
+                raise RankFailedError(f"rank {rank}:\n{outcome.text}")
+        return [outcomes[rank] for rank in range(self.world_size)]
+
+    def run_settled(self, function: Callable[..., Any], *arguments: Any, timeout: float = 240) -> list[Any]:
+        """As `run`, but each rank's `Failure` stands in the place of its result, and the pool is as the ranks left it.
+
+        Whoever lets one die calls `restart`.
+        """
+        outcomes = self._call(function, arguments, timeout, keep_going=True)
+        return [outcomes[rank] for rank in range(self.world_size)]
+
+    def _call(self, function: Callable[..., Any], arguments: tuple[Any, ...], timeout: float, *, keep_going: bool) -> dict[int, Any]:
+        """What each rank gave, or how it failed; until all have, or the first failed."""
         for end in self._ends:
             end.send((function, arguments))
-        results: dict[int, Any] = {}
-        failure = None
-        while len(results) < self.world_size and failure is None:
-            ready = wait([end for rank, end in enumerate(self._ends) if rank not in results], timeout)
+        outcomes: dict[int, Any] = {}
+        while len(outcomes) < self.world_size:
+            ready = wait([end for rank, end in enumerate(self._ends) if rank not in outcomes], timeout)
             if not ready:
-                failure = f"no word from ranks {sorted(set(range(self.world_size)) - set(results))} for {timeout:g} s"
+                waited = Failure(f"no word for {timeout:g} s")
+                return {**dict.fromkeys(range(self.world_size), waited), **outcomes}
             for end in ready:
                 rank = self._ends.index(end)  # type: ignore[arg-type]
                 try:
                     good, value = end.recv()  # type: ignore[union-attr]
-                except EOFError:
-                    good, value = False, "the process died"
-                if good:
-                    results[rank] = value
-                else:
-                    failure = f"rank {rank}:\n{value}"
-        if failure is not None:
-            self.close()
-            self._start()
-            raise RankFailedError(failure)
-        return [results[rank] for rank in range(self.world_size)]
+                except (EOFError, ConnectionResetError):
+                    self._processes[rank].join()
+                    good, value = False, f"the process died, exit code {self._processes[rank].exitcode}"
+                outcomes[rank] = value if good else Failure(value)
+                if not good and not keep_going:
+                    return outcomes
+        return outcomes
+
+    def restart(self) -> None:
+        """End the processes and start others."""
+        self.close()
+        self._start()
 
     def close(self) -> None:
         """End the processes."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 from reshard.geometry import DType, Layout, Region
+from reshard.geometry.boxes import Boxes
 from reshard.state import TensorKey
 
 
@@ -70,7 +73,26 @@ class Piece:
     holders: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+class Pieces(Sequence[Piece]):
+    """Pieces that become objects when they are asked for; equal to any sequence of the same ones."""
+
+    @property
+    @abstractmethod
+    def boxes(self) -> Boxes:
+        """Their regions."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
+
+    def __hash__(self) -> int:
+        return hash(tuple(self))
+
+
+# Up to so many pieces a loop is faster than arrays that have yet to be made.
+_FEW = 8
+
+
+@dataclass(frozen=True)
 class Arrangement:
     """How a tensor lies in a stored checkpoint. Tensors that lie alike share one, so that plans are made once for all of them.
 
@@ -86,7 +108,20 @@ class Arrangement:
     dtype: DType
     global_shape: tuple[int, ...]
     layout: Layout | None
-    pieces: tuple[Piece, ...]
+    pieces: Sequence[Piece]
+
+    @cached_property
+    def boxes(self) -> Boxes:
+        """The regions of the pieces."""
+        if isinstance(self.pieces, Pieces):
+            return self.pieces.boxes
+        return Boxes.of([piece.region for piece in self.pieces], len(self.global_shape))
+
+    def touching(self, region: Region) -> Sequence[int]:
+        """The indices of the pieces that share an element with a region of the tensor; no other piece is made or looked at one by one."""
+        if len(self.pieces) <= _FEW and not isinstance(self.pieces, Pieces):
+            return [index for index, piece in enumerate(self.pieces) if region.intersect(piece.region) is not None]
+        return self.boxes.touching(region).tolist()
 
 
 class StoredTensor(NamedTuple):

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reshard.errors import LayoutError
-from reshard.geometry import Layout, Mesh
-from reshard.geometry.tensor_map import layout_from_tensor_map, replica_ids, tensor_map_of
+from reshard.geometry import Layout, Mesh, Region
+from reshard.geometry.tensor_map import layout_from_tensor_map, replica_ids, slices_of, tensor_map_of
 from reshard.testing import every_placement, mesh_of, part_by_array_split, slice_of, split
 
 AXES = ("dp", "ep", "tp")
@@ -39,6 +39,19 @@ def test_regions_are_what_numpy_splits(case: tuple[Layout, tuple[int, ...]]) -> 
         seen[region.slices] += 1
     copies = len(layout.mesh.ranks) // math.prod(layout.fragments)
     assert (seen == copies).all()
+
+
+@given(layouts())
+def test_all_places_at_once_are_each_of_them(case: tuple[Layout, tuple[int, ...]]) -> None:
+    layout, shape = case
+    places = range(len(layout.mesh.ranks))
+    assert layout.regions(shape).regions() == [layout.region(position, shape) for position in places]
+    assert layout.slice_ids().tolist() == [layout.slice_id(position) for position in places]
+    slices: dict[int, Region] = {}
+    for position in places:
+        slices.setdefault(layout.slice_id(position), layout.region(position, shape))
+    found = slices_of(layout, shape)
+    assert list(found.items()) == list(slices.items())
 
 
 @given(layouts(even=True))

@@ -55,9 +55,16 @@ def settle(comm: Communicator, error: ReshardError | None, payload: bytes = b"",
 
     Raises:
         ReshardError: when any rank failed, on every rank the same: of the class and with the text of the first failed rank.
+        CommunicationError: the ranks can't reach each other; it has this rank's error in it.
     """
     mine = _Report(None, "", payload) if error is None else _Report(type(error).__name__, str(error), b"")
-    reports = [msgspec.msgpack.decode(data, type=_Report) for data in comm.all_gather(msgspec.msgpack.encode(mine))]
+    try:
+        gathered = comm.all_gather(msgspec.msgpack.encode(mine))
+    except CommunicationError as gone:
+        if error is None:
+            raise
+        raise unheard(error, gone) from error
+    reports = [msgspec.msgpack.decode(data, type=_Report) for data in gathered]
     failed = [rank for rank, report in enumerate(reports) if report.kind is not None]
     if not failed:
         return [report.payload for report in reports]
@@ -68,6 +75,11 @@ def settle(comm: Communicator, error: ReshardError | None, payload: bytes = b"",
     where = f"rank {first}" + (f", and ranks {others} ({len(failed)} of {len(reports)})" if others else f" (of {len(reports)})")
     kind = getattr(errors, reports[first].kind or "", ReshardError)
     raise kind(f"{reports[first].text}\n  on:       {where}\n  so:       {what}") from error
+
+
+def unheard(error: ReshardError, gone: CommunicationError) -> CommunicationError:
+    """What a rank raises that failed and could not tell the others: its own error must not be lost over that."""
+    return CommunicationError(f"{error}\n  besides:  the other ranks could not be told: {gone.what}")
 
 
 def together(comm: Communicator, work: Callable[[], T], *, what: str) -> T:

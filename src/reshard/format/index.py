@@ -4,37 +4,36 @@
 extras) says it once for all tensors that lie alike, and then only their names. It is also what one rank tells the others, so that a job
 parses metadata once.
 
-The file is 16 bytes, the digest of what follows, and a MessagePack map. It names the digest of the metadata that it was made from; a reader
-that finds another one takes it for stale and goes back to the metadata.
+The file is 16 bytes, the digest of what follows, and a MessagePack map, in which pieces are columns (`piece_table`). It names the digest of
+the metadata that it was made from; a reader that finds another one takes it for stale and goes back to the metadata.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from typing import Annotated
 
 import msgspec
-import numpy as np
 import xxhash
 
-from reshard.catalog import Arrangement, Catalog, Piece, Site, StoredTensor
+from reshard.catalog import Arrangement, Catalog, StoredTensor
 from reshard.errors import ReshardError
 from reshard.format.names import is_plain_file_name, parse_tensor_name
-from reshard.geometry import Layout, Mesh, Region
-from reshard.geometry.cover import cover_fault
+from reshard.format.piece_table import Columns, decode_pieces, encode_pieces, pack, unpack
+from reshard.geometry import Layout, Mesh
 from reshard.geometry.dtypes import by_name
 from reshard.state import Kind, TensorKey
 
 INDEX_FILE = "metadata.index"
 
 # A reader takes an index of another version for stale.
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 
 _DIGEST_BYTES = 16
 _KINDS = tuple(Kind)
 
-_Box = tuple[tuple[int, ...], tuple[int, ...]]
-_Site = tuple[int, int, str]
-_Piece = tuple[_Box, int, list[_Site]]
+# What `metadata.json` may say, too: arithmetic on offsets stays in 64 bits.
+_Extent = Annotated[int, msgspec.Meta(ge=0, lt=2**60)]
 
 
 class _Index(msgspec.Struct):
@@ -44,9 +43,8 @@ class _Index(msgspec.Struct):
     notes: list[str]
     meshes: list[tuple[tuple[int, ...], tuple[str, ...], tuple[int, ...]]]
     layouts: list[tuple[int, tuple[tuple[int, ...], ...]]]
-    files: list[str]
-    holders: list[tuple[int, ...]]
-    arrangements: list[tuple[str, tuple[int, ...], int, list[_Piece]]]
+    arrangements: list[tuple[str, tuple[_Extent, ...], int]]
+    pieces: Columns
     names: list[str]
     kinds: bytes
     arranged: bytes
@@ -66,39 +64,20 @@ def encode_index(catalog: Catalog, metadata: bytes) -> bytes:
     """
     meshes: dict[Mesh, int] = {}
     layouts: dict[Layout, int] = {}
-    files: dict[str, int] = {}
-    holders: dict[tuple[int, ...], int] = {}
-    written: list[tuple[str, tuple[int, ...], int, list[_Piece]]] = []
-    known: dict[int, int] = {}
-    known_layouts: dict[int, int] = {}
+    known_layouts: dict[int, int] = {-1: -1}
 
-    def layout_of(layout: Layout | None) -> int:
-        if layout is None:
-            return -1
-        index = known_layouts.get(id(layout))
+    def number_of(layout: Layout | None) -> int:
+        key = -1 if layout is None else id(layout)
+        index = known_layouts.get(key)
         if index is None:
+            assert layout is not None  # -1 is known
             meshes.setdefault(layout.mesh, len(meshes))
-            index = known_layouts[id(layout)] = layouts.setdefault(layout, len(layouts))
+            index = known_layouts[key] = layouts.setdefault(layout, len(layouts))
         return index
 
-    def write(arrangement: Arrangement) -> None:
-        pieces = [
-            (
-                (piece.region.offset, piece.region.shape),
-                holders.setdefault(piece.holders, len(holders)),
-                [(files.setdefault(site.file, len(files)), site.rank, site.suffix) for site in piece.sites],
-            )
-            for piece in arrangement.pieces
-        ]
-        written.append((arrangement.dtype.name, arrangement.global_shape, layout_of(arrangement.layout), pieces))
-
-    arranged = np.empty(len(catalog.tensors), "<u4")
-    for position, tensor in enumerate(catalog.tensors.values()):
-        index = known.get(id(tensor.arrangement))
-        if index is None:
-            index = known[id(tensor.arrangement)] = len(written)
-            write(tensor.arrangement)
-        arranged[position] = index
+    arrangements: dict[int, Arrangement] = {id(tensor.arrangement): tensor.arrangement for tensor in catalog.tensors.values()}
+    numbers = {identity: number for number, identity in enumerate(arrangements)}
+    arranged = [(a.dtype.name, a.global_shape, number_of(a.layout)) for a in arrangements.values()]
     body = msgspec.msgpack.encode(
         _Index(
             INDEX_VERSION,
@@ -107,12 +86,11 @@ def encode_index(catalog: Catalog, metadata: bytes) -> bytes:
             list(catalog.notes),
             [(mesh.shape, mesh.axes, mesh.ranks) for mesh in meshes],
             [(meshes[layout.mesh], layout.split) for layout in layouts],
-            list(files),
-            list(holders),
-            written,
+            arranged,
+            encode_pieces(list(arrangements.values())),
             [tensor.name for tensor in catalog.tensors.values()],
             bytes(_KINDS.index(key.kind) for key in catalog.tensors),
-            arranged.tobytes(),
+            pack([numbers[id(tensor.arrangement)] for tensor in catalog.tensors.values()]),
         )
     )
     return digest_of(body) + body
@@ -141,23 +119,15 @@ def decode_index(data: bytes, directory: str, metadata: bytes | None = None) -> 
 def _tensors(index: _Index) -> Mapping[TensorKey, StoredTensor]:
     meshes = [Mesh(*mesh) for mesh in index.meshes]
     layouts = [Layout(meshes[mesh], split) for mesh, split in index.layouts]
-    if not all(is_plain_file_name(file) for file in index.files):
+    if not all(is_plain_file_name(file) for file in index.pieces.file_names):
         raise ValueError("a file name that leads out of the checkpoint's directory")
-    arrangements = [_arrangement(item, index, layouts) for item in index.arrangements]
-    numbers = np.frombuffer(index.arranged, "<u4").tolist()
+    pieces = decode_pieces(index.pieces, [shape for _, shape, _ in index.arrangements])
+    arrangements = [
+        Arrangement(by_name(dtype), shape, None if layout < 0 else layouts[layout], own)
+        for (dtype, shape, layout), own in zip(index.arrangements, pieces, strict=True)
+    ]
     tensors = {}
-    for name, kind, number in zip(index.names, index.kinds, numbers, strict=True):
+    for name, kind, number in zip(index.names, index.kinds, unpack(index.arranged).tolist(), strict=True):
         key = parse_tensor_name(name, _KINDS[kind])
         tensors[key] = StoredTensor(key, name, arrangements[number])
     return tensors
-
-
-def _arrangement(item: tuple[str, tuple[int, ...], int, list[_Piece]], index: _Index, layouts: Sequence[Layout]) -> Arrangement:
-    dtype, shape, layout, pieces = item
-    made = tuple(
-        Piece(Region(*box), tuple(Site(index.files[file], rank, suffix) for file, rank, suffix in sites), index.holders[group])
-        for box, group, sites in pieces
-    )
-    if cover_fault([piece.region for piece in made], shape) is not None:
-        raise ValueError("pieces that don't cover their tensor")
-    return Arrangement(by_name(dtype), shape, None if layout < 0 else layouts[layout], made)

@@ -6,7 +6,10 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+
 from reshard.errors import LayoutError
+from reshard.geometry.boxes import Boxes
 from reshard.geometry.region import Region
 
 # The contract gives a virtual mesh axis (micro-slices on one card) this name, and only in the last place.
@@ -69,6 +72,11 @@ class Mesh:
             coordinate.append(index)
         return tuple(reversed(coordinate))
 
+    @cached_property
+    def coordinates(self) -> np.ndarray:
+        """The coordinates of all places: int64, of shape (axes, places)."""
+        return np.indices(self.shape).reshape(len(self.shape), len(self.ranks))
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -122,18 +130,21 @@ class Layout:
                 number = number * self.mesh.shape[axis] + coordinate[axis]
         return number
 
+    def slice_ids(self) -> np.ndarray:
+        """The slice id of every place in `mesh.ranks`: int64."""
+        numbers = np.zeros(len(self.mesh.ranks), np.int64)
+        for axes in self.split:
+            for axis in axes:
+                numbers = numbers * self.mesh.shape[axis] + self.mesh.coordinates[axis]
+        return numbers
+
     def region(self, position: int, global_shape: tuple[int, ...]) -> Region:
         """What a place in `mesh.ranks` holds of a tensor of this shape.
 
         Raises:
             LayoutError: the shape has another number of dimensions than the layout.
         """
-        if len(global_shape) != len(self.split):
-            raise LayoutError(
-                "layout and tensor have different numbers of dimensions",
-                found=f"shape {global_shape}",
-                expected=f"{len(self.split)} dimensions",
-            )
+        self._check_dimensions(global_shape)
         coordinate = self.mesh.coordinate(position)
         offset, shape = [], []
         for size, axes in zip(global_shape, self.split, strict=True):
@@ -146,6 +157,33 @@ class Layout:
             offset.append(begin)
             shape.append(size)
         return Region(tuple(offset), tuple(shape))
+
+    def regions(self, global_shape: tuple[int, ...]) -> Boxes:
+        """What every place in `mesh.ranks` holds of a tensor of this shape.
+
+        Raises:
+            LayoutError: the shape has another number of dimensions than the layout.
+        """
+        self._check_dimensions(global_shape)
+        places = len(self.mesh.ranks)
+        offsets, shapes = np.zeros((len(global_shape), places), np.int64), np.empty((len(global_shape), places), np.int64)
+        for d, axes in enumerate(self.split):
+            size = np.full(places, global_shape[d])
+            for axis in axes:
+                part = -(-size // self.mesh.shape[axis])
+                first = np.minimum(self.mesh.coordinates[axis] * part, size)
+                size = np.minimum(part, size - first)
+                offsets[d] += first
+            shapes[d] = size
+        return Boxes(offsets, shapes)
+
+    def _check_dimensions(self, global_shape: tuple[int, ...]) -> None:
+        if len(global_shape) != len(self.split):
+            raise LayoutError(
+                "layout and tensor have different numbers of dimensions",
+                found=f"shape {global_shape}",
+                expected=f"{len(self.split)} dimensions",
+            )
 
     def rank_region(self, rank: int, global_shape: tuple[int, ...]) -> Region:
         """What a global rank holds of a tensor of this shape.

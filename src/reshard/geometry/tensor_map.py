@@ -6,8 +6,9 @@ list says "split by several axes, the left one outermost".
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
+
+import numpy as np
 
 from reshard.errors import LayoutError
 from reshard.geometry.layout import Layout, Mesh
@@ -57,13 +58,14 @@ def tensor_map_of(layout: Layout) -> list[int | list[int]]:
 
 def replica_ids(layout: Layout) -> list[int]:
     """The contract's `replica_id`: for each place in `rank_list` its ordinal among the places that hold the same slice."""
-    seen: Counter[int] = Counter()
-    result = []
-    for position in range(len(layout.mesh.ranks)):
-        number = layout.slice_id(position)
-        result.append(seen[number])
-        seen[number] += 1
-    return result
+    numbers = layout.slice_ids()
+    order = np.argsort(numbers, kind="stable")
+    ordered = numbers[order]
+    # In the order of the slices, each begins where the number changes; a place's ordinal is its distance from there.
+    begins = np.flatnonzero(np.diff(ordered, prepend=-1))
+    result = np.empty(len(numbers), np.int64)
+    result[order] = np.arange(len(numbers)) - np.repeat(begins, np.diff(begins, append=len(numbers)))
+    return result.tolist()
 
 
 def slices_of(layout: Layout, global_shape: tuple[int, ...]) -> dict[int, Region]:
@@ -72,9 +74,7 @@ def slices_of(layout: Layout, global_shape: tuple[int, ...]) -> dict[int, Region
     Raises:
         LayoutError: the shape has another number of dimensions than the layout.
     """
-    slices: dict[int, Region] = {}
-    for position in range(len(layout.mesh.ranks)):
-        number = layout.slice_id(position)
-        if number not in slices:
-            slices[number] = layout.region(position, global_shape)
-    return slices
+    boxes = layout.regions(global_shape)
+    numbers = layout.slice_ids()
+    first = np.sort(np.unique(numbers, return_index=True)[1])
+    return dict(zip(numbers[first].tolist(), boxes.take(first).regions(), strict=True))

@@ -18,7 +18,8 @@ from reshard.format.safetensors import TensorEntry
 from reshard.geometry import Region
 from reshard.geometry.dtypes import by_name
 from reshard.loading.casting import CastMemory
-from reshard.loading.exchange import MEMORY_BUDGET, PreparedExchange, Traffic, prepare_exchange, run_exchange
+from reshard.loading.exchange import MEMORY_BUDGET, PreparedExchange, prepare_exchange
+from reshard.loading.lanes import Traffic, run_exchange
 from reshard.loading.reader import locate, read_plan
 from reshard.loading.report import RankReport
 from reshard.loading.selection import Selection

@@ -178,10 +178,10 @@ def _movements(holding: Holding, arrangement: Arrangement, rank: int) -> Iterato
         if region.is_empty:
             continue
         covered = 0
-        for piece in arrangement.pieces:
+        for number in arrangement.touching(region):
+            piece = arrangement.pieces[number]
             common = region.intersect(piece.region)
-            if common is None:
-                continue
+            assert common is not None  # they touch
             covered += common.size
             source = common.relative_to(piece.region)
             strides = strides_of(piece.region.shape, itemsize)
