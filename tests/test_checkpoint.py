@@ -21,6 +21,7 @@ from reshard.format.extra import global_tree, write_extra
 from reshard.format.metadata import encode_metadata
 from reshard.format.names import COMMON_FILE, EXTRA_DIRECTORY, GLOBAL_EXTRA_FILE, METADATA_FILE, data_file_name
 from reshard.format.safetensors import plan_header, write_tensors
+from reshard.format.seal import SEAL_FILE, SealedFile, encode_seal
 from reshard.geometry import Layout, Mesh, Region
 from reshard.geometry.dtypes import by_numpy
 from reshard.shortcuts import load
@@ -213,17 +214,23 @@ def write(directory, name, array, regions, layout=None, storage=None):
     """A checkpoint of one tensor, each region in the file of a rank of its own."""
     storage = storage or PosixStorage()
     chunks = []
+    sealed = {}
     for rank, region in enumerate(regions):
         part = array[region.slices] if array.ndim else array
         file = data_file_name("t", Kind.MODEL, rank, len(regions))
         header = plan_header([("other", by_numpy(np.dtype(np.int8)), (rank,)), (name, by_numpy(array.dtype), part.shape)], {"format": "ms"})
-        write_tensors(storage, f"{directory}/{file}", header, [(name, part), ("other", np.zeros(rank, np.int8))])
+        values = {name: part, "other": np.zeros(rank, np.int8)}
+        sealed[file] = write_tensors(storage, f"{directory}/{file}", header, [(entry, values[entry]) for entry in header.entries])
         chunks.append(Chunk(region, (Place(file, name, rank),), (rank,)))
     tensor = stored_tensor(model_key(name), by_numpy(array.dtype), array.shape, layout, tuple(chunks))
-    storage.write_bytes(f"{directory}/{METADATA_FILE}", encode_metadata(Catalog(str(directory), {tensor.key: tensor})))
-    storage.write_bytes(f"{directory}/{COMMON_FILE}", encode_common(CommonInfo()))
+    small = {METADATA_FILE: encode_metadata(Catalog(str(directory), {tensor.key: tensor})), COMMON_FILE: encode_common(CommonInfo())}
+    for file, text in small.items():
+        storage.write_bytes(f"{directory}/{file}", text)
+        sealed[file] = SealedFile.whole(text)
+    extra = f"{EXTRA_DIRECTORY}/{GLOBAL_EXTRA_FILE}"
     storage.make_directory(f"{directory}/{EXTRA_DIRECTORY}")
-    write_extra(storage, f"{directory}/{EXTRA_DIRECTORY}/{GLOBAL_EXTRA_FILE}", global_tree({}, ()))
+    sealed[extra] = write_extra(storage, f"{directory}/{extra}", global_tree({}, ()))
+    storage.write_bytes(f"{directory}/{SEAL_FILE}", encode_seal(sealed))
 
 
 @pytest.mark.parametrize("dtype", [ml_dtypes.float8_e5m2, ml_dtypes.float8_e4m3fn, ml_dtypes.bfloat16])

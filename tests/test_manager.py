@@ -31,6 +31,7 @@ from reshard.errors import (
 from reshard.format.extra import write_extra
 from reshard.storage import PosixStorage
 from reshard.testing import run_ranks, run_ranks_settled
+from tests.seals import seal_again, unseal
 
 WEIGHTS = {"a.weight": np.arange(24, dtype=np.float32).reshape(4, 6), "b.bias": np.arange(6, dtype=np.float64)}
 MOMENTS = {f"{slot}.{name}": array.astype(np.float32) / 7 for slot in ("adam_m", "adam_v") for name, array in WEIGHTS.items()}
@@ -138,6 +139,7 @@ def test_tensors_that_metadata_does_not_list_are_ignored_with_a_note(root: Path)
     del content["state_dict_metadata"]["b.bias"]
     del content["storage_data"]["('b.bias', (0,))"]
     metadata.write_text(json.dumps(content))
+    seal_again(metadata.parent)
     report = reshard.load(root, model={"a.weight": blank(WEIGHTS)["a.weight"]})
     assert any("b.bias" in note for note in report.notes)
     assert report.unexpected == ()
@@ -472,6 +474,7 @@ def test_a_file_of_an_impossible_size_is_not_read(root: Path, name: str, error: 
 def test_a_name_that_no_optimizer_tensor_has_is_damage(tmp_path: Path, name: str, has_metadata: bool) -> None:
     reshard.save(tmp_path, 1, model=WEIGHTS, optimizer={"m.v": np.zeros(2, np.float32)})
     directory = tmp_path / "iteration_00000001"
+    unseal(directory)
     text = (directory / "metadata.json").read_text()
     (directory / "metadata.json").unlink()
     if has_metadata:
@@ -490,6 +493,9 @@ def test_a_single_cards_checkpoint_loads_without_metadata_and_what_belongs_to_it
     directory = root / "iteration_00000020"
     (directory / "metadata.json").unlink()
     weights = blank(WEIGHTS)
+    with pytest.raises(MetadataError, match=r"missing[\s\S]*metadata\.json[\s\S]*seal\.json"):
+        reshard.load(root, model=weights)
+    unseal(directory)
     reshard.load(root, model=weights)
     assert same(weights, {name: array + 1 for name, array in WEIGHTS.items()})
     shutil.rmtree(directory / "extra")
@@ -503,6 +509,7 @@ def test_a_checkpoint_of_another_writer_loads_without_common_information(root: P
     content = json.loads(metadata.read_text())
     del content["format_version"]
     metadata.write_text(json.dumps(content))
+    (metadata.parent / "seal.json").unlink()
     shutil.rmtree(metadata.parent / "extra")
     (metadata.parent / "common.json").unlink()
     report = reshard.load(root, model=blank(WEIGHTS))

@@ -15,11 +15,14 @@ import numpy as np
 from reshard.catalog import Catalog, Chunk, StoredTensor
 from reshard.errors import UsageError
 from reshard.format.common import CommonInfo, read_common
-from reshard.format.extra import groups_of, read_extra, values_in
+from reshard.format.digest import Hasher
+from reshard.format.extra import groups_of, values_in
 from reshard.format.names import COMMON_FILE, EXTRA_DIRECTORY, GLOBAL_EXTRA_FILE, tensor_name
+from reshard.format.safetensors import TensorEntry, check_tensor
+from reshard.format.seal import Seal
 from reshard.geometry import DType, Layout, Region
 from reshard.planning.byte_runs import plan_blocks, strides_of
-from reshard.sources.native import Headers, check_promises, open_catalog
+from reshard.sources.native import Headers, check_promises, open_stored, read_own_extra
 from reshard.sources.resolve import resolve
 from reshard.state import ParameterGroup, TensorKey
 from reshard.storage import Storage
@@ -44,6 +47,7 @@ class Checkpoint:
         directory: where its files lie.
         iteration: its number; None when the directory's name has none.
         catalog: what it holds, as data.
+        seal: which files it consists of, and their digests; None when it has none.
         common: the progress of the run (`common.json`); None when there is no such file.
         notes: what the reader should know about how it was found and what it lacks.
 
@@ -58,10 +62,12 @@ class Checkpoint:
         found = resolve(self._storage, os.path.abspath(os.fspath(path)))
         self.directory: str = found.directory
         self.iteration: int | None = found.iteration
-        self.catalog: Catalog = open_catalog(self._storage, found.directory)
+        stored = open_stored(self._storage, found.directory)
+        self.catalog: Catalog = stored.catalog
+        self.seal: Seal | None = stored.seal
         self.common: CommonInfo | None = read_common(self._storage, join(found.directory, COMMON_FILE))
         self.notes: tuple[str, ...] = (*found.notes, *self.catalog.notes)
-        self._headers = Headers(self._storage, found.directory)
+        self._headers = Headers(self._storage, found.directory, stored.seal)
         self._tensors = {tensor_name(key): tensor for key, tensor in self.catalog.tensors.items()}
 
     @property
@@ -80,7 +86,7 @@ class Checkpoint:
 
     @cached_property
     def _extra(self) -> Any:
-        return read_extra(self._storage, self._extra_file)
+        return read_own_extra(self._storage, self.directory, GLOBAL_EXTRA_FILE, self.seal)
 
     def check(self, names: Iterable[str] | None = None) -> tuple[str, ...]:
         """Hold the headers of files against the metadata.
@@ -159,11 +165,11 @@ class TensorView:
     def read(self, region: Region | None = None) -> np.ndarray:
         """The values of a region, by default of the whole tensor, whatever chunks they lie in.
 
-        Reads exactly the region's bytes.
+        Reads exactly the region's bytes. Chunks that are read whole are held against their digests.
 
         Raises:
             UsageError: the region lies outside the tensor.
-            DataFileError: a file is missing or damaged, or doesn't hold what metadata promises.
+            DataFileError: a file is missing or damaged, doesn't hold what metadata promises, or a chunk is not as it was saved.
         """
         region = Region.whole(self.shape) if region is None else region
         if not region.fits(self.shape):
@@ -171,28 +177,34 @@ class TensorView:
         # Before memory is taken: a shape that metadata made up has no file that holds it.
         stored = self._stored(region)
         out = np.empty(region.shape, self.dtype.numpy)
-        for chunk, common, begin in stored:
-            self._fill(out[common.relative_to(region).slices] if out.ndim else out, chunk, common.relative_to(chunk.region), begin)
+        for chunk, common, entry in stored:
+            self._fill(out[common.relative_to(region).slices] if out.ndim else out, chunk, common.relative_to(chunk.region), entry)
         return out
 
-    def _stored(self, region: Region) -> list[tuple[Chunk, Region, int]]:
-        """The chunks that a region shares elements with, which these are, and where each chunk begins in its file."""
+    def _stored(self, region: Region) -> list[tuple[Chunk, Region, TensorEntry]]:
+        """The chunks that a region shares elements with, which these are, and where each chunk lies in its file."""
         parts = [(chunk, common) for chunk in self.chunks if (common := region.intersect(chunk.region)) is not None]
-        return [(chunk, common, self._headers.entry(chunk.places[0], self.dtype, chunk.region.shape).begin) for chunk, common in parts]
+        return [(chunk, common, self._headers.entry(chunk.places[0], self.dtype, chunk.region.shape)) for chunk, common in parts]
 
-    def _fill(self, out: np.ndarray, chunk: Chunk, box: Region, begin: int) -> None:
+    def _fill(self, out: np.ndarray, chunk: Chunk, box: Region, entry: TensorEntry) -> None:
         itemsize = self.dtype.itemsize
         strides = strides_of(chunk.region.shape, itemsize)
-        with self._storage.open_read(join(self._directory, chunk.places[0].file)) as file:
+        path = join(self._directory, chunk.places[0].file)
+        # The digest is of the whole chunk: it is looked at when all of it is read.
+        hasher = Hasher() if entry.digest is not None and box.shape == chunk.region.shape else None
+        with self._storage.open_read(path) as file:
             for block in plan_blocks(chunk.region.shape, box, itemsize, block_bytes=_BLOCK_BYTES, gap_bytes=0):
                 target = out[block.region.relative_to(box).slices] if out.ndim else out
-                if target.flags.c_contiguous:
-                    file.read_into(begin + block.offset, memoryview(target.reshape(-1).view(np.uint8)))
-                else:
-                    run = np.empty(block.nbytes, np.uint8)
-                    file.read_into(begin + block.offset, memoryview(run))
+                is_direct = target.flags.c_contiguous
+                run = memoryview(target.reshape(-1).view(np.uint8) if is_direct else np.empty(block.nbytes, np.uint8))
+                file.read_into(entry.begin + block.offset, run)
+                if hasher is not None:
+                    hasher.update(run)
+                if not is_direct:
                     # Not by `as_strided`, which knows no float8.
-                    target[...] = np.ndarray(block.region.shape, self.dtype.numpy, run.data, strides=strides)
+                    target[...] = np.ndarray(block.region.shape, self.dtype.numpy, run, strides=strides)
+        if hasher is not None:
+            check_tensor(entry, hasher.digest(), path)
 
     def __getitem__(self, index: Any) -> np.ndarray:
         """The values at an index of integers, slices with positive steps, and at most one ellipsis; an array also where nothing is left of

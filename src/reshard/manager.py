@@ -134,9 +134,10 @@ class CheckpointManager:
             random = {"random": adapter.to_value(adapter.random_states())}
             return State(tensors=captured.tensors, groups=captured.groups, values=values, rank_values=random)
 
-        state, error = attempt(capture)
         stated = common if common is not None else CommonInfo(step_num=step, global_step=step)
-        return self._saver.save(step, state if state is not None else State(), stated, error)
+        with collector_paused():
+            state, error = attempt(capture)
+            return self._saver.save(step, state if state is not None else State(), stated, error)
 
     @overload
     def load(

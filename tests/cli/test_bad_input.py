@@ -20,6 +20,7 @@ from reshard.cli.app import app
 from reshard.manager import CheckpointManager
 from reshard.training.metrics import read_metrics
 from tests.golden import GOLDEN
+from tests.seals import seal_again
 from tests.training.ranks import MODEL
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -106,6 +107,7 @@ def several_ranks_without_metadata(root: Path) -> None:
 def garbled_metadata(root: Path) -> None:
     path = root / ITERATION / "metadata.json"
     path.write_bytes(path.read_bytes()[:-5])
+    seal_again(root / ITERATION)
 
 
 def promising_metadata(root: Path) -> None:
@@ -114,6 +116,16 @@ def promising_metadata(root: Path) -> None:
     tensors = load_file(path)
     del tensors["model.norm.weight"]
     save_file(tensors, path)
+    seal_again(root / ITERATION)
+
+
+def other_metadata(root: Path) -> None:
+    path = root / ITERATION / "metadata.json"
+    path.write_bytes(path.read_bytes().replace(b'"Float32"', b'"Float16"'))
+
+
+def missing_seal(root: Path) -> None:
+    (root / ITERATION / "seal.json").unlink()
 
 
 def truncated_file(root: Path) -> None:
@@ -130,6 +142,8 @@ def truncated_file(root: Path) -> None:
         (early_tracker, ["names an iteration that isn't there", TRACKER, "one of 1"]),
         (several_ranks_without_metadata, ["metadata.json is missing from a checkpoint of several ranks", "4 ranks"]),
         (garbled_metadata, ["not JSON", "metadata.json"]),
+        (other_metadata, ["not as it was saved", "metadata.json"]),
+        (missing_seal, ["a file of the checkpoint is missing", "seal.json"]),
         (promising_metadata, ["promises a tensor that the file doesn't hold", "model.norm.weight"]),
         (truncated_file, ["truncated", "-model-0000000-0000001.safetensors"]),
     ],

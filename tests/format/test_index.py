@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 import reshard
 from reshard.catalog import Arrangement, Catalog, Piece, Site, StoredTensor
 from reshard.comm import Communicator
-from reshard.format.index import INDEX_FILE, decode_index, digest_of, encode_index
+from reshard.format.digest import digest_of
+from reshard.format.index import INDEX_FILE, decode_index, encode_index
 from reshard.format.metadata import decode_metadata
 from reshard.format.names import tensor_name
 from reshard.geometry import Mesh, Region
 from reshard.geometry.cover import cover_fault
 from reshard.geometry.dtypes import by_name
-from reshard.sources.native import open_catalog, open_index
+from reshard.sources.native import open_catalog, open_stored
 from reshard.state import model_key, slot_key
 from reshard.storage.posix import PosixStorage
 from reshard.testing import every_placement, run_ranks, split, state_on_rank
@@ -57,7 +58,7 @@ def test_an_index_carries_every_catalog(case: str) -> None:
     directory = str(golden.iteration(case))
     catalog = open_catalog(PosixStorage(), directory)
     assert decode_index(encode_index(catalog, b"m"), directory, b"m") == catalog
-    assert decode_index(open_index(PosixStorage(), directory), directory) == catalog
+    assert decode_index(open_stored(PosixStorage(), directory).encode_index(), directory) == catalog
 
 
 def test_other_metadata_makes_an_index_stale(checkpoint: Path) -> None:

@@ -222,7 +222,7 @@ def reorder_layout(document):
         ),
         (change("storage_data", "('w', (0,))", 0, "file_name", to=""), "leads out", "w"),
         # versions
-        (change("format_version", to=2), "newer version of reshard", None),
+        (change("format_version", to=3), "newer version of reshard", None),
         (change("format_version", to=0), "newer version of reshard", None),
         (change("format_version", to="1"), "unexpected value", None),
     ],

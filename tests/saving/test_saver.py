@@ -14,6 +14,7 @@ from safetensors import deserialize, safe_open
 from reshard.comm import SingleProcess
 from reshard.errors import CaptureError, CommunicationError, NoSpaceError, ReshardError, SaveError, UsageError
 from reshard.format.common import CommonInfo
+from reshard.format.digest import digest_of
 from reshard.format.extra import read_extra
 from reshard.geometry import Region
 from reshard.geometry.dtypes import ALL, by_numpy
@@ -47,6 +48,7 @@ def test_the_files_of_a_checkpoint(tmp_path):
         "common.json",
         "extra",
         "metadata.json",
+        "seal.json",
     ]
     assert sorted(os.listdir(directory / "extra")) == [
         "global.safetensors",
@@ -62,7 +64,9 @@ def test_the_files_of_a_checkpoint(tmp_path):
         assert np.array_equal(model["embed"], runs.whole(model_key("embed"), 30)[2 * rank : 2 * rank + 2])
         assert sorted(stored(directory / f"CKP-opt-000000{rank}-0000002.safetensors")) == ["adam_m.embed", "global_step"]
         with safe_open(directory / f"CKP-opt-000000{rank}-0000002.safetensors", "np") as file:
-            assert file.metadata() == {"format": "ms"}
+            metadata = file.metadata()
+            assert metadata.pop("xxh3_128") == "".join(digest_of(file.get_tensor(name)).hex() for name in ("adam_m.embed", "global_step"))
+            assert metadata == {"format": "ms"}
         tree = read_extra(PosixStorage(), str(directory / f"extra/rank-000000{rank}.safetensors"))
         assert tree["rank_values"]["random"].tolist() == list(range(30 + rank))
         assert tree["world_size"] == 2
@@ -144,7 +148,7 @@ def test_options(tmp_path):
     state = state_of(whole_tensor(model_key("w"), np.ones(2, np.float32)), whole_tensor(slot_key("adam_m", "w"), np.ones(2, np.float32)))
     save_one(tmp_path / "a", state, prefix=None, save_optimizer=False)
     directory = tmp_path / "a/iteration_00000001"
-    assert sorted(os.listdir(directory)) == ["common.json", "extra", "metadata.json", "model-0000000-0000001.safetensors"]
+    assert sorted(os.listdir(directory)) == ["common.json", "extra", "metadata.json", "model-0000000-0000001.safetensors", "seal.json"]
     assert list(json.loads((directory / "metadata.json").read_text())["state_dict_metadata"]) == ["w"]
 
 

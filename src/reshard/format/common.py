@@ -11,6 +11,7 @@ import msgspec
 
 from reshard.errors import MetadataError
 from reshard.format import json_text
+from reshard.format.seal import SealedFile
 from reshard.format.small_file import read_small
 from reshard.storage import Storage
 
@@ -62,14 +63,24 @@ def encode_common(info: CommonInfo) -> bytes:
     return json.dumps(asdict(info), indent=4, allow_nan=False, default=operator.index).encode("ascii")
 
 
-def read_common(storage: Storage, path: str) -> CommonInfo | None:
+def read_common(storage: Storage, path: str, sealed: SealedFile | None = None) -> CommonInfo | None:
     """What a file says; None when there is no such file.
 
+    Args:
+        storage: where it lies.
+        path: the file.
+        sealed: what the checkpoint's seal says of it: then it is that file, or an error.
+
     Raises:
-        MetadataError: it isn't JSON, a value has the wrong type, or it is larger than any such file.
+        MetadataError: it isn't JSON, a value has the wrong type, it is larger than any such file, or not the one that was sealed.
         StorageError: the storage refuses.
     """
-    return None if storage.stat(path) is None else decode_common(read_small(storage, path, _MOST_BYTES, error=MetadataError), path)
+    if storage.stat(path) is None:
+        return None
+    data = read_small(storage, path, _MOST_BYTES, error=MetadataError)
+    if sealed is not None:
+        sealed.check(data, path)
+    return decode_common(data, path)
 
 
 def decode_common(data: bytes, file: str) -> CommonInfo:

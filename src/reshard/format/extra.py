@@ -18,7 +18,9 @@ from typing import Any
 import numpy as np
 
 from reshard.errors import CaptureError, MetadataError, UsageError
-from reshard.format.safetensors import plan_header, read_header, write_tensors
+from reshard.format.digest import digest_of
+from reshard.format.safetensors import check_tensor, plan_header, read_header, write_tensors
+from reshard.format.seal import SealedFile
 from reshard.geometry.dtypes import by_numpy
 from reshard.state import ParameterGroup
 from reshard.storage import Storage
@@ -244,8 +246,11 @@ class _Decoder:
         return [(key, item) for key, item in self._items(value)]
 
 
-def write_extra(storage: Storage, path: str, tree: Any) -> None:
+def write_extra(storage: Storage, path: str, tree: Any) -> SealedFile:
     """Write a tree as a new file, durable when this returns.
+
+    Returns:
+        What the checkpoint's seal says of the file.
 
     Raises:
         CaptureError: the tree holds something that can't be saved.
@@ -255,19 +260,27 @@ def write_extra(storage: Storage, path: str, tree: Any) -> None:
     header = plan_header(
         [(name, by_numpy(array.dtype), array.shape) for name, array in arrays.items()], {"format": EXTRA_FORMAT, "tree": text}
     )
-    write_tensors(storage, path, header, ((name, arrays[name]) for name in header.entries))
+    return write_tensors(storage, path, header, ((name, arrays[name]) for name in header.entries))
 
 
-def read_extra(storage: Storage, path: str, from_value: Callable[[FrameworkArray], Any] | None = None) -> Any:
+def read_extra(
+    storage: Storage, path: str, from_value: Callable[[FrameworkArray], Any] | None = None, *, sealed: SealedFile | None = None
+) -> Any:
     """The tree of a file; None when there is no such file.
 
+    Args:
+        storage: where it lies.
+        path: the file.
+        from_value: as in `decode_tree`.
+        sealed: what the checkpoint's seal says of the file: then it must be there, and be that file.
+
     Raises:
-        DamagedCheckpointError: the file is damaged, or of another format.
+        DamagedCheckpointError: the file is damaged, of another format, or not the one that was sealed.
         StorageError: the storage refuses.
     """
-    if storage.stat(path) is None:
+    if sealed is None and storage.stat(path) is None:
         return None
-    header = read_header(storage, path)
+    header = read_header(storage, path, sealed)
     found = header.metadata.get("format")
     if found != EXTRA_FORMAT or "tree" not in header.metadata:
         raise MetadataError("not a file of extras, or of a newer version", file=path, field="format", found=found, expected=EXTRA_FORMAT)
@@ -277,6 +290,7 @@ def read_extra(storage: Storage, path: str, from_value: Callable[[FrameworkArray
             array = np.empty(entry.shape, entry.dtype.numpy)
             if array.nbytes:
                 file.read_into(entry.begin, memoryview(array.reshape(-1).view(np.uint8)))
+            check_tensor(entry, digest_of(array), path)
             arrays[entry.name] = array
     try:
         return decode_tree(header.metadata["tree"], arrays, from_value)

@@ -14,10 +14,10 @@ from collections.abc import Mapping
 from typing import Annotated
 
 import msgspec
-import xxhash
 
 from reshard.catalog import Arrangement, Catalog, StoredTensor
 from reshard.errors import ReshardError
+from reshard.format.digest import DIGEST_BYTES, digest_of
 from reshard.format.names import is_plain_file_name, parse_tensor_name
 from reshard.format.piece_table import Columns, decode_pieces, encode_pieces, pack, unpack
 from reshard.geometry import Layout, Mesh
@@ -29,7 +29,6 @@ INDEX_FILE = "metadata.index"
 # A reader takes an index of another version for stale.
 INDEX_VERSION = 2
 
-_DIGEST_BYTES = 16
 _KINDS = tuple(Kind)
 
 # What `metadata.json` may say, too: arithmetic on offsets stays in 64 bits.
@@ -48,11 +47,6 @@ class _Index(msgspec.Struct):
     names: list[str]
     kinds: bytes
     arranged: bytes
-
-
-def digest_of(data: bytes) -> bytes:
-    """The digest by which an index knows its metadata (XXH3, 128 bits)."""
-    return xxhash.xxh3_128_digest(data)
 
 
 def encode_index(catalog: Catalog, metadata: bytes) -> bytes:
@@ -104,8 +98,8 @@ def decode_index(data: bytes, directory: str, metadata: bytes | None = None) -> 
         directory: of the checkpoint.
         metadata: the digest of the `metadata.json` that is there; None to take the index at its word.
     """
-    body = data[_DIGEST_BYTES:]
-    if digest_of(body) != data[:_DIGEST_BYTES]:
+    body = data[DIGEST_BYTES:]
+    if digest_of(body) != data[:DIGEST_BYTES]:
         return None
     try:
         index = msgspec.msgpack.decode(body, type=_Index)

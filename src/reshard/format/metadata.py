@@ -29,7 +29,10 @@ from reshard.state import Kind
 from reshard.version import __version__
 
 # What this project adds to the contract's keys. A reader refuses a newer one: it may leave out what an older reader needs.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+
+# From this version on a checkpoint has a seal: where there is none, it is lost.
+SEALED_SINCE = 2
 
 # Above what any job needs: a stored chunk takes about 120 bytes, so that 10,000 tensors on 3,000 ranks, each with a chunk of its own, fit.
 # It is held in memory whole, and so is what it says, which takes some times as much.

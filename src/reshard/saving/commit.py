@@ -9,36 +9,37 @@ from dataclasses import dataclass, field
 from reshard.comm.together import attempt
 from reshard.errors import ReshardError, SaveError
 from reshard.format.names import REPLACED_PREFIX, TRACKER_FILE, iteration_name
+from reshard.format.seal import SealedFile
 from reshard.format.tracker import encode_tracker, read_text
 from reshard.saving.root import discard, scratch_name
 from reshard.storage import Storage
 from reshard.storage.storage import join
 
 
-def check_presence(storage: Storage, directory: str, files: Mapping[int, list[tuple[str, int]]]) -> None:
+def check_presence(storage: Storage, directory: str, files: Mapping[int, Mapping[str, SealedFile]]) -> None:
     """See that every file that a rank reports is there, whole, as seen from here.
 
     Args:
         storage: where they lie.
         directory: the directory that the ranks wrote.
-        files: by rank, the paths inside the directory and the sizes in bytes.
+        files: by rank and path inside the directory, what was written.
 
     Raises:
         SaveError: one isn't.
     """
     listed: dict[str, int] = {}
-    for part in sorted({name.rpartition("/")[0] for reported in files.values() for name, _ in reported}):
+    for part in sorted({name.rpartition("/")[0] for reported in files.values() for name in reported}):
         prefix = f"{part}/" if part else ""
         listed |= {prefix + entry.name: entry.size for entry in storage.list(join(directory, part) if part else directory)}
     for rank, reported in files.items():
-        for name, size in reported:
-            if listed.get(name) != size:
+        for name, file in reported.items():
+            if listed.get(name) != file.size:
                 raise SaveError(
                     "a rank wrote a file that rank 0 doesn't find",
                     file=join(directory, name),
                     rank=rank,
                     found=f"{listed[name]} bytes" if name in listed else "no such file",
-                    expected=f"{size} bytes",
+                    expected=f"{file.size} bytes",
                     fix="the checkpoint root must lie on a file system that all ranks share",
                 )
 

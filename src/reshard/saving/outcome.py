@@ -9,6 +9,7 @@ import msgspec
 from reshard import errors
 from reshard.errors import NoSpaceError, ReshardError, SaveError, UsageError
 from reshard.format.names import iteration_name
+from reshard.format.seal import SealedFile
 from reshard.saving.groups import GroupOptions
 
 
@@ -36,7 +37,7 @@ class Outcome(msgspec.Struct, array_like=True):
     Attributes:
         step: the iteration that it saves; None when it got none that can be.
         failure: what kept it from writing its part; None when nothing did.
-        files: the paths of its files inside the iteration's directory, and their sizes in bytes.
+        files: by the paths of its files inside the iteration's directory, what the seal says of them.
         news: its structure, when the others don't know it yet.
         options: the hyper-parameters of its groups.
         global_step: the step count of its optimizers; None when it has none.
@@ -44,7 +45,7 @@ class Outcome(msgspec.Struct, array_like=True):
 
     step: int | None
     failure: Failure | None
-    files: list[tuple[str, int]]
+    files: dict[str, SealedFile]
     news: bytes | None
     options: list[GroupOptions]
     global_step: int | None = None

@@ -9,7 +9,8 @@ import numpy as np
 from reshard.errors import NoSpaceError, SaveError
 from reshard.format.extra import write_extra
 from reshard.format.names import EXTRA_DIRECTORY, rank_extra_file
-from reshard.format.safetensors import Header, write_tensors
+from reshard.format.safetensors import PlannedHeader, write_tensors
+from reshard.format.seal import SealedFile
 from reshard.planning.write_plan import FilePlan, WriteEntry
 from reshard.state import State
 from reshard.storage import Storage
@@ -60,13 +61,13 @@ def check_space(storage: Storage, root: str, temporary: str, nbytes: int) -> Non
 def write_rank(
     storage: Storage,
     directory: str,
-    files: Sequence[tuple[FilePlan, Header, tuple[WriteEntry, ...]]],
+    files: Sequence[tuple[FilePlan, PlannedHeader, tuple[WriteEntry, ...]]],
     state: State,
     *,
     rank: int,
     world_size: int,
     place: str,
-) -> list[tuple[str, int]]:
+) -> dict[str, SealedFile]:
     """Write one rank's files into the directory of an iteration, which is made if it isn't there.
 
     Args:
@@ -79,7 +80,7 @@ def write_rank(
         place: the rank's place in the strategy; its per-rank values come back to this place only.
 
     Returns:
-        The paths of the files inside the directory and their sizes in bytes.
+        By the paths of the files inside the directory, what the checkpoint's seal says of them.
 
     Raises:
         CaptureError: a value that can't be saved, or memory that isn't what the state says.
@@ -88,14 +89,12 @@ def write_rank(
     """
     extra = join(directory, EXTRA_DIRECTORY)
     storage.make_directory(extra)
-    written = []
+    written = {}
     for file, header, entries in files:
-        write_tensors(storage, join(directory, file.file_name), header, _values(entries, state))
-        written.append((file.file_name, header.file_size))
-    name = rank_extra_file(rank)
-    write_extra(storage, join(extra, name), {"rank_values": dict(state.rank_values), "world_size": world_size, "place": place})
-    there = storage.stat(join(extra, name))
-    written.append((f"{EXTRA_DIRECTORY}/{name}", 0 if there is None else there.size))
+        written[file.file_name] = write_tensors(storage, join(directory, file.file_name), header, _values(entries, state))
+    name = join(EXTRA_DIRECTORY, rank_extra_file(rank))
+    tree = {"rank_values": dict(state.rank_values), "world_size": world_size, "place": place}
+    written[name] = write_extra(storage, join(directory, name), tree)
     storage.sync_directory(extra)
     storage.sync_directory(directory)
     return written

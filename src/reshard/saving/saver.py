@@ -20,6 +20,7 @@ from reshard.format.common import CommonInfo, decode_common, encode_common
 from reshard.format.extra import global_tree, write_extra
 from reshard.format.index import INDEX_FILE
 from reshard.format.names import COMMON_FILE, EXTRA_DIRECTORY, GLOBAL_EXTRA_FILE, METADATA_FILE, data_file_name, iteration_name
+from reshard.format.seal import SEAL_FILE, SealedFile, encode_seal
 from reshard.saving.commit import Undo, check_presence, publish
 from reshard.saving.groups import GroupOptions, encode_options, merge_groups
 from reshard.saving.opening import Opening, agree_on_opening
@@ -178,7 +179,7 @@ class Saver:
         prepared: _Prepared | None = None
         if error is None:
             prepared, error = attempt(lambda: self._prepare(step, state, common))
-        files: list[tuple[str, int]] = []
+        files: dict[str, SealedFile] = {}
         if self._agree(prepared) and prepared is not None:
             part = prepared
             written, error = attempt(lambda: self._write(part, state))
@@ -200,7 +201,7 @@ class Saver:
         return SaveReport(
             prepared.step,
             join(self.root, iteration_name(prepared.step)),
-            sum(size for _, size in files),
+            sum(file.size for file in files.values()),
             time.perf_counter() - started,
             tuple(verdict.removed),
         )
@@ -258,7 +259,7 @@ class Saver:
         self._structures.learn(told)
         return True
 
-    def _write(self, prepared: _Prepared, state: State) -> list[tuple[str, int]]:
+    def _write(self, prepared: _Prepared, state: State) -> dict[str, SealedFile]:
         temporary = self._temporary(prepared.step)
         if self._comm.rank == 0:
             self._check_lock()
@@ -275,7 +276,7 @@ class Saver:
             place=prepared.plan.place,
         )
 
-    def _tell(self, prepared: _Prepared | None, error: ReshardError | None, files: list[tuple[str, int]]) -> list[Outcome]:
+    def _tell(self, prepared: _Prepared | None, error: ReshardError | None, files: dict[str, SealedFile]) -> list[Outcome]:
         outcome = Outcome(
             None if prepared is None else prepared.step,
             None if error is None else Failure.of(error),
@@ -327,17 +328,19 @@ class Saver:
             )
 
     def _complete(self, temporary: str, prepared: _Prepared, state: State, outcomes: list[Outcome]) -> None:
-        """Add to the ranks' files what is of the whole checkpoint, and make all names durable."""
+        """Add to the ranks' files what is of the whole checkpoint, seal it, and make all names durable."""
         storage = self._storage
         check_presence(storage, temporary, {rank: outcome.files for rank, outcome in enumerate(outcomes)})
         metadata, index = self._structures.metadata(join(self.root, iteration_name(prepared.step)))
         groups = merge_groups([outcome.options for outcome in outcomes], self._structures.members)
-        extra = join(temporary, EXTRA_DIRECTORY)
-        write_extra(storage, join(extra, GLOBAL_EXTRA_FILE), global_tree(state.values, groups))
-        storage.write_bytes(join(temporary, COMMON_FILE), prepared.common)
-        storage.write_bytes(join(temporary, METADATA_FILE), metadata)
-        storage.write_bytes(join(extra, INDEX_FILE), index)
-        storage.sync_directory(extra)
+        files = {name: file for outcome in outcomes for name, file in outcome.files.items()}
+        name = join(EXTRA_DIRECTORY, GLOBAL_EXTRA_FILE)
+        files[name] = write_extra(storage, join(temporary, name), global_tree(state.values, groups))
+        for name, data in ((COMMON_FILE, prepared.common), (METADATA_FILE, metadata), (join(EXTRA_DIRECTORY, INDEX_FILE), index)):
+            storage.write_bytes(join(temporary, name), data)
+            files[name] = SealedFile.whole(data)
+        storage.write_bytes(join(temporary, SEAL_FILE), encode_seal(files))
+        storage.sync_directory(join(temporary, EXTRA_DIRECTORY))
         storage.sync_directory(temporary)
 
     def _retire(self, step: int) -> tuple[int, ...]:

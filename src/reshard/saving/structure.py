@@ -11,14 +11,15 @@ from dataclasses import dataclass, replace
 import msgspec
 
 from reshard.errors import CommunicationError, SaveError
-from reshard.format.index import digest_of, encode_index
+from reshard.format.digest import digest_of
+from reshard.format.index import encode_index
 from reshard.format.metadata import FORMAT_VERSION, encode_metadata
-from reshard.format.safetensors import Header, plan_header
+from reshard.format.safetensors import PlannedHeader, plan_header
 from reshard.planning.agreement import RankDescription, check_agreement, decode, describe, digest, encode, place_of
 from reshard.planning.write_plan import FilePlan, WriteEntry, plan_catalog, plan_rank_files
 from reshard.state import Kind, State
 
-# The contract's header metadata. A writer that adds digests adds them here.
+# The contract's header metadata.
 _HEADER_METADATA = {"format": "ms"}
 
 # What a tensor takes beside its data, in a header and in `metadata.json`; and a rank's extras (bytes). Rough, for the free-space check.
@@ -57,7 +58,7 @@ class RankPlan:
     structure: bytes
     digest: bytes
     has_optimizer: bool
-    files: tuple[tuple[FilePlan, Header, tuple[WriteEntry, ...]], ...]
+    files: tuple[tuple[FilePlan, PlannedHeader, tuple[WriteEntry, ...]], ...]
     place: str
 
     @property
@@ -101,22 +102,18 @@ class Structures:
             CaptureError: tensors that files can't hold under their names.
         """
         description = describe(state, self._rank)
-        tensors = len(description.tensors)
-        structure = msgspec.msgpack.encode(
-            RankStructure(
-                description.nbytes + tensors * _BYTES_PER_TENSOR + _BYTES_PER_RANK,
-                any(tensor.key.kind is Kind.OPTIMIZER for tensor in description.tensors),
-                [(list(group.parameters), list(group.unstepped)) for group in state.groups],
-                encode(description),
-            )
-        )
-        name = digest(structure)
+        members = [(list(group.parameters), list(group.unstepped)) for group in state.groups]
+        encoded = encode(description)
+        # All that is not plain data follows from these: what follows is made only when they have changed.
+        name = digest(msgspec.msgpack.encode((members, encoded)))
         if self._plan is None or self._plan.digest != name:
-            self._plan = self._make(description, state, structure, name)
+            self._plan = self._make(description, members, encoded, name)
         return self._plan
 
-    def _make(self, description: RankDescription, state: State, structure: bytes, name: bytes) -> RankPlan:
+    def _make(self, description: RankDescription, members: list[tuple[list[str], list[str]]], encoded: bytes, name: bytes) -> RankPlan:
         has_optimizer = any(tensor.key.kind is Kind.OPTIMIZER for tensor in description.tensors)
+        nbytes = description.nbytes + len(description.tensors) * _BYTES_PER_TENSOR + _BYTES_PER_RANK
+        structure = msgspec.msgpack.encode(RankStructure(nbytes, has_optimizer, members, encoded))
         files = []
         for file in plan_rank_files(description, self._world_size, self._prefix, self._save_optimizer):
             header = plan_header([(entry.name, entry.dtype, entry.shape) for entry in file.entries], _HEADER_METADATA)
@@ -124,7 +121,7 @@ class Structures:
             files.append((file, header, tuple(by_name[entry] for entry in header.entries)))
         return RankPlan(structure, name, has_optimizer, tuple(files), place_of(description))
 
-    def files_to_write(self, plan: RankPlan) -> list[tuple[FilePlan, Header, tuple[WriteEntry, ...]]]:
+    def files_to_write(self, plan: RankPlan) -> list[tuple[FilePlan, PlannedHeader, tuple[WriteEntry, ...]]]:
         """The files of a plan, without that of the optimizer when no rank of the run has one."""
         has_optimizer = plan.has_optimizer or any(structure.has_optimizer for structure in self._ranks)
         return [file for file in plan.files if file[0].kind is not Kind.OPTIMIZER or has_optimizer]
@@ -145,8 +142,8 @@ class Structures:
         else:
             self._ranks = [new or old for new, old in zip(structures, self._ranks, strict=True)]
         mine = told[self._rank]
-        if mine is not None:
-            self._told = digest(mine)
+        if mine is not None and self._plan is not None:
+            self._told = self._plan.digest
         if any(data is not None for data in told):
             self._metadata = None
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from threading import Lock
+from typing import Any
 
 from reshard.catalog import Arrangement, Catalog, Piece, Place, Site, StoredTensor
 from reshard.errors import CheckpointNotFoundError, DataFileError, MetadataError
-from reshard.format.index import INDEX_FILE, decode_index, digest_of, encode_index
-from reshard.format.metadata import MOST_METADATA_BYTES, decode_metadata
+from reshard.format.common import read_common
+from reshard.format.digest import digest_of
+from reshard.format.extra import FrameworkArray, read_extra
+from reshard.format.index import INDEX_FILE, decode_index, encode_index
+from reshard.format.metadata import MOST_METADATA_BYTES, SEALED_SINCE, decode_metadata
 from reshard.format.names import (
     COMMON_FILE,
     DATA_SUFFIX,
@@ -21,6 +26,7 @@ from reshard.format.names import (
     total_of_file,
 )
 from reshard.format.safetensors import Header, TensorEntry, read_header
+from reshard.format.seal import SEAL_FILE, Seal, read_seal
 from reshard.format.small_file import read_small
 from reshard.geometry import DType, Region
 from reshard.state import Kind, TensorKey
@@ -36,11 +42,13 @@ class Headers:
     Args:
         storage: where the files lie.
         directory: the checkpoint's directory.
+        seal: the checkpoint's: then every header must be as it was sealed.
     """
 
-    def __init__(self, storage: Storage, directory: str) -> None:
+    def __init__(self, storage: Storage, directory: str, seal: Seal | None = None) -> None:
         self._storage = storage
         self._directory = directory
+        self._seal = seal
         self._headers: dict[str, Header] = {}
         self._lock = Lock()
 
@@ -48,12 +56,14 @@ class Headers:
         """The header of a file, by its name in the directory.
 
         Raises:
-            DataFileError: the file is missing or damaged.
+            DataFileError: the file is missing or damaged, or isn't the one that was sealed.
         """
         with self._lock:
             header = self._headers.get(file)
             if header is None:
-                header = self._headers[file] = read_header(self._storage, join(self._directory, file))
+                path = join(self._directory, file)
+                sealed = None if self._seal is None else self._seal.file(file, path)
+                header = self._headers[file] = read_header(self._storage, path, sealed)
             return header
 
     def entry(self, place: Place, dtype: DType, shape: tuple[int, ...]) -> TensorEntry:
@@ -88,39 +98,90 @@ class Headers:
         )
 
 
-def open_catalog(storage: Storage, directory: str) -> Catalog:
-    """The catalog of a checkpoint's directory: by its compact index where that is up to date, else by its metadata.
+@dataclass(frozen=True)
+class Stored:
+    """A checkpoint's directory, opened.
+
+    Attributes:
+        catalog: what it holds.
+        seal: what it consists of; None when another program wrote it, or an older version.
+        index: the bytes of its compact index, where there is one and it is up to date.
+    """
+
+    catalog: Catalog
+    seal: Seal | None
+    index: bytes | None
+
+    def encode_index(self) -> bytes:
+        """The catalog as the bytes of an index, for the other ranks of a job: one of them opens a checkpoint for all."""
+        return encode_index(self.catalog, b"") if self.index is None else self.index
+
+
+def open_stored(storage: Storage, directory: str) -> Stored:
+    """Open a checkpoint's directory: by its compact index where that is up to date, else by its metadata.
 
     With `metadata.json` no data file is looked at, except where metadata leaves an element type open: `Headers.entry` and
-    `check_promises` hold the files against it. Without it (a single card's checkpoint) every tensor of every file is a whole one.
+    `check_promises` hold the files against it. Without it (a single card's checkpoint) every tensor of every file is a whole one. What is
+    small and of the whole checkpoint is held against the seal here; headers are when they are read.
 
     Raises:
         CheckpointNotFoundError: there is no such directory.
         MetadataError: the metadata is damaged; or it is missing and the files are those of several ranks, or there are none; or what this
-            project writes beside it is missing.
+            project writes beside it is missing, damaged, or not what was sealed.
         DataFileError: a file whose header is needed is missing or damaged.
     """
-    return _open(storage, directory)[0]
-
-
-def open_index(storage: Storage, directory: str) -> bytes:
-    """The catalog of a checkpoint's directory as an index, for the other ranks of a job: one of them opens it for all.
-
-    Raises:
-        ReshardError: as in `open_catalog`.
-    """
-    catalog, index = _open(storage, directory)
-    return index if index is not None else encode_index(catalog, b"")
-
-
-def _open(storage: Storage, directory: str) -> tuple[Catalog, bytes | None]:
     there = storage.stat(directory)
     if there is None or not there.is_directory:
         raise CheckpointNotFoundError("there is no such checkpoint", file=directory)
-    headers = Headers(storage, directory)
+    seal = read_seal(storage, directory)
+    catalog, index = _open(storage, directory, seal)
+    if seal is None:
+        if catalog.format_version is not None and catalog.format_version >= SEALED_SINCE:
+            raise _missing(join(directory, SEAL_FILE))
+        catalog = replace(catalog, notes=(*catalog.notes, f"no {SEAL_FILE}: whether its bytes are those that were saved can't be known"))
+        index = None
+    return Stored(catalog, seal, index)
+
+
+def open_catalog(storage: Storage, directory: str) -> Catalog:
+    """The catalog of a checkpoint's directory.
+
+    Raises:
+        ReshardError: as in `open_stored`.
+    """
+    return open_stored(storage, directory).catalog
+
+
+def read_own_extra(
+    storage: Storage, directory: str, name: str, seal: Seal | None, from_value: Callable[[FrameworkArray], Any] | None = None
+) -> Any:
+    """The tree of one of a checkpoint's files of extras; None when the checkpoint has no such file.
+
+    Args:
+        storage: where it lies.
+        directory: of the checkpoint.
+        name: of the file in the directory of extras.
+        seal: the checkpoint's: then what it lists must be there, and what it doesn't list isn't looked at.
+        from_value: as in `read_extra`.
+
+    Raises:
+        DamagedCheckpointError: the file is missing or damaged, or isn't the one that was sealed.
+        StorageError: the storage refuses.
+    """
+    inside = join(EXTRA_DIRECTORY, name)
+    sealed = None if seal is None else seal.files.get(inside)
+    if seal is not None and sealed is None:
+        return None
+    return read_extra(storage, join(directory, inside), from_value, sealed=sealed)
+
+
+def _open(storage: Storage, directory: str, seal: Seal | None) -> tuple[Catalog, bytes | None]:
+    headers = Headers(storage, directory, seal)
     file = join(directory, METADATA_FILE)
     if storage.stat(file) is not None:
         metadata = read_small(storage, file, MOST_METADATA_BYTES, error=MetadataError)
+        if seal is not None:
+            seal.file(METADATA_FILE, file).check(metadata, file)
         index_file = join(directory, EXTRA_DIRECTORY, INDEX_FILE)
         # It says the same in fewer bytes; one that is larger is nobody's index.
         found = storage.stat(index_file)
@@ -130,8 +191,10 @@ def _open(storage: Storage, directory: str) -> tuple[Catalog, bytes | None]:
             index = None
             catalog = decode_metadata(metadata, file, lambda place: _dtype_in(headers, place, directory))
         if catalog.format_version is not None:
-            _check_companions(storage, directory)
+            _check_companions(storage, directory, seal)
         return catalog, index
+    if seal is not None:
+        raise _missing(file, SEAL_FILE)
     files = [entry.name for entry in storage.list(directory) if not entry.is_directory and entry.name.endswith(DATA_SUFFIX)]
     if not files:
         raise MetadataError(
@@ -152,15 +215,21 @@ def _open(storage: Storage, directory: str) -> tuple[Catalog, bytes | None]:
     return _whole_tensors(headers, directory, files), None
 
 
-def _check_companions(storage: Storage, directory: str) -> None:
+def _check_companions(storage: Storage, directory: str, seal: Seal | None) -> None:
     """See that what we write into every checkpoint beside the tensors is there: without it a run would resume with the wrong step,
     schedule, data and hyper-parameters, and nobody would notice.
     """
-    for path in (join(directory, COMMON_FILE), join(directory, EXTRA_DIRECTORY, GLOBAL_EXTRA_FILE)):
+    common = join(directory, COMMON_FILE)
+    extra = join(directory, EXTRA_DIRECTORY, GLOBAL_EXTRA_FILE)
+    for path in (common, extra):
         if storage.stat(path) is None:
-            raise MetadataError(
-                "a file of the checkpoint is missing", file=path, found=f"{METADATA_FILE}, which was written with it", fix=_RESTORE
-            )
+            raise _missing(path)
+    if seal is not None:
+        read_common(storage, common, seal.file(COMMON_FILE, common))
+
+
+def _missing(path: str, found: str = METADATA_FILE) -> MetadataError:
+    return MetadataError("a file of the checkpoint is missing", file=path, found=f"{found}, which was written with it", fix=_RESTORE)
 
 
 def _whole_tensors(headers: Headers, directory: str, files: list[str]) -> Catalog:

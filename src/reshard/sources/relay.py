@@ -6,7 +6,8 @@ import msgspec
 
 from reshard.format.common import read_common
 from reshard.format.names import COMMON_FILE, EXTRA_DIRECTORY, GLOBAL_EXTRA_FILE
-from reshard.sources.native import open_index
+from reshard.format.seal import Seal
+from reshard.sources.native import open_stored
 from reshard.storage import Storage
 from reshard.storage.memory import MemoryStorage
 from reshard.storage.storage import join
@@ -17,10 +18,12 @@ class Relayed(msgspec.Struct, array_like=True):
 
     Attributes:
         index: the catalog, as an index.
+        seal: the checkpoint's; None when it has none.
         files: the bytes of small files, by path; None when every rank reads them itself.
     """
 
     index: bytes
+    seal: Seal | None = None
     files: dict[str, bytes] | None = None
 
     def storage(self, storage: Storage) -> Storage:
@@ -43,11 +46,12 @@ def read_for_all(storage: Storage, directory: str, *, balanced: bool) -> Relayed
         balanced: whether the training information and the extras are read for the others, too.
 
     Raises:
-        ReshardError: as `open_index` and `read_common`.
+        ReshardError: as `open_stored` and `read_common`.
     """
-    index = open_index(storage, directory)
+    stored = open_stored(storage, directory)
+    index = stored.encode_index()
     if not balanced:
-        return Relayed(index)
+        return Relayed(index, stored.seal)
     common = join(directory, COMMON_FILE)
     # Whether it is sound, before it goes to everyone.
     read_common(storage, common)
@@ -55,4 +59,4 @@ def read_for_all(storage: Storage, directory: str, *, balanced: bool) -> Relayed
     for path in (common, join(directory, EXTRA_DIRECTORY, GLOBAL_EXTRA_FILE)):
         if storage.stat(path) is not None:
             files[path] = storage.read_bytes(path)
-    return Relayed(index, files)
+    return Relayed(index, stored.seal, files)

@@ -2,6 +2,9 @@
 
 A file is 8 bytes (the length of the header's text, little-endian), the text (JSON, padded with spaces to a multiple of 8), and the tensors'
 bytes without gaps. Source: the documentation and the reference implementation of huggingface/safetensors.
+
+What this project adds lies in the free text of the header: the digests of all tensors, one after the other, in the order in which the
+header names the tensors, which is the order of their bytes. Their length is known before them, and so is where the data begins.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import msgspec
 
 from reshard.errors import CaptureError, DataFileError, UsageError
 from reshard.format import json_text
+from reshard.format.digest import DIGEST_DIGITS, DIGEST_NAME, digest_of, parse_digests
 from reshard.geometry import DType
 from reshard.geometry.dtypes import by_safetensors
 
@@ -45,6 +49,7 @@ class TensorEntry(NamedTuple):
         shape: its shape.
         begin: where its bytes begin, from the start of the file.
         end: where they end, exclusive.
+        digest: of these bytes, as the header says; None when it doesn't.
     """
 
     name: str
@@ -52,6 +57,7 @@ class TensorEntry(NamedTuple):
     shape: tuple[int, ...]
     begin: int
     end: int
+    digest: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -60,23 +66,82 @@ class Header:
 
     Attributes:
         entries: the tensors by name, in the order of their bytes.
-        metadata: free text by key.
+        metadata: free text by key; without the digests.
         nbytes: the bytes in front of the data: the length field and the padded text.
         file_size: the bytes of the whole file.
+        digest: of the bytes in front of the data.
     """
 
     entries: Mapping[str, TensorEntry]
     metadata: Mapping[str, str] = field(default_factory=dict)
     nbytes: int = 0
     file_size: int = 0
+    digest: bytes = b""
 
 
-def plan_header(tensors: Sequence[tuple[str, DType, tuple[int, ...]]], metadata: Mapping[str, str]) -> Header:
+@dataclass(frozen=True)
+class PlannedHeader:
+    """The header of a file that is to be written.
+
+    Attributes:
+        entries: the tensors by name, in the order of their bytes.
+        nbytes: the bytes in front of the data: the length field and the padded text.
+        file_size: the bytes of the whole file.
+        blank: the bytes in front of the data, with zeros in the place of every digit of a digest.
+        digests_at: where the digests begin in them; None for a file without.
+    """
+
+    entries: Mapping[str, TensorEntry]
+    nbytes: int
+    file_size: int
+    blank: bytes
+    digests_at: int | None
+
+    def encode(self, digests: Sequence[bytes]) -> bytes:
+        """The bytes in front of the data.
+
+        Args:
+            digests: of every tensor, in order; none for a file without.
+        """
+        at = self.digests_at
+        if at is None:
+            return self.blank
+        digits = b"".join(digests).hex().encode()
+        assert len(digits) == len(self.entries) * DIGEST_DIGITS
+        return self.blank[:at] + digits + self.blank[at + len(digits) :]
+
+
+def check_tensor(entry: TensorEntry, digest: bytes, file: str) -> None:
+    """See that the bytes that were read of a tensor are those that were written; nothing where the header has no digest.
+
+    Args:
+        entry: the tensor.
+        digest: of all its bytes.
+        file: for the error.
+
+    Raises:
+        DataFileError: they aren't.
+    """
+    if entry.digest is not None and entry.digest != digest:
+        raise DataFileError(
+            "the bytes of a tensor are not as they were saved",
+            file=file,
+            tensor=entry.name,
+            found=f"the digest {digest.hex()}",
+            expected=f"{entry.digest.hex()}, as the file's header says",
+            fix=_DAMAGED,
+        )
+
+
+def plan_header(
+    tensors: Sequence[tuple[str, DType, tuple[int, ...]]], metadata: Mapping[str, str], *, digests: bool = True
+) -> PlannedHeader:
     """The header of a file with these tensors, laid out as the reference implementation does.
 
     Args:
         tensors: name, element type and shape of each.
         metadata: free text by key.
+        digests: whether it has the tensors' digests.
 
     Raises:
         CaptureError: two tensors of one name, a name that can't be written, or more tensors than a header can hold.
@@ -92,7 +157,8 @@ def plan_header(tensors: Sequence[tuple[str, DType, tuple[int, ...]]], metadata:
         raise CaptureError(
             "a file can't hold two tensors of one name, nor one named __metadata__", found=_repeated([t[0] for t in ordered]) or _METADATA
         )
-    nbytes = 8 + len(_text(relative, metadata, 0))
+    text = _text(relative, {**metadata, DIGEST_NAME: "0" * (DIGEST_DIGITS * len(relative))} if digests else metadata)
+    nbytes = 8 + len(text)
     if nbytes > MAX_TEXT_BYTES:
         raise CaptureError(
             "more tensors than the header of one safetensors file can hold",
@@ -101,27 +167,20 @@ def plan_header(tensors: Sequence[tuple[str, DType, tuple[int, ...]]], metadata:
             fix="save from more ranks, or stack small tensors",
         )
     entries = {e.name: TensorEntry(e.name, e.dtype, e.shape, e.begin + nbytes, e.end + nbytes) for e in relative.values()}
-    return Header(entries, dict(metadata), nbytes, nbytes + position)
+    blank = len(text).to_bytes(8, "little") + text
+    # Found at the first place that can be the key's: the metadata comes first, and in text before it every quote is escaped.
+    at = blank.index(f'"{DIGEST_NAME}":"'.encode()) + len(DIGEST_NAME) + 4 if digests else None
+    return PlannedHeader(entries, nbytes, nbytes + position, blank, at)
 
 
-def encode_header(header: Header) -> bytes:
-    """The first `header.nbytes` bytes of the file.
-
-    Raises:
-        CaptureError: a name that can't be written, or a header whose text has not the planned length.
-    """
-    text = _text(header.entries, header.metadata, header.nbytes)
-    if 8 + len(text) != header.nbytes:
-        raise CaptureError("a header's text has not the planned length", found=f"{8 + len(text)} bytes", expected=f"{header.nbytes} bytes")
-    return len(text).to_bytes(8, "little") + text
-
-
-def _text(entries: Mapping[str, TensorEntry], metadata: Mapping[str, str], nbytes: int) -> bytes:
+def _text(entries: Mapping[str, TensorEntry], metadata: Mapping[str, str]) -> bytes:
+    """The padded text; the entries' places are counted from the begin of the data."""
     parts = [f'"{_METADATA}":{json.dumps(dict(metadata), ensure_ascii=False, separators=(",", ":"))}'] if metadata else []
     for e in entries.values():
         shape = ",".join(map(str, e.shape))
-        offsets = f"{e.begin - nbytes},{e.end - nbytes}"
-        parts.append(f'{encode_basestring(e.name)}:{{"dtype":"{e.dtype.safetensors}","shape":[{shape}],"data_offsets":[{offsets}]}}')
+        parts.append(
+            f'{encode_basestring(e.name)}:{{"dtype":"{e.dtype.safetensors}","shape":[{shape}],"data_offsets":[{e.begin},{e.end}]}}'
+        )
     try:
         text = ("{" + ",".join(parts) + "}").encode()
     except UnicodeEncodeError as cause:
@@ -151,26 +210,29 @@ _ENTRY_DECODER = msgspec.json.Decoder(_Entry)
 _METADATA_DECODER = msgspec.json.Decoder(dict[str, str])
 
 
-def parse_header(text: bytes, file_size: int, file: str) -> Header:
-    """The header that a file's text says, every size and offset checked against the file.
+def parse_header(start: bytes, file_size: int, file: str) -> Header:
+    """The header that a file begins with, every size and offset checked against the file.
 
     Args:
-        text: what follows the length field, without it.
+        start: the bytes in front of the data: the length field and the text.
         file_size: bytes of the whole file.
         file: for errors.
 
     Raises:
         DataFileError: it is not a header, or doesn't fit the file: truncated, gaps, overlaps, sizes that contradict shapes.
     """
+    text, nbytes = start[8:], len(start)
+    if int.from_bytes(start[:8], "little") != len(text):
+        raise DataFileError("the header has not the length that it says", file=file, found=f"{len(text)} bytes", fix=_DAMAGED)
     raw = json_text.decode(text, _TEXT_DECODER, file, error=DataFileError)
-    nbytes = 8 + len(text)
     metadata: dict[str, str] = {}
     colons = 4 * len(raw)
     if _METADATA in raw:
         metadata = json_text.decode(bytes(raw.pop(_METADATA)), _METADATA_DECODER, file, error=DataFileError)
         colons += len(metadata) - 3
     known: dict[tuple[str, tuple[int, ...]], tuple[DType, int]] = {}
-    entries = [_entry(name, item, nbytes, file, known) for name, item in raw.items()]
+    digests = _digests(metadata.pop(DIGEST_NAME, None), len(raw), file)
+    entries = [_entry(name, item, nbytes, file, known, digest) for (name, item), digest in zip(raw.items(), digests, strict=True)]
     json_text.check_duplicate_keys(text, colons, file, error=DataFileError)
     entries.sort(key=lambda entry: (entry.begin, entry.end))
     position = nbytes
@@ -189,10 +251,33 @@ def parse_header(text: bytes, file_size: int, file: str) -> Header:
     if position != file_size:
         what = "the file is truncated" if position > file_size else "the file has more bytes than its header promises"
         raise DataFileError(what, file=file, found=f"{file_size} bytes", expected=f"{position} bytes, as its header promises", fix=_DAMAGED)
-    return Header({entry.name: entry for entry in entries}, metadata, nbytes, file_size)
+    return Header({entry.name: entry for entry in entries}, metadata, nbytes, file_size, digest_of(start))
 
 
-def _entry(name: str, raw: msgspec.Raw, nbytes: int, file: str, known: dict[tuple[str, tuple[int, ...]], tuple[DType, int]]) -> TensorEntry:
+def _digests(text: str | None, count: int, file: str) -> Sequence[bytes | None]:
+    if text is None:
+        return [None] * count
+    digests = parse_digests(text, count)
+    if digests is None:
+        raise DataFileError(
+            "the digests in the header can't be understood",
+            file=file,
+            field=DIGEST_NAME,
+            found=f"{len(text)} characters",
+            expected=f"{DIGEST_DIGITS} hexadecimal digits for each of {count} tensors",
+            fix=_DAMAGED,
+        )
+    return digests
+
+
+def _entry(
+    name: str,
+    raw: msgspec.Raw,
+    nbytes: int,
+    file: str,
+    known: dict[tuple[str, tuple[int, ...]], tuple[DType, int]],
+    digest: bytes | None,
+) -> TensorEntry:
     """One tensor's entry. `known` has the types and sizes in bytes of what was seen before: many tensors are alike."""
     try:
         item = _ENTRY_DECODER.decode(raw)
@@ -200,7 +285,7 @@ def _entry(name: str, raw: msgspec.Raw, nbytes: int, file: str, known: dict[tupl
         shape = tuple(item.shape)
         alike = known.get((item.dtype, shape))
         if alike is not None and begin >= 0 and end - begin == alike[1]:
-            return TensorEntry(name, alike[0], shape, begin + nbytes, end + nbytes)
+            return TensorEntry(name, alike[0], shape, begin + nbytes, end + nbytes, digest)
         dtype = by_safetensors(item.dtype)
     except (msgspec.MsgspecError, RecursionError) as cause:
         raise DataFileError(
@@ -228,4 +313,4 @@ def _entry(name: str, raw: msgspec.Raw, nbytes: int, file: str, known: dict[tupl
             fix=_DAMAGED,
         )
     known[item.dtype, shape] = (dtype, end - begin)
-    return TensorEntry(name, dtype, shape, begin + nbytes, end + nbytes)
+    return TensorEntry(name, dtype, shape, begin + nbytes, end + nbytes, digest)

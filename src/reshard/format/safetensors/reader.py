@@ -4,48 +4,66 @@ from __future__ import annotations
 
 from reshard.errors import DataFileError
 from reshard.format.safetensors.header import MAX_TEXT_BYTES, Header, parse_header
-from reshard.storage import Storage
+from reshard.format.seal import SealedFile
+from reshard.storage import ReadableFile, Storage
 
 _DAMAGED = "the file is damaged: restore it from a copy, or resume from another iteration"
 
 
-def read_header(storage: Storage, path: str) -> Header:
+def read_header(storage: Storage, path: str, sealed: SealedFile | None = None) -> Header:
     """The header of a file, every size and offset checked against the file's size.
 
+    Args:
+        storage: where it lies.
+        path: the file.
+        sealed: what the checkpoint's seal says of it: then it is that file, or an error.
+
     Raises:
-        DataFileError: the file is missing, truncated, or its header can't be trusted.
+        DataFileError: the file is missing, truncated, not the one that was sealed, or its header can't be trusted.
         StorageError: the storage refuses to read it.
     """
     found = storage.stat(path)
     if found is None or found.is_directory:
         raise DataFileError("a data file is missing", file=path, fix="restore it from a copy, or resume from another iteration")
     with storage.open_read(path) as file:
-        size = file.size
-        if size < 8:
-            raise DataFileError(
-                "the file is truncated", file=path, found=f"{size} bytes", expected="at least 8 for the header's length", fix=_DAMAGED
-            )
-        length = bytearray(8)
-        file.read_into(0, memoryview(length))
-        promised = int.from_bytes(length, "little")
-        if promised == 0:
-            raise DataFileError("the file was never finished: its header, written last, is still zero", file=path, fix=_DAMAGED)
-        if promised > MAX_TEXT_BYTES:
-            raise DataFileError(
-                "not a safetensors file, or a damaged one",
-                file=path,
-                found=f"a header of {promised} bytes",
-                expected=f"at most {MAX_TEXT_BYTES}",
-                fix=_DAMAGED,
-            )
-        if promised > size - 8:
-            raise DataFileError(
-                "the file is truncated inside its header",
-                file=path,
-                found=f"{size} bytes",
-                expected=f"a header of {promised + 8} bytes, then data",
-                fix=_DAMAGED,
-            )
-        text = bytearray(promised)
-        file.read_into(8, memoryview(text))
-    return parse_header(bytes(text), size, path)
+        if sealed is not None:
+            sealed.check_size(file.size, path)
+        start = _read(file, 8 + _text_bytes(file, path))
+        if sealed is not None:
+            sealed.check(start, path)
+        return parse_header(start, file.size, path)
+
+
+def _read(file: ReadableFile, nbytes: int) -> bytes:
+    start = bytearray(nbytes)
+    file.read_into(0, memoryview(start))
+    return bytes(start)
+
+
+def _text_bytes(file: ReadableFile, path: str) -> int:
+    """The length of the header's text, as a file that nobody vouches for says."""
+    size = file.size
+    if size < 8:
+        raise DataFileError(
+            "the file is truncated", file=path, found=f"{size} bytes", expected="at least 8 for the header's length", fix=_DAMAGED
+        )
+    promised = int.from_bytes(_read(file, 8), "little")
+    if promised == 0:
+        raise DataFileError("the file was never finished: its header, written last, is still zero", file=path, fix=_DAMAGED)
+    if promised > MAX_TEXT_BYTES:
+        raise DataFileError(
+            "not a safetensors file, or a damaged one",
+            file=path,
+            found=f"a header of {promised} bytes",
+            expected=f"at most {MAX_TEXT_BYTES}",
+            fix=_DAMAGED,
+        )
+    if promised > size - 8:
+        raise DataFileError(
+            "the file is truncated inside its header",
+            file=path,
+            found=f"{size} bytes",
+            expected=f"a header of {promised + 8} bytes, then data",
+            fix=_DAMAGED,
+        )
+    return promised

@@ -1,4 +1,4 @@
-"""Write a safetensors file straight out of the tensors' memory."""
+"""Write a safetensors file straight out of the tensors' memory, and hash it on the way."""
 
 from __future__ import annotations
 
@@ -8,52 +8,65 @@ from math import prod
 import numpy as np
 
 from reshard.errors import CaptureError
-from reshard.format.safetensors.header import Header, TensorEntry, encode_header
+from reshard.format.digest import Hasher, digest_of
+from reshard.format.safetensors.header import PlannedHeader, TensorEntry
+from reshard.format.seal import SealedFile
 from reshard.storage import Storage, WritableFile
 
-# Large enough that the cost per write call vanishes, small enough that what is staged never matters.
-BLOCK_BYTES = 8 << 20
+# What is hashed and then written: small enough that a core's cache still has it, large enough that the cost per call vanishes.
+BLOCK_BYTES = 2 << 20
+
+# From this size on contiguous memory is written from where it lies; below, a call per tensor costs more than gathering many for one.
+_DIRECT_BYTES = 64 << 10
 
 
 def write_tensors(
-    storage: Storage, path: str, header: Header, arrays: Iterable[tuple[str, np.ndarray]], *, block_bytes: int = BLOCK_BYTES
-) -> None:
-    """Write a new file: the data in blocks, then the header, then make it durable.
+    storage: Storage, path: str, header: PlannedHeader, arrays: Iterable[tuple[str, np.ndarray]], *, block_bytes: int = BLOCK_BYTES
+) -> SealedFile:
+    """Write a new file: the data in blocks, each hashed before it is written, then the header, then make it durable.
 
-    Contiguous memory is written from where it lies; small or strided tensors are gathered in one block of `block_bytes`. The order of
-    `header.entries` costs least; any order works.
+    Contiguous memory is written from where it lies; small or strided tensors are gathered in one block of `block_bytes`.
 
     Args:
         storage: where to.
         path: of the new file.
         header: as `plan_header` made it.
-        arrays: the values of every entry, once, by name; of the entry's shape and element type, any strides.
+        arrays: the values of every entry by name, in the order of `header.entries`; of the entry's shape and element type, any strides.
         block_bytes: bytes per block, and the most memory that is used beside the tensors'.
 
+    Returns:
+        What the checkpoint's seal says of the file.
+
     Raises:
-        CaptureError: an array that the header doesn't know, one that doesn't fit its entry, or entries without an array.
+        CaptureError: an array that the header doesn't have at this place, one that doesn't fit its entry, or entries without an array.
         StorageError: the storage refuses.
     """
-    left = dict(header.entries)
     with storage.create(path, header.file_size) as file:
-        stage = _Stage(file, block_bytes)
+        stream = _Stream(file, header.nbytes, block_bytes, hashed=header.digests_at is not None)
+        entries = iter(header.entries.values())
         for name, array in arrays:
-            entry = left.pop(name, None)
-            if entry is None or array.shape != entry.shape or array.dtype != entry.dtype.numpy:
+            entry = next(entries, None)
+            if entry is None or name != entry.name or array.shape != entry.shape or array.dtype != entry.dtype.numpy:
                 raise _unfit(path, name, array, entry)
-            stage.write(entry.begin, array)
-        if left:
-            raise CaptureError(
-                "tensors that the header promises were not written", file=path, tensor=next(iter(left)), found=f"{len(left)} missing"
-            )
-        stage.flush()
-        file.write_at(0, memoryview(encode_header(header)))
+            stream.write(array, entry.end - entry.begin)
+        left = next(entries, None)
+        if left is not None:
+            raise CaptureError("a tensor that the header promises was not written", file=path, tensor=left.name)
+        stream.flush()
+        start = header.encode(stream.digests)
+        file.write_at(0, memoryview(start))
         file.sync()
+    return SealedFile(header.file_size, len(start), digest_of(start))
 
 
 def _unfit(path: str, name: str, array: np.ndarray, entry: TensorEntry | None) -> CaptureError:
-    if entry is None:
-        return CaptureError("a tensor is written twice, or the header doesn't know it", file=path, tensor=name)
+    if entry is None or name != entry.name:
+        return CaptureError(
+            "a tensor that the header doesn't have at this place",
+            file=path,
+            tensor=name,
+            expected="no more tensors" if entry is None else entry.name,
+        )
     return CaptureError(
         "a tensor's memory doesn't fit its entry in the header",
         file=path,
@@ -63,49 +76,78 @@ def _unfit(path: str, name: str, array: np.ndarray, entry: TensorEntry | None) -
     )
 
 
-class _Stage:
-    """Gathers what is small or strided into one block; the block's bytes lie one after the other in the file."""
+class _Stream:
+    """The data of a file, one tensor after the other.
 
-    def __init__(self, file: WritableFile, block_bytes: int) -> None:
+    Attributes:
+        digests: of the tensors that are written; of those that wait only after `flush`.
+    """
+
+    def __init__(self, file: WritableFile, begin: int, block_bytes: int, *, hashed: bool) -> None:
+        self.digests: list[bytes] = []
         self._file = file
+        self._position = begin
         # At least one element of the widest type.
-        self._block = np.empty(max(block_bytes, 16), dtype=np.uint8)
-        self._begin = 0
-        self._filled = 0
+        self._block_bytes = max(block_bytes, 16)
+        self._hashed = hashed
+        self._waiting: list[np.ndarray] = []
+        self._waiting_bytes = 0
+        self._stage = np.empty(0, np.uint8)
 
-    def write(self, offset: int, array: np.ndarray) -> None:
-        size = len(self._block)
-        for piece in _pieces(array, size):
-            nbytes = piece.nbytes
-            # Half a block or more of contiguous memory is not worth a copy.
-            if nbytes * 2 >= size and piece.flags.c_contiguous:
+    def write(self, array: np.ndarray, nbytes: int) -> None:
+        """Write a tensor, or keep it (its values must stay) until a block is full."""
+        if nbytes <= min(_DIRECT_BYTES, self._block_bytes):
+            if self._waiting_bytes + nbytes > self._block_bytes:
                 self.flush()
-                self._file.write_at(offset, memoryview(piece.reshape(-1).view(np.uint8)))
-            else:
-                if offset != self._begin + self._filled or self._filled + nbytes > size:
-                    self.flush()
-                    self._begin = offset
-                target = self._block[self._filled : self._filled + nbytes]
-                if piece.flags.c_contiguous:
-                    target[:] = piece.reshape(-1).view(np.uint8)
-                else:
-                    # The staged bytes may not be aligned for the element type: numpy copes.
-                    target.view(piece.dtype).reshape(piece.shape)[...] = piece
-                self._filled += nbytes
-            offset += nbytes
+            self._waiting.append(array if array.flags.c_contiguous else np.ascontiguousarray(array))
+            self._waiting_bytes += nbytes
+            return
+        self.flush()
+        hasher = Hasher()
+        for piece in _pieces(array, self._block_bytes):
+            data = self._bytes_of(piece)
+            if self._hashed:
+                hasher.update(data)
+            self._put(data)
+        self.digests.append(hasher.digest())
 
     def flush(self) -> None:
-        if self._filled:
-            self._file.write_at(self._begin, memoryview(self._block[: self._filled]))
-            self._begin += self._filled
-            self._filled = 0
+        """Write what waits."""
+        if not self._waiting:
+            return
+        # Numpy gives the bytes of any element type, where `memoryview` knows no bfloat16.
+        data = memoryview(b"".join(self._waiting))
+        if self._hashed:
+            at = 0
+            for array in self._waiting:
+                end = at + array.nbytes
+                self.digests.append(digest_of(data[at:end]))
+                at = end
+        self._put(data)
+        self._waiting.clear()
+        self._waiting_bytes = 0
+
+    def _put(self, data: memoryview) -> None:
+        if data.nbytes:
+            self._file.write_at(self._position, data)
+            self._position += data.nbytes
+
+    def _bytes_of(self, piece: np.ndarray) -> memoryview:
+        """A block's bytes where they lie, or gathered."""
+        if piece.flags.c_contiguous:
+            return memoryview(piece.reshape(-1).view(np.uint8))
+        if not self._stage.nbytes:
+            self._stage = np.empty(self._block_bytes, np.uint8)
+        target = self._stage[: piece.nbytes]
+        # A block begins where memory for any element type does.
+        target.view(piece.dtype).reshape(piece.shape)[...] = piece
+        return memoryview(target)
 
 
 def _pieces(array: np.ndarray, limit: int) -> Iterator[np.ndarray]:
     """Views that together are the array in row-major order, each of at most `limit` bytes and at least one element."""
     if array.nbytes <= limit:
-        if array.size:
-            yield array
+        yield array
         return
     if array.flags.c_contiguous:
         array = array.reshape(-1)
