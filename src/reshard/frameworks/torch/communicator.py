@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -151,9 +152,15 @@ class TorchCommunicator:
             raise CommunicationError(
                 f"ranks could not {what}",
                 rank=self.rank,
-                found=str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,
+                found=_words_of(error),
                 fix="look at the other ranks' messages first: one of them may have ended; then start the run again",
-            ) from error
+            ) from error.with_traceback(None)  # its frames hold the group: connections end when nobody holds it any more
+
+
+def _words_of(error: Exception) -> str:
+    """What gloo says, without the place in its source and its guesses."""
+    first = str(error).strip().partition("\n")[0]
+    return re.sub(r"^\[\S*\.(cc|cpp|h):\d+\]\s*", "", first).partition(". This is typically")[0] or type(error).__name__
 
 
 def _nbytes(data: bytes | memoryview) -> int:
