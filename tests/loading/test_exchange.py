@@ -51,7 +51,7 @@ class Meeting(Wrapped):
     def send(self, data: bytes | memoryview, target: int) -> None:
         self.dawdle()
         self.inner.send(data, target)
-        assert self._taken[self.rank, target].acquire(timeout=20), "nobody takes it"
+        assert self._taken[self.rank, target].acquire(timeout=60), "nobody takes it"
 
     def recv(self, source: int) -> bytes:
         self.dawdle()
@@ -97,7 +97,7 @@ def test_no_order_of_events_leads_into_a_deadlock(world: int, placement: tuple, 
         load(Meeting(comm, taken, seed), storage, named(state))
         return differences(whole, state)
 
-    assert run_ranks(world, work, timeout=20) == [[]] * world
+    assert run_ranks(world, work, timeout=60) == [[]] * world
 
 
 def test_stages_of_growing_size_take_no_more_memory() -> None:
@@ -115,8 +115,8 @@ def test_stages_of_growing_size_take_no_more_memory() -> None:
         tracemalloc.stop()
     assert all(differences(whole, state) == [] for state in states)
     assert reports[0].bytes_read == sum(array.nbytes for array in whole.values()) > 11 * BUDGET
-    # What both took, their plans and catalogs included; without the reuse of buffers it is three times as much.
-    assert peak < 2 * (BUDGET + 2048 * len(whole)) + (3 << 20)
+    # What both took, their plans and catalogs included; without the reuse of buffers it is twice as much.
+    assert peak < 2 * (BUDGET + 2048 * len(whole)) + (5 << 20)
 
 
 def test_what_arrives_after_the_load_was_broken_off_changes_nothing() -> None:
@@ -126,11 +126,14 @@ def test_what_arrives_after_the_load_was_broken_off_changes_nothing() -> None:
     keys = list(whole)
     resumed = threading.Event()
 
+    class EnoughError(Exception):
+        """Ends the other rank's waiting, too."""
+
     class Late(Wrapped):
         def recv(self, source: int) -> bytes:
             data = self.inner.recv(source)
             if threading.current_thread().name == "reshard-exchange":
-                assert resumed.wait(20)
+                assert resumed.wait(60)
             return data
 
     class Interrupted(FaultyStorage):
@@ -139,7 +142,7 @@ def test_what_arrives_after_the_load_was_broken_off_changes_nothing() -> None:
                 raise KeyboardInterrupt
             return work()
 
-    def work(comm: Communicator) -> list[np.ndarray]:
+    def work(comm: Communicator) -> None:
         # Rank 0 alone wants the first tensor, so it reads it straight; both want the second.
         wanted = {key: whole[key] for key in (keys if comm.rank == 0 else keys[1:])}
         state = state_on_rank(wanted, {key: split(mesh_of(dp=2), None, None) for key in wanted}, comm.rank, blank=True)
@@ -152,12 +155,12 @@ def test_what_arrives_after_the_load_was_broken_off_changes_nothing() -> None:
         resumed.set()
         for thread in threading.enumerate():
             if thread.name == "reshard-exchange":
-                thread.join(20)
+                thread.join(60)
         assert all(np.array_equal(old, array) for old, array in zip(left, memory, strict=True))
-        return left
+        raise EnoughError
 
-    outcomes = run_ranks_settled(2, work, timeout=3)
-    assert isinstance(outcomes[0], list)
+    outcomes = run_ranks_settled(2, work)
+    assert isinstance(outcomes[0], EnoughError), outcomes[0]
     assert isinstance(outcomes[1], CommunicationError)
 
 
@@ -167,7 +170,7 @@ def test_a_rank_that_cannot_reach_another_says_why_and_the_others_hear(method: s
     """Rank 1 loses rank 0 in the middle. Rank 2, which both still reach, is told; nobody waits for a time limit."""
     whole = arrays((4000, 512))
     storage = save(whole)
-    told = threading.Event()
+    lost, told = threading.Event(), threading.Event()
 
     class Losing(Wrapped):
         def __init__(self, inner: Communicator) -> None:
@@ -178,11 +181,16 @@ def test_a_rank_that_cannot_reach_another_says_why_and_the_others_hear(method: s
             if peer or name != method or threading.current_thread().name != "reshard-exchange":
                 return False
             self._left -= 1
+            if self._left < 0:
+                lost.set()
             return self._left < 0
 
         def send(self, data: bytes | memoryview, target: int) -> None:
             if self._fails(target, "send"):
                 raise error("simulated failure")
+            if target == 2:
+                # It still has something to tell rank 2 by then.
+                assert lost.wait(60)
             self.inner.send(data, target)
 
         def recv(self, source: int) -> bytes:
@@ -201,7 +209,7 @@ def test_a_rank_that_cannot_reach_another_says_why_and_the_others_hear(method: s
         state = state_on_rank(whole, {key: split(mesh_of(dp=3), None, None) for key in whole}, comm.rank, blank=True)
         load((Wrapped, Losing, Listening)[comm.rank](comm), storage, named(state))
 
-    outcomes = run_ranks_settled(3, work, timeout=20)
+    outcomes = run_ranks_settled(3, work, timeout=60)
     assert all(isinstance(outcome, CommunicationError) for outcome in outcomes)
     assert "simulated failure" in str(outcomes[1])
     assert told.is_set()
@@ -222,7 +230,7 @@ def test_an_error_of_its_own_is_not_lost_when_another_rank_is_gone_too() -> None
         faulty = FaultyStorage(storage, fail_at=12, operations=["read_into"])
         load(Gone(comm), faulty if comm.rank == 1 else storage, named(state))
 
-    outcomes = run_ranks_settled(2, work, timeout=20)
+    outcomes = run_ranks_settled(2, work, timeout=60)
     assert isinstance(outcomes[1], CommunicationError)
     assert isinstance(outcomes[1].__cause__, StorageError)
     assert "simulated failure" in str(outcomes[1])
@@ -244,6 +252,6 @@ def test_a_rank_that_gets_no_threads_says_so(monkeypatch: pytest.MonkeyPatch) ->
         state = state_on_rank(whole, {key: split(mesh_of(dp=2), None, None) for key in whole}, comm.rank, blank=True)
         load(comm, storage, named(state))
 
-    outcomes = run_ranks_settled(2, work, timeout=20)
+    outcomes = run_ranks_settled(2, work, timeout=60)
     assert all(isinstance(outcome, CommunicationError) for outcome in outcomes)
     assert "can't start new thread" in str(outcomes[1])
