@@ -8,17 +8,21 @@ from reshard.loading.strictness import Strictness
 from reshard.manager import CheckpointManager
 from reshard.saving.saver import SaveReport
 from reshard.shortcuts import load, save
+from reshard.verification import Fault, Verification, verify
 from reshard.version import __version__
 
 __all__ = [
     "Checkpoint",
     "CheckpointManager",
     "CommonInfo",
+    "Fault",
     "ReshardError",
     "RestoreReport",
     "SaveReport",
     "Strictness",
+    "Verification",
     "__version__",
     "load",
     "save",
+    "verify",
 ]

@@ -16,6 +16,7 @@ from rich.console import Console
 from reshard.cli.ls import DAMAGED, TORN, list_root, ls
 from reshard.errors import CheckpointNotFoundError, StorageError
 from reshard.storage import Entry, PosixStorage
+from tests import saving_runs as runs
 from tests.golden import GOLDEN
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -209,6 +210,21 @@ def test_an_iteration_that_can_not_be_looked_into_is_damaged(root: Path, may_loo
     assert (second.iteration, second.state, second.tracked) == (12, DAMAGED, True)
     assert second.problem is not None
     assert "Permission denied" in second.problem
+
+
+def test_of_a_sealed_checkpoint_any_missing_file_is_damage(tmp_path: Path) -> None:
+    runs.save(PosixStorage(), [(1, 1), (2, 2), (3, 3)], root=str(tmp_path), world_size=2)
+    (tmp_path / "iteration_00000001/extra/rank-0000001.safetensors").unlink()
+    with (tmp_path / "iteration_00000002/common.json").open("a") as file:
+        file.write(" ")
+    os.truncate(tmp_path / "iteration_00000003/extra/rank-0000000.safetensors", 100)
+    (tmp_path / "iteration_00000003/extra/metadata.index").unlink()
+    problems = [line.problem for line in list_root(PosixStorage(), str(tmp_path)).iterations]
+    assert problems == [
+        "1 of 9 files is missing (extra/rank-0000001.safetensors)",
+        "the file is not as it was saved (common.json)",
+        "1 of 9 files has another size than when saved (extra/rank-0000000.safetensors)",
+    ]
 
 
 def test_data_that_is_missing_is_damage(root: Path) -> None:

@@ -13,13 +13,19 @@ import safetensors.numpy
 
 from reshard.catalog import Place
 from reshard.errors import CheckpointNotFoundError, DataFileError, MetadataError
-from reshard.format.names import tensor_name
+from reshard.format.digest import digest_of
+from reshard.format.index import decode_index
+from reshard.format.names import rank_extra_file, tensor_name
+from reshard.format.seal import read_seal
 from reshard.geometry import Region
 from reshard.geometry.dtypes import by_name
-from reshard.sources.native import Headers, check_promises, open_catalog
+from reshard.sources.native import Headers, check_promises, open_catalog, open_stored, read_own_extra
+from reshard.sources.relay import read_for_all
 from reshard.state import GLOBAL_STEP, Kind, model_key, slot_key
 from reshard.storage import PosixStorage
+from tests import saving_runs as runs
 from tests.golden import CASES, expected, iteration
+from tests.seals import unseal
 
 STORAGE = PosixStorage()
 F32 = by_name("float32")
@@ -181,6 +187,81 @@ def test_an_unknown_element_type_is_taken_from_the_file(copy):
     path.unlink()
     path.write_text(json.dumps(document))
     assert opened(directory)[0].tensors[model_key(NAME)].dtype == F32
+
+
+@pytest.fixture
+def sealed(tmp_path):
+    """An iteration of two ranks that this project wrote."""
+    runs.save(STORAGE, [(1, 10)], root=str(tmp_path / "root"), world_size=2)
+    return tmp_path / "root" / "iteration_00000001"
+
+
+MODEL, OTHER = "CKP-model-0000000-0000002.safetensors", "CKP-model-0000001-0000002.safetensors"
+
+
+def test_headers_are_held_to_the_seal_and_give_the_digests(sealed):
+    seal = read_seal(STORAGE, str(sealed))
+    headers = Headers(STORAGE, str(sealed), seal)
+    for file in (MODEL, OTHER):
+        for entry in headers.get(file).entries.values():
+            assert entry.digest == digest_of((sealed / file).read_bytes()[entry.begin : entry.end])
+    shutil.copy(sealed / MODEL, sealed / OTHER)
+    shutil.copy(sealed / MODEL, sealed / "CKP-model-0000002-0000002.safetensors")
+    headers = Headers(STORAGE, str(sealed), seal)
+    headers.get(MODEL)
+    with pytest.raises(DataFileError, match=r"header of the file is not as it was saved(.|\n)*CKP-model-0000001"):
+        headers.get(OTHER)
+    with pytest.raises(DataFileError, match="doesn't list"):
+        headers.get("CKP-model-0000002-0000002.safetensors")
+
+
+def test_extras_are_held_to_the_seal(sealed):
+    seal = read_seal(STORAGE, str(sealed))
+    path = sealed / "extra" / rank_extra_file(1)
+    tree = read_own_extra(STORAGE, str(sealed), path.name, seal)
+    assert tree["rank_values"]["random"].tolist() == list(range(11))
+    shutil.copy(path, sealed / "extra" / rank_extra_file(2))
+    assert read_own_extra(STORAGE, str(sealed), rank_extra_file(2), seal) is None, "none of this checkpoint's"
+    assert read_own_extra(STORAGE, str(sealed), rank_extra_file(2), None) is not None
+    path.unlink()
+    assert read_own_extra(STORAGE, str(sealed), path.name, None) is None
+    with pytest.raises(DataFileError, match=r"missing(.|\n)*rank-0000001"):
+        read_own_extra(STORAGE, str(sealed), path.name, seal)
+    shutil.copy(sealed / "extra" / rank_extra_file(0), path)
+    with pytest.raises(DataFileError, match="as the seal says"):
+        read_own_extra(STORAGE, str(sealed), path.name, seal)
+
+
+def test_opening_holds_what_is_small_to_the_seal(sealed):
+    stored = open_stored(STORAGE, str(sealed))
+    assert stored.seal is not None
+    assert stored.index == (sealed / "extra/metadata.index").read_bytes()
+    assert stored.catalog.notes == ()
+    assert read_for_all(STORAGE, str(sealed), balanced=False).seal == stored.seal
+    for name in ("metadata.json", "common.json", "seal.json"):
+        data = (sealed / name).read_bytes()
+        (sealed / name).write_bytes(data.replace(b"1", b"2", 1))
+        with pytest.raises(MetadataError, match="not as it was saved") as caught:
+            open_stored(STORAGE, str(sealed))
+        assert caught.value.file == str(sealed / name)
+        (sealed / name).unlink()
+        with pytest.raises(MetadataError, match="missing") as caught:
+            open_stored(STORAGE, str(sealed))
+        assert caught.value.file == str(sealed / name)
+        (sealed / name).write_bytes(data)
+    (sealed / "extra/metadata.index").write_bytes(b"damaged")
+    assert open_stored(STORAGE, str(sealed)).index is None
+
+
+def test_without_a_seal_there_is_a_note_and_every_rank_hears_it(sealed):
+    unseal(sealed)
+    stored = open_stored(STORAGE, str(sealed))
+    assert stored.seal is None
+    (note,) = stored.catalog.notes
+    assert "no seal.json" in note
+    told = decode_index(read_for_all(STORAGE, str(sealed), balanced=True).index, str(sealed))
+    assert told is not None
+    assert told.notes == (note,)
 
 
 def test_a_header_is_read_once(copy, monkeypatch):

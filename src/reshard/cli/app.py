@@ -12,6 +12,7 @@ from reshard.cli.ls import ls
 from reshard.cli.output import EXIT_ERROR, is_output_lost, print_error, reporting
 from reshard.cli.show import show
 from reshard.cli.train import train
+from reshard.cli.verify import verify
 from reshard.errors import ReshardError
 from reshard.version import __version__
 
@@ -40,6 +41,7 @@ def options(
 app.command()(reporting(ls))
 app.command()(reporting(show))
 app.command()(reporting(train))
+app.command()(reporting(verify))
 
 
 def main() -> None:

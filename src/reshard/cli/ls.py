@@ -15,7 +15,9 @@ from reshard.checkpoint import Checkpoint
 from reshard.cli.layouts import tensor_ranks
 from reshard.cli.output import JsonOption, age_words, console, fits, print_json, size_words, table, timestamp
 from reshard.errors import CheckpointNotFoundError, DamagedCheckpointError, ReshardError, StorageError, TrackerError
-from reshard.format.names import COMMON_FILE, METADATA_FILE, REPLACED_PREFIX, TRACKER_FILE, parse_iteration_name
+from reshard.format.index import INDEX_FILE
+from reshard.format.names import COMMON_FILE, EXTRA_DIRECTORY, METADATA_FILE, REPLACED_PREFIX, TRACKER_FILE, parse_iteration_name
+from reshard.format.seal import Seal
 from reshard.format.tracker import read_tracker
 from reshard.saving.root import DELETING_PREFIX
 from reshard.sources.resolve import list_iterations
@@ -149,14 +151,15 @@ def _read_tracker(storage: Storage, root: str) -> tuple[int | None, str | None]:
 
 
 def _committed_line(storage: Storage, step: int, directory: str, tracker: int | None) -> IterationLine:
-    nbytes, files, written = 0, 0, 0.0
+    sizes: dict[str, int] = {}
+    written = 0.0
     state, problem, global_step, ranks = COMMITTED, None, None, None
     try:
-        nbytes, files, written = _measure(storage, directory)
+        sizes, written = _measure(storage, directory)
         checkpoint = Checkpoint(directory, storage)
         global_step = None if checkpoint.common is None else checkpoint.common.global_step
         ranks = set().union(*(tensor_ranks(tensor) for tensor in checkpoint.catalog.tensors.values()))
-        problem = _missing_data(checkpoint.catalog, {entry.name: entry.size for entry in storage.list(directory)})
+        problem = _missing_data(checkpoint.catalog, sizes) if checkpoint.seal is None else _missing_files(checkpoint.seal, sizes)
         state = COMMITTED if problem is None else DAMAGED
     except (DamagedCheckpointError, CheckpointNotFoundError) as error:
         state, problem = DAMAGED, _one_line(error)
@@ -172,15 +175,15 @@ def _committed_line(storage: Storage, step: int, directory: str, tracker: int | 
         problem=problem,
         tracked=step == tracker,
         global_step=global_step,
-        nbytes=nbytes,
-        files=files,
+        nbytes=sum(sizes.values()),
+        files=len(sizes),
         world_size=len(ranks) if ranks else None,
         modified=written,
     )
 
 
 def _missing_data(catalog: Catalog, sizes: Mapping[str, int]) -> str | None:
-    """What data is missing, as far as the names and sizes of files tell; None when nothing is.
+    """What data is missing of a checkpoint without a seal, as far as the names and sizes of files tell; None when nothing is.
 
     No file is opened: a root may hold many thousands of them.
     """
@@ -199,10 +202,23 @@ def _missing_data(catalog: Catalog, sizes: Mapping[str, int]) -> str | None:
     return None
 
 
+def _missing_files(seal: Seal, sizes: Mapping[str, int]) -> str | None:
+    """What is missing of all that the seal lists, likewise; None when nothing is."""
+    # It can be deleted: a reader makes it anew.
+    needed = {name: file.size for name, file in seal.files.items() if name != join(EXTRA_DIRECTORY, INDEX_FILE)}
+    missing = sorted(needed.keys() - sizes.keys())
+    if missing:
+        return f"{len(missing)} of {len(needed)} files {'is' if len(missing) == 1 else 'are'} missing ({missing[0]})"
+    changed = sorted(name for name, size in needed.items() if sizes[name] != size)
+    if changed:
+        return f"{len(changed)} of {len(needed)} files {'has' if len(changed) == 1 else 'have'} another size than when saved ({changed[0]})"
+    return None
+
+
 def _torn_line(storage: Storage, directory: str, step: int, tracker: int | None) -> IterationLine:
     name = os.path.basename(directory)
     try:
-        nbytes, files, written = _measure(storage, directory)
+        sizes, written = _measure(storage, directory)
     except StorageError as error:
         entry = storage.stat(directory)
         if entry is None:
@@ -221,7 +237,7 @@ def _torn_line(storage: Storage, directory: str, step: int, tracker: int | None)
     if written == 0:
         entry = storage.stat(directory)
         written = 0.0 if entry is None else entry.modified
-    return IterationLine(step, name, TORN, problem, False, None, nbytes, files, None, written)
+    return IterationLine(step, name, TORN, problem, False, None, sum(sizes.values()), len(sizes), None, written)
 
 
 def _one_line(error: ReshardError) -> str:
@@ -230,20 +246,21 @@ def _one_line(error: ReshardError) -> str:
     return error.what + where
 
 
-def _measure(storage: Storage, directory: str) -> tuple[int, int, float]:
-    """Bytes, files and the last modification of what lies in a directory and below it."""
-    nbytes, files, modified = 0, 0, 0.0
-    waiting = [directory]
+def _measure(storage: Storage, directory: str) -> tuple[dict[str, int], float]:
+    """The files that lie in a directory and below it (paths inside it) with their sizes, and the last modification."""
+    sizes: dict[str, int] = {}
+    modified = 0.0
+    waiting = [""]
     while waiting:
-        path = waiting.pop()
-        for entry in storage.list(path):
+        below = waiting.pop()
+        for entry in storage.list(join(directory, below) if below else directory):
+            name = join(below, entry.name)
             if entry.is_directory:
-                waiting.append(join(path, entry.name))
+                waiting.append(name)
                 continue
-            nbytes += entry.size
-            files += 1
+            sizes[name] = entry.size
             modified = max(modified, entry.modified)
-    return nbytes, files, modified
+    return sizes, modified
 
 
 def _document(listing: RootListing) -> dict[str, Any]:

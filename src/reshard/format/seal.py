@@ -76,13 +76,26 @@ class SealedFile:
         Raises:
             DamagedCheckpointError: they aren't; of the kind that the file's name says.
         """
-        if len(data) == self.covered and digest_of(data) == self.digest:
+        self.check_digest(len(data), digest_of(data), path)
+
+    def check_digest(self, nbytes: int, digest: bytes, path: str) -> None:
+        """What `check` does, of bytes that are no more at hand.
+
+        Args:
+            nbytes: how many they were.
+            digest: their digest.
+            path: as in `check`.
+
+        Raises:
+            DamagedCheckpointError: as `check`.
+        """
+        if nbytes == self.covered and digest == self.digest:
             return
         part = "the header of the file is" if path.endswith(DATA_SUFFIX) else "the file is"
         raise _error_of(path)(
             f"{part} not as it was saved",
             file=path,
-            found=f"{len(data)} bytes with the digest {digest_of(data).hex()}",
+            found=f"{nbytes} bytes with the digest {digest.hex()}",
             expected=f"{self.covered} bytes with the digest {self.digest.hex()}, as the seal says",
             fix=_RESTORE,
         )

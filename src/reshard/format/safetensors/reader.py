@@ -28,26 +28,27 @@ def read_header(storage: Storage, path: str, sealed: SealedFile | None = None) -
     with storage.open_read(path) as file:
         if sealed is not None:
             sealed.check_size(file.size, path)
-        start = _read(file, 8 + _text_bytes(file, path))
+        start = read_start(file, path)
         if sealed is not None:
             sealed.check(start, path)
         return parse_header(start, file.size, path)
 
 
-def _read(file: ReadableFile, nbytes: int) -> bytes:
-    start = bytearray(nbytes)
-    file.read_into(0, memoryview(start))
-    return bytes(start)
+def read_start(file: ReadableFile, path: str) -> bytes:
+    """The bytes in front of the data, as many as a file that nobody vouches for says: for `parse_header`.
 
-
-def _text_bytes(file: ReadableFile, path: str) -> int:
-    """The length of the header's text, as a file that nobody vouches for says."""
+    Raises:
+        DataFileError: it has not so many, or says that a header can't have.
+        StorageError: the storage refuses to read it.
+    """
     size = file.size
     if size < 8:
         raise DataFileError(
             "the file is truncated", file=path, found=f"{size} bytes", expected="at least 8 for the header's length", fix=_DAMAGED
         )
-    promised = int.from_bytes(_read(file, 8), "little")
+    length = bytearray(8)
+    file.read_into(0, memoryview(length))
+    promised = int.from_bytes(length, "little")
     if promised == 0:
         raise DataFileError("the file was never finished: its header, written last, is still zero", file=path, fix=_DAMAGED)
     if promised > MAX_TEXT_BYTES:
@@ -66,4 +67,6 @@ def _text_bytes(file: ReadableFile, path: str) -> int:
             expected=f"a header of {promised + 8} bytes, then data",
             fix=_DAMAGED,
         )
-    return promised
+    start = bytearray(8 + promised)
+    file.read_into(0, memoryview(start))
+    return bytes(start)
