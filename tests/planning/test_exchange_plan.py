@@ -14,6 +14,7 @@ from reshard.catalog import Arrangement, Catalog, Piece, Site, StoredTensor
 from reshard.geometry import DType, Mesh, Region
 from reshard.geometry.dtypes import by_name
 from reshard.planning.agreement import Holding, RankDescription, TensorDescription
+from reshard.planning.balance import Job, spread
 from reshard.planning.exchange_plan import ExchangePlan, plan_exchange
 from reshard.planning.exchange_schedule import schedule_exchange
 from reshard.state import model_key
@@ -118,7 +119,8 @@ def test_everyone_gets_what_it_wants(case: tuple[list[RankDescription], Catalog]
     world = len(descriptions)
     stage_bytes, block_bytes = sizes
     schedules = [schedule_exchange(plan, rank, stage_bytes=stage_bytes, block_bytes=block_bytes, gap_bytes=0) for rank in range(world)]
-    assert len({schedule.source_epochs for schedule in schedules}) == 1
+    for schedule in schedules:
+        assert all(epoch < schedule.source_epochs for epoch, _ in schedule.incoming)
     for reader, schedule in enumerate(schedules):
         mine = [share for share in plan.shares if share.reader == reader]
         for share in mine:
@@ -207,3 +209,45 @@ def test_alike_tensors_are_planned_together() -> None:
             holding = Holding(FLOAT, shape, None, (regions[rank],))
             descriptions.append(RankDescription(rank, tuple(TensorDescription(key, holding) for key in keys)))
         assert len(plan_exchange(descriptions, catalog).shares) == 4
+
+
+def test_replicas_are_one_want() -> None:
+    """2,000 ranks that want the same are planned as one place is; each still gets its part of every block."""
+    shape = (4000, 4)
+    holding = Holding(FLOAT, shape, None, (Region.whole(shape),))
+    key = model_key("w")
+    descriptions = [RankDescription(rank, (TensorDescription(key, holding),)) for rank in range(2000)]
+    plan = plan_exchange(descriptions, stored({"w": (shape, grid(shape, Mesh((4,), ("a",), (0, 1, 2, 3)), (("a",), ())))}))
+    assert plan.loads(2000) == [32] * 2000
+    assert all(len(share.wants) == 1 and len(share.wants[0].takers) == 2000 for share in plan.shares)
+    assert len({id(share.wants[0].takers) for share in plan.shares}) == 1
+    schedule = schedule_exchange(plan, 7, stage_bytes=1 << 20, block_bytes=1 << 20, gap_bytes=0)
+    assert {source for _, source in schedule.incoming} == set(range(2000)) - {7}
+    assert {target for _, target in schedule.outgoing} == set(range(2000)) - {7}
+
+
+@given(st.data())
+def test_the_least_loaded_rank_reads_next(data: st.DataObject) -> None:
+    """Boxes that can't be cut go one after the other to the least loaded rank that wants them, of several the first."""
+    world = data.draw(st.integers(1, 6))
+    ranks = st.sets(st.integers(0, world - 1), min_size=1).map(lambda found: tuple(sorted(found)))
+    wanted = data.draw(st.lists(st.tuples(st.integers(1, 3), st.integers(1, 9), ranks), min_size=1, max_size=9))
+    jobs = [Job(count, Region((), ()), nbytes, None, wanting) for count, nbytes, wanting in wanted]
+    total = sum(job.count * job.nbytes for job in jobs)
+    mean = -(-total // world)
+    loads = [0] * world
+    expected, left = [], []
+    for index in sorted(range(len(jobs)), key=lambda index: len(jobs[index].ranks)):
+        for number in range(jobs[index].count):
+            rank = min(jobs[index].ranks, key=loads.__getitem__)
+            if loads[rank] + jobs[index].nbytes <= mean and not any(job == index for job, _ in left):
+                expected.append((index, rank, number))
+                loads[rank] += jobs[index].nbytes
+            else:
+                left.append((index, number))
+    assignments = spread(jobs, range(world))
+    found = [(done.job, done.reader, done.first + number) for done in assignments for number in range(done.number)]
+    assert sorted((job, number) for job, _, number in found) == [(i, n) for i, job in enumerate(jobs) for n in range(job.count)]
+    # A rank takes as many of a job's tensors as it has room for at once; the loads are the same where each job has one tensor.
+    if all(job.count == 1 for job in jobs):
+        assert found[: len(expected)] == expected

@@ -14,7 +14,8 @@ from reshard.checkpoint import Checkpoint
 from reshard.errors import UsageError
 from reshard.geometry import Region
 from reshard.geometry.dtypes import by_name
-from reshard.planning.agreement import RankDescription, check_agreement
+from reshard.planning.agreement import RankDescription
+from reshard.planning.holders import check_agreement
 from reshard.planning.naming import ROLES, stage_layers, stage_of_layer, understand
 from reshard.planning.placement import WantedTensor, describe_rank, lay_out, rank_classes
 from reshard.planning.strategy import Strategy, parse_strategy

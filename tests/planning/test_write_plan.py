@@ -64,7 +64,7 @@ def check_layout(tensor: StoredTensor, layout: Layout, says: bool) -> None:
     if 0 in shape or (says and not layout.is_even(shape)):
         assert tensor.layout is None
     elif says:
-        assert tensor.layout is layout
+        assert tensor.layout == layout
     elif layout.is_even(shape):
         assert (tensor.layout is None) == (len(tensor.chunks) == 1)
     if tensor.layout is not None:

@@ -9,6 +9,9 @@ import numpy as np
 
 from reshard.geometry.region import Region
 
+# Pairs that are looked at together: a few arrays of so many numbers.
+_PAIRS = 1 << 18
+
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Boxes:
@@ -51,3 +54,33 @@ class Boxes:
             # An extent of nothing touches nothing, also where it lies inside the region.
             found &= (offsets < end) & (offsets + shapes > begin) & (shapes > 0)
         return np.flatnonzero(found)
+
+    def touching_pairs(self, others: Boxes) -> tuple[np.ndarray, np.ndarray]:
+        """Which of these share an element with which of the others: two arrays of indices, ascending by the first, then by the second."""
+        dimensions = len(self.offsets)
+        if dimensions == 0 or not len(others):
+            every = np.indices((len(self), len(others))).reshape(2, -1)
+            return every[0], every[1]
+        # Along the dimension with the most beginnings few of the others are candidates for each of these.
+        d = max(range(dimensions), key=lambda d: len(np.unique(others.offsets[d])))
+        order = np.argsort(others.offsets[d], kind="stable")
+        begins = others.offsets[d][order]
+        first = np.searchsorted(begins, self.offsets[d] - others.shapes[d].max(), side="right")
+        last = np.maximum(first, np.searchsorted(begins, self.offsets[d] + self.shapes[d], side="left"))
+        ends = np.cumsum(last - first)
+        found: list[tuple[np.ndarray, np.ndarray]] = []
+        begin = done = 0
+        while begin < len(self):
+            end = max(begin + 1, int(np.searchsorted(ends, done + _PAIRS, side="right")))
+            own = np.repeat(np.arange(begin, end), (last - first)[begin:end])
+            theirs = order[
+                np.arange(len(own)) + np.repeat(first[begin:end] - (ends - last + first)[begin:end] + done, (last - first)[begin:end])
+            ]
+            lower = np.maximum(self.offsets[:, own], others.offsets[:, theirs])
+            upper = np.minimum((self.offsets + self.shapes)[:, own], (others.offsets + others.shapes)[:, theirs])
+            kept = (lower < upper).all(axis=0)
+            found.append((own[kept], theirs[kept]))
+            begin, done = end, int(ends[end - 1])
+        mine, theirs = (np.concatenate(arrays) for arrays in zip(*found, strict=True)) if found else (np.empty(0, np.intp),) * 2
+        by_pair = np.lexsort((theirs, mine))
+        return mine[by_pair], theirs[by_pair]

@@ -28,7 +28,7 @@ class Region:
                 "a region needs one offset and one extent per dimension",
                 found=f"offset {self.offset}, shape {self.shape}",
             )
-        if any(value < 0 for value in (*self.offset, *self.shape)):
+        if min(0, 0, *self.offset, *self.shape) < 0:
             raise LayoutError("a region has no negative numbers", found=f"offset {self.offset}, shape {self.shape}")
 
     @classmethod

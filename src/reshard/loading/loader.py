@@ -24,8 +24,9 @@ from reshard.loading.reader import locate, read_plan
 from reshard.loading.report import RankReport
 from reshard.loading.selection import Selection
 from reshard.loading.strictness import Misfits, Strictness, apply_strictness
-from reshard.planning.agreement import RankDescription, decode, encode
+from reshard.planning.agreement import RankDescription
 from reshard.planning.read_plan import Mismatch, ReadPlan, plan_reads
+from reshard.planning.telling import decode_all, encode
 from reshard.sources.native import Headers
 from reshard.state import GLOBAL_STEP, Kind, Shard, State, TensorKey
 from reshard.storage import Storage
@@ -218,7 +219,7 @@ def _agree(
     texts = comm.all_gather(encode(mine))
 
     def prepare() -> tuple[PreparedExchange, list[str]]:
-        prepared = prepare_exchange([decode(text) for text in texts], chosen, headers, comm.rank, memory_budget)
+        prepared = prepare_exchange(decode_all(texts), chosen, headers, comm.rank, memory_budget)
         return prepared, _unlisted(prepared.files, headers, catalog)
 
     made, error = attempt(prepare)

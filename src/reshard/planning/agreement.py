@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
-import msgspec
+import numpy as np
 
-from reshard.errors import CaptureError, CommunicationError
-from reshard.geometry import DType, Layout, Mesh, Region
-from reshard.geometry.dtypes import by_name
+from reshard.geometry import DType, Layout, Region
 from reshard.state import Kind, State, TensorKey
 
 
@@ -66,12 +64,50 @@ class TensorDescription(NamedTuple):
         return self.dtype.itemsize * sum(region.size for region in self.regions)
 
 
+class TensorTable(Sequence[TensorDescription]):
+    """Descriptions of tensors that become objects when they are asked for; equal to any sequence of the same ones.
+
+    The ranks of a job have millions of them, but few lists of keys and few holdings.
+
+    Attributes:
+        keys: of each tensor.
+        holdings: the different ones.
+        numbers: integers: of each tensor the index of its holding.
+    """
+
+    def __init__(self, keys: tuple[TensorKey, ...], holdings: tuple[Holding, ...], numbers: np.ndarray) -> None:
+        self.keys = keys
+        self.holdings = holdings
+        self.numbers = numbers
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @overload
+    def __getitem__(self, index: int) -> TensorDescription: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[TensorDescription, ...]: ...
+    def __getitem__(self, index: int | slice) -> TensorDescription | tuple[TensorDescription, ...]:
+        if isinstance(index, slice):
+            return tuple(self[number] for number in range(*index.indices(len(self))))
+        return TensorDescription(self.keys[index], self.holdings[self.numbers[index]])
+
+    def __iter__(self) -> Iterator[TensorDescription]:
+        return map(TensorDescription, self.keys, map(self.holdings.__getitem__, self.numbers.tolist()))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
+
+    def __hash__(self) -> int:
+        return hash(tuple(self))
+
+
 @dataclass(frozen=True)
 class RankDescription:
     """What one rank holds, in the order of its state."""
 
     rank: int
-    tensors: tuple[TensorDescription, ...]
+    tensors: Sequence[TensorDescription]
 
     @property
     def nbytes(self) -> int:
@@ -94,70 +130,6 @@ def describe(state: State, rank: int) -> RankDescription:
             holding = known[alike] = Holding(tensor.dtype, tuple(tensor.global_shape), tensor.layout, regions)
         tensors.append(TensorDescription(tensor.key, holding))
     return RankDescription(rank, tuple(tensors))
-
-
-def encode(description: RankDescription) -> bytes:
-    """Bytes for the other ranks; each mesh, layout and holding is written once."""
-    meshes: dict[Mesh, int] = {}
-    layouts: dict[Layout, int] = {}
-    holdings: dict[int, int] = {}
-    written = []
-    tensors = []
-    for (kind, slot, parameter), holding in description.tensors:
-        index = holdings.get(id(holding))
-        if index is None:
-            index = holdings[id(holding)] = len(holdings)
-            layout = -1
-            if holding.layout is not None:
-                meshes.setdefault(holding.layout.mesh, len(meshes))
-                layout = layouts.setdefault(holding.layout, len(layouts))
-            written.append((holding.dtype.name, holding.global_shape, layout, [(r.offset, r.shape) for r in holding.regions]))
-        tensors.append((kind.value, slot, parameter, index))
-    return msgspec.msgpack.encode(
-        {
-            "rank": description.rank,
-            "meshes": [(m.shape, m.axes, m.ranks) for m in meshes],
-            "layouts": [(meshes[layout.mesh], layout.split) for layout in layouts],
-            "holdings": written,
-            "tensors": tensors,
-        }
-    )
-
-
-_Box = tuple[tuple[int, ...], tuple[int, ...]]
-
-
-class _Wire(msgspec.Struct):
-    rank: int
-    meshes: list[tuple[tuple[int, ...], tuple[str, ...], tuple[int, ...]]]
-    layouts: list[tuple[int, tuple[tuple[int, ...], ...]]]
-    holdings: list[tuple[str, tuple[int, ...], int, list[_Box]]]
-    tensors: list[tuple[str, str | None, str, int]]
-
-
-def decode(data: bytes) -> RankDescription:
-    """The inverse of `encode`.
-
-    Raises:
-        CommunicationError: bytes that it didn't write.
-    """
-    try:
-        wire = msgspec.msgpack.decode(data, type=_Wire)
-    except msgspec.MsgspecError as error:
-        raise CommunicationError(
-            "a rank's description can't be understood", found=str(error), fix="run the same version of reshard on every rank"
-        ) from error
-    meshes = [Mesh(*mesh) for mesh in wire.meshes]
-    layouts = [Layout(meshes[mesh], split) for mesh, split in wire.layouts]
-    holdings = [
-        Holding(by_name(dtype), shape, None if layout < 0 else layouts[layout], tuple(Region(*box) for box in boxes))
-        for dtype, shape, layout, boxes in wire.holdings
-    ]
-    kinds = {kind.value: kind for kind in Kind}
-    return RankDescription(
-        wire.rank,
-        tuple(TensorDescription(TensorKey(kinds[kind], slot, parameter), holdings[index]) for kind, slot, parameter, index in wire.tensors),
-    )
 
 
 def digest(encoded: bytes) -> bytes:
@@ -186,28 +158,3 @@ def place_of(description: RankDescription) -> str:
         place.update(f"{key.parameter!r} ".encode("utf-8", "surrogatepass"))
         place.update(text + b"\n")
     return place.hexdigest()
-
-
-def check_agreement(descriptions: Sequence[RankDescription]) -> None:
-    """Hold the ranks' descriptions against each other.
-
-    Raises:
-        CaptureError: two ranks give one tensor different shapes or dtypes.
-    """
-    seen: dict[TensorKey, tuple[TensorDescription, int]] = {}
-    for description in descriptions:
-        for tensor in description.tensors:
-            first, rank = seen.setdefault(tensor.key, (tensor, description.rank))
-            for field, mine, theirs in (
-                ("shape", tensor.global_shape, first.global_shape),
-                ("dtype", tensor.dtype.name, first.dtype.name),
-            ):
-                if mine != theirs:
-                    raise CaptureError(
-                        f"two ranks give one tensor different {field}s",
-                        tensor=f"{tensor.key.slot}.{tensor.key.parameter}" if tensor.key.slot else tensor.key.parameter,
-                        rank=description.rank,
-                        found=mine,
-                        expected=f"{theirs}, as on rank {rank}",
-                        fix="give different tensors different names, or the same tensor the same shape and dtype on every rank",
-                    )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from heapq import heapify, heapreplace
 from typing import NamedTuple
 
 from reshard.geometry import Region
@@ -67,7 +68,7 @@ def spread(jobs: Sequence[Job], ranks: Sequence[int]) -> list[Assignment]:
 
     Args:
         jobs: all there is to read.
-        ranks: of the whole job.
+        ranks: of the whole job, ascending.
 
     Returns:
         Assignments, the same for the same arguments on every rank. No rank has more than 1.02 of the mean and one row of a box (or one
@@ -76,6 +77,7 @@ def spread(jobs: Sequence[Job], ranks: Sequence[int]) -> list[Assignment]:
     total = sum(job.nbytes * job.count for job in jobs)
     mean = -(-total // len(ranks))
     loads = dict.fromkeys(ranks, 0)
+    orders: dict[tuple[int, ...], _Least] = {}
     done: list[Assignment] = []
     left: list[_Rest] = []
     # Those that fewest ranks want first: the others have a choice later, too.
@@ -83,18 +85,42 @@ def spread(jobs: Sequence[Job], ranks: Sequence[int]) -> list[Assignment]:
         job = jobs[index]
         row_bytes = job.nbytes if job.dimension is None else job.nbytes // job.box.shape[job.dimension]
         rest = _Rest(index, 0, job.count, job.box, job.nbytes, row_bytes, job.dimension)
-        left += _give(rest, job.ranks, loads, mean, done, force=False)
+        least = orders.get(job.ranks)
+        if least is None:
+            least = orders[job.ranks] = _Least(job.ranks, loads)
+        left += _give(rest, least, loads, mean, done, force=False)
+    least = _Least(ranks, loads)
     for rest in left:
-        _give(rest, ranks, loads, mean + mean // _SLACK, done, force=True)
+        _give(rest, least, loads, mean + mean // _SLACK, done, force=True)
     return done
 
 
-def _give(rest: _Rest, ranks: Sequence[int], loads: dict[int, int], limit: int, done: list[Assignment], *, force: bool) -> list[_Rest]:
+class _Least:
+    """The least loaded of some ranks, of several the first; found without a look at all of them.
+
+    Loads only grow. So a rank that is the least by what is noted of it, and whose note is true, is the least.
+    """
+
+    def __init__(self, ranks: Sequence[int], loads: Mapping[int, int]) -> None:
+        self._loads = loads
+        self._noted = [(loads[rank], rank) for rank in ranks]
+        heapify(self._noted)
+
+    def __call__(self) -> int:
+        while True:
+            noted, rank = self._noted[0]
+            load = self._loads[rank]
+            if load == noted:
+                return rank
+            heapreplace(self._noted, (load, rank))
+
+
+def _give(rest: _Rest, least: _Least, loads: dict[int, int], limit: int, done: list[Assignment], *, force: bool) -> list[_Rest]:
     """Assign what has room, to the least loaded first; give back what hasn't."""
     queue, left = [rest], []
     while queue:
         rest = queue.pop()
-        rank = min(ranks, key=loads.__getitem__)
+        rank = least()
         room = limit - loads[rank]
         whole = min(rest.number, room // rest.nbytes) if room > 0 else 0
         if whole:

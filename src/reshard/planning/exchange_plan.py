@@ -2,34 +2,47 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
+import numpy as np
+
 from reshard.catalog import Arrangement, Catalog, Piece, Site, StoredTensor
 from reshard.geometry import Region
+from reshard.geometry.boxes import Boxes
 from reshard.geometry.cover import find_overlap
 from reshard.planning.agreement import RankDescription
 from reshard.planning.balance import Job, spread
 from reshard.planning.byte_runs import is_one_run, plan_blocks, strides_of
+from reshard.planning.holders import Holders, find_holders
 from reshard.planning.read_plan import Movement, Transfer
-from reshard.state import TensorKey
 
 
-class Want(NamedTuple):
+class Taker(NamedTuple):
     """A shard that wants a region.
 
     Attributes:
         rank: whose it is.
         shard: its index in the tensor on that rank.
-        region: what it holds of the global tensor.
     """
 
     rank: int
     shard: int
+
+
+class Want(NamedTuple):
+    """A region that shards want.
+
+    Attributes:
+        region: of the global tensor.
+        takers: the shards that hold it, by rank; the same object for all that are the same.
+    """
+
     region: Region
+    takers: tuple[Taker, ...]
 
 
 class Part(NamedTuple):
@@ -78,7 +91,7 @@ class Share:
         piece: the chunk of each.
         site: where it is read.
         box: what is read of each chunk, in its own coordinates.
-        wants: who gets any of it.
+        wants: the regions that have any of it.
     """
 
     reader: int
@@ -92,7 +105,7 @@ class Share:
     @property
     def is_straight(self) -> bool:
         """Whether the reader reads one run for one shard of its own, so that no staging is needed."""
-        if len(self.wants) != 1 or self.wants[0].rank != self.reader:
+        if len(self.wants) != 1 or len(self.wants[0].takers) != 1 or self.wants[0].takers[0].rank != self.reader:
             return False
         is_whole = self.wants[0].region.contains(_moved(self.box, self.piece.region.offset))
         return is_whole and is_one_run(self.box.shape, self.piece.region.shape)
@@ -108,7 +121,7 @@ class Share:
         region = _moved(self.box, self.piece.region.offset)
         strides = strides_of(self.piece.region.shape, self.arrangement.dtype.itemsize)
         movement = Movement(
-            want.shard,
+            want.takers[0].shard,
             region.relative_to(want.region),
             want.region.shape,
             self.site,
@@ -131,7 +144,7 @@ class Share:
             only: the rank whose parts are asked for; None for everyone's.
         """
         itemsize = self.arrangement.dtype.itemsize
-        wants = self.wants if only is None else tuple(want for want in self.wants if want.rank == only)
+        wants = self.wants if only is None else [want for want in (_only(want, only) for want in self.wants) if want.takers]
         for block in plan_blocks(self.piece.region.shape, self.box, itemsize, block_bytes=block_bytes, gap_bytes=gap_bytes):
             region = _moved(block.region, self.piece.region.offset)
             parts = []
@@ -139,7 +152,8 @@ class Share:
                 common = region.intersect(want.region)
                 if common is not None:
                     source, target = common.relative_to(region), common.relative_to(want.region)
-                    parts.append(Part(want.rank, want.shard, source, target, itemsize * common.size))
+                    nbytes = itemsize * common.size
+                    parts += [Part(rank, shard, source, target, nbytes) for rank, shard in want.takers]
             yield BlockPlan(region.shape, block.offset, block.nbytes, tuple(parts))
 
 
@@ -173,95 +187,121 @@ def plan_exchange(descriptions: Sequence[RankDescription], catalog: Catalog) -> 
     """
     jobs: list[Job] = []
     parts: list[tuple[list[StoredTensor], Piece, tuple[Want, ...]]] = []
+    ranks_of = _RankSets()
     for tensors, wants in _groups(descriptions, catalog):
         arrangement = tensors[0].arrangement
-        by_region: dict[Region, list[Want]] = {}
-        for want in wants:
-            by_region.setdefault(want.region, []).append(want)
-        for piece, regions in _overlapping(arrangement.pieces, list(by_region)):
-            for box, touching in _boxes(piece.region, regions):
-                concerned = tuple(sorted(want for region in touching for want in by_region[region]))
-                dimension = _outermost(box)
-                ranks = tuple(sorted({want.rank for want in concerned}))
-                jobs.append(Job(len(tensors), box.relative_to(piece.region), arrangement.dtype.itemsize * box.size, dimension, ranks))
+        for piece, touching in _overlapping(arrangement, wants):
+            for box, concerned in _boxes(piece.region, touching):
+                nbytes = arrangement.dtype.itemsize * box.size
+                jobs.append(Job(len(tensors), box.relative_to(piece.region), nbytes, _outermost(box), ranks_of.wants(concerned)))
                 parts.append((tensors, piece, concerned))
     shares = []
+    copies: dict[int, dict[int, Site]] = {}
     for job, reader, first, count, box in spread(jobs, [description.rank for description in descriptions]):
         tensors, piece, wants = parts[job]
-        region = _moved(box, piece.region.offset)
-        concerned = tuple(want for want in wants if region.intersect(want.region) is not None)
-        chosen = tuple(tensors[first : first + count])
-        shares.append(Share(reader, chosen, chosen[0].arrangement, piece, _site(piece.sites, reader), box, concerned))
+        if box is not jobs[job].box:  # a cut one
+            region = _moved(box, piece.region.offset)
+            wants = tuple(want for want in wants if region.intersect(want.region) is not None)
+        chosen = tensors if count == len(tensors) else tensors[first : first + count]
+        site = piece.sites[0]
+        if len(piece.sites) > 1:
+            # The copy that the reader wrote itself, else one chosen by its rank, so that ranks spread over the copies.
+            own = copies.get(id(piece))
+            if own is None:
+                own = copies[id(piece)] = {site.rank: site for site in reversed(piece.sites)}
+            site = own.get(reader) or piece.sites[reader % len(piece.sites)]
+        shares.append(Share(reader, tuple(chosen), chosen[0].arrangement, piece, site, box, wants))
     shares.sort(key=lambda share: (share.reader, share.site.file))
     return ExchangePlan(tuple(shares))
 
 
 def _groups(descriptions: Sequence[RankDescription], catalog: Catalog) -> Iterator[tuple[list[StoredTensor], list[Want]]]:
     """Tensors that are stored alike and wanted alike, with who wants what."""
-    interned: dict[tuple[Region, ...], int] = {}
-    holders: dict[TensorKey, list[tuple[int, int]]] = {}
-    for description in descriptions:
-        known: dict[int, int] = {}  # by identity, as in plan_reads
-        for key, holding in description.tensors:
-            index = known.get(id(holding))
-            if index is None:
-                index = known[id(holding)] = interned.setdefault(holding.regions, len(interned))
-            holders.setdefault(key, []).append((description.rank, index))
-    groups: dict[tuple[int, tuple[tuple[int, int], ...]], list[StoredTensor]] = {}
+    holders = find_holders(descriptions)
+    groups: dict[tuple[int, int], list[StoredTensor]] = {}
     for key, tensor in catalog.tensors.items():
         if key in holders:
-            groups.setdefault((id(tensor.arrangement), tuple(holders[key])), []).append(tensor)
-    regions = list(interned)
-    for (_, held), tensors in groups.items():
-        wants = [
-            Want(rank, shard, region)
-            for rank, index in held
-            for shard, region in enumerate(regions[index])
-            if not region.is_empty  # nobody reads nothing
-        ]
+            groups.setdefault((id(tensor.arrangement), id(holders[key])), []).append(tensor)
+    known: dict[int, list[Want]] = {}
+    takers: dict[tuple[Taker, ...], tuple[Taker, ...]] = {}
+    for (_, identity), tensors in groups.items():
+        wants = known.get(identity)
+        if wants is None:
+            wants = known[identity] = _wants(holders[tensors[0].key], takers)
         if wants:
             yield tensors, wants
 
 
-def _overlapping(pieces: Sequence[Piece], regions: list[Region]) -> Iterator[tuple[Piece, list[Region]]]:
-    """Each piece with the regions that share an element with it."""
-    dimensions = len(regions[0].shape)
-    if dimensions == 0:
-        yield from ((piece, regions) for piece in pieces)
-        return
-    # Along the dimension with the most beginnings few regions are candidates for a piece.
-    d = max(range(dimensions), key=lambda d: len({region.offset[d] for region in regions}))
-    regions = sorted(regions, key=lambda region: (region.offset[d], region.offset, region.shape))
-    begins = [region.offset[d] for region in regions]
-    longest = max(region.shape[d] for region in regions)
-    for piece in pieces:
-        begin, end = piece.region.offset[d], piece.region.end[d]
-        candidates = regions[bisect_right(begins, begin - longest) : bisect_left(begins, end)]
-        found = [region for region in candidates if region.intersect(piece.region) is not None]
-        if found:
-            yield piece, found
+def _wants(holders: Holders, known: dict[tuple[Taker, ...], tuple[Taker, ...]]) -> list[Want]:
+    """The different regions that are wanted of a tensor, in the order of the ranks."""
+    found: dict[Region, list[Taker]] = {}
+    for holding, ranks in holders.different():
+        for shard, region in enumerate(holding.regions):
+            if not region.is_empty:  # nobody reads nothing
+                found.setdefault(region, []).extend(Taker(rank, shard) for rank in ranks)
+    wants = []
+    for region, shards in found.items():
+        takers = tuple(sorted(shards))
+        wants.append(Want(region, known.setdefault(takers, takers)))
+    return wants
 
 
-def _boxes(piece: Region, regions: list[Region]) -> Iterator[tuple[Region, list[Region]]]:
-    """Disjoint boxes of a piece that are together what is wanted of it, each with the regions that want any of it.
+class _RankSets:
+    """The ranks behind wants, each set made once."""
 
-    They are cut along their outermost dimension wherever another region begins or ends, so that each has one set of regions.
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, ...], tuple[int, ...]] = {}
+        self._same: dict[tuple[int, ...], tuple[int, ...]] = {}
+
+    def wants(self, wants: Sequence[Want]) -> tuple[int, ...]:
+        """The ranks that take any of some wants, ascending. The wants must live on."""
+        alike = tuple(id(want.takers) for want in wants)
+        ranks = self._known.get(alike)
+        if ranks is None:
+            ranks = tuple(sorted({taker.rank for want in wants for taker in want.takers}))
+            ranks = self._known[alike] = self._same.setdefault(ranks, ranks)
+        return ranks
+
+
+def _only(want: Want, rank: int) -> Want:
+    """A want as far as it is one rank's."""
+    first = bisect_left(want.takers, (rank,))
+    last = bisect_left(want.takers, (rank + 1,))
+    return Want(want.region, want.takers[first:last])
+
+
+def _overlapping(arrangement: Arrangement, wants: Sequence[Want]) -> Iterator[tuple[Piece, tuple[Want, ...]]]:
+    """Each piece that anyone wants any of, with those wants."""
+    regions = Boxes.of([want.region for want in wants], len(arrangement.global_shape))
+    pieces, touching = arrangement.boxes.touching_pairs(regions)
+    begins = np.flatnonzero(np.diff(pieces, prepend=-1)).tolist()
+    for begin, end in pairwise([*begins, len(pieces)]):
+        yield arrangement.pieces[int(pieces[begin])], tuple(wants[index] for index in touching[begin:end].tolist())
+
+
+def _boxes(piece: Region, wants: tuple[Want, ...]) -> Iterator[tuple[Region, tuple[Want, ...]]]:
+    """Disjoint boxes of a piece that are together what is wanted of it, each with those who want any of it.
+
+    They are cut along their outermost dimension wherever another region begins or ends, so that each has one set of wants.
     """
-    commons = [(common, region) for region in regions if (common := region.intersect(piece)) is not None]
+    if len(wants) == 1 and wants[0].region.contains(piece):
+        yield piece, wants
+        return
+    commons = [(common, want) for want in wants if (common := want.region.intersect(piece)) is not None]
     for whole in _union(piece, [common for common, _ in commons]):
         d = _outermost(whole)
-        inside = [(part, region) for common, region in commons if (part := common.intersect(whole)) is not None]
+        inside = [(part, want) for common, want in commons if (part := common.intersect(whole)) is not None]
         if d is None:
-            yield whole, [region for _, region in inside]
+            yield whole, tuple(want for _, want in inside)
             continue
         edges = sorted({edge for part, _ in inside for edge in (part.offset[d], part.end[d])})
-        touching: list[list[Region]] = [[] for _ in edges[1:]]
-        for part, region in inside:
+        touching: list[list[Want]] = [[] for _ in edges[1:]]
+        for part, want in inside:
             for index in range(bisect_left(edges, part.offset[d]), bisect_left(edges, part.end[d])):
-                touching[index].append(region)
+                touching[index].append(want)
         for (begin, end), wanting in zip(pairwise(edges), touching, strict=True):
             offset = (*whole.offset[:d], begin, *whole.offset[d + 1 :])
-            yield Region(offset, (*whole.shape[:d], end - begin, *whole.shape[d + 1 :])), wanting
+            yield Region(offset, (*whole.shape[:d], end - begin, *whole.shape[d + 1 :])), tuple(wanting)
 
 
 def _union(piece: Region, commons: list[Region]) -> list[Region]:
@@ -301,8 +341,3 @@ def _outermost(box: Region) -> int | None:
 
 def _moved(box: Region, by: tuple[int, ...]) -> Region:
     return Region(tuple(a + b for a, b in zip(box.offset, by, strict=True)), box.shape)
-
-
-def _site(sites: tuple[Site, ...], rank: int) -> Site:
-    """The copy that the rank wrote itself, else one chosen by its rank, so that ranks spread over the copies."""
-    return next((site for site in sites if site.rank == rank), sites[rank % len(sites)])

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from reshard.geometry import DType
-from reshard.planning.exchange_plan import BlockPlan, ExchangePlan, Part
+from reshard.planning.exchange_plan import BlockPlan, ExchangePlan, Part, Taker
 from reshard.state import TensorKey
 
 
@@ -49,13 +49,16 @@ class Schedule:
         epochs: what this rank stages in each.
         outgoing: what it sends, by epoch and target.
         incoming: what it receives, by the source's epoch and source.
-        source_epochs: the number of epochs of the rank that has the most.
     """
 
     epochs: list[list[Staged]] = field(default_factory=list)
     outgoing: dict[tuple[int, int], list[Outgoing]] = field(default_factory=dict)
     incoming: dict[tuple[int, int], list[Incoming]] = field(default_factory=dict)
-    source_epochs: int = 0
+
+    @property
+    def source_epochs(self) -> int:
+        """The number of epochs of other ranks in which this rank may receive anything."""
+        return max((epoch + 1 for epoch, _ in self.incoming), default=0)
 
 
 def schedule_exchange(plan: ExchangePlan, rank: int, *, stage_bytes: int, block_bytes: int, gap_bytes: int) -> Schedule:
@@ -69,11 +72,14 @@ def schedule_exchange(plan: ExchangePlan, rank: int, *, stage_bytes: int, block_
         gap_bytes: the widest gap that is read over.
     """
     schedule = Schedule()
+    # How far a reader is when it comes to what this rank gets depends on all that it stages; other readers don't matter.
+    takes = _Takes(rank)
+    readers = {rank} | {share.reader for share in plan.shares if any(takes(want.takers) for want in share.wants)}
     # By reader: the epoch that is being filled, and what is in it already.
     filled: dict[int, tuple[int, int]] = {}
     index = 0
     for share in plan.shares:
-        if share.is_straight:
+        if share.reader not in readers or share.is_straight:
             continue
         reads = share.reader == rank
         blocks = list(share.blocks(block_bytes, gap_bytes, only=None if reads else rank))
@@ -90,8 +96,21 @@ def schedule_exchange(plan: ExchangePlan, rank: int, *, stage_bytes: int, block_
                     parts += [Incoming(tensor.key, share.arrangement.dtype, part) for part in block.parts]
         filled[share.reader] = epoch, used
         index += reads
-    schedule.source_epochs = max((epoch + 1 for epoch, _ in filled.values()), default=0)
     return schedule
+
+
+class _Takes:
+    """Whether a rank is among takers, looked up once for all wants that have the same."""
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+        self._known: dict[int, bool] = {}
+
+    def __call__(self, takers: tuple[Taker, ...]) -> bool:
+        found = self._known.get(id(takers))
+        if found is None:
+            found = self._known[id(takers)] = any(taker.rank == self._rank for taker in takers)
+        return found
 
 
 def _stage(schedule: Schedule, epoch: int, rank: int, staged: Staged) -> None:

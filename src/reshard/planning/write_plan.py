@@ -6,13 +6,17 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from reshard.catalog import Arrangement, Catalog, Piece, Site, StoredTensor
 from reshard.errors import CaptureError, LayoutError
 from reshard.format.names import data_file_name, tensor_name
 from reshard.geometry import DType, Layout, Mesh, Region
+from reshard.geometry.boxes import Boxes
 from reshard.geometry.cover import cover_fault
 from reshard.geometry.tensor_map import slices_of
-from reshard.planning.agreement import RankDescription, TensorDescription
+from reshard.planning.agreement import Holding, RankDescription, TensorDescription
+from reshard.planning.holders import Holders, find_holders
 from reshard.state import Kind, TensorKey
 
 
@@ -104,31 +108,48 @@ def plan_catalog(descriptions: Sequence[RankDescription], prefix: str | None, sa
         CaptureError: the ranks' parts of a tensor don't make up the whole, or a part is not where its layout says.
         UsageError: the prefix can't be part of a file name.
     """
-    parts: dict[TensorKey, list[tuple[int, TensorDescription]]] = {}
-    for description in descriptions:
-        for kind in Kind:
-            if kind is Kind.OPTIMIZER and not save_optimizer:
-                continue
-            for tensor in description.tensors:
-                if tensor.key.kind is kind:
-                    parts.setdefault(tensor.key, []).append((description.rank, tensor))
-    files = {(d.rank, kind): data_file_name(prefix, kind, d.rank, len(descriptions)) for d in descriptions for kind in Kind}
-    # Most tensors lie like many others, and share a description's holding with them.
-    known: dict[object, Arrangement] = {}
+    holders = {key: held for key, held in find_holders(descriptions).items() if save_optimizer or key.kind is not Kind.OPTIMIZER}
+    kinds = {kind: order for order, kind in enumerate(Kind)}
+    keys = sorted(holders, key=lambda key: (int(holders[key].ranks[0]), kinds[key.kind]))
+    sites = _Sites(prefix, len(descriptions))
+    # Most tensors lie like many others.
+    known: dict[tuple[Kind, int], Arrangement] = {}
     tensors = {}
-    for key, held in parts.items():
-        first = held[0][1]
-        alike = (key.kind, *[(rank, id(tensor.holding)) for rank, tensor in held])
-        arrangement = known.get(alike)
+    for key in keys:
+        held = holders[key]
+        arrangement = known.get((key.kind, id(held)))
         if arrangement is None:
-            spread = _arrange(held)
-            pieces = tuple(
-                Piece(part.region, tuple(Site(files[rank, key.kind], rank, suffix) for rank, suffix in part.places), part.holders)
-                for part in spread.pieces
-            )
-            arrangement = known[alike] = Arrangement(first.dtype, first.global_shape, spread.layout, pieces)
+            arrangement = known[key.kind, id(held)] = _arrange(key, held, sites)
         tensors[key] = StoredTensor(key, tensor_name(key), arrangement)
     return Catalog(directory, tensors)
+
+
+class _Sites:
+    """The sites of chunks, each made once."""
+
+    def __init__(self, prefix: str | None, world_size: int) -> None:
+        self._prefix = prefix
+        self._world_size = world_size
+        self._sites: dict[tuple[Kind, int, str], Site] = {}
+        self._groups: dict[tuple[Kind, tuple[tuple[int, str], ...]], tuple[Site, ...]] = {}
+
+    def of(self, kind: Kind, places: tuple[tuple[int, str], ...]) -> tuple[Site, ...]:
+        """The sites of some ranks, each with the suffix of the tensor's name in its file."""
+        group = self._groups.get((kind, places))
+        if group is None:
+            group = self._groups[kind, places] = tuple(self._site(kind, rank, suffix) for rank, suffix in places)
+        return group
+
+    def _site(self, kind: Kind, rank: int, suffix: str) -> Site:
+        site = self._sites.get((kind, rank, suffix))
+        if site is None:
+            site = Site(data_file_name(self._prefix, kind, rank, self._world_size), rank, suffix)
+            self._sites[kind, rank, suffix] = site
+        return site
+
+
+# The different holdings of a tensor, each with its ranks.
+_Held = Sequence[tuple[Holding, tuple[int, ...]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,15 +161,7 @@ class _Part:
     holders: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class _Spread:
-    """How a tensor lies, without its name and type."""
-
-    layout: Layout | None
-    pieces: tuple[_Part, ...]
-
-
-def _stored_parts(tensor: TensorDescription, name: str) -> Iterator[tuple[str, int, Region]]:
+def _stored_parts(tensor: TensorDescription | Holding, name: str) -> Iterator[tuple[str, int, Region]]:
     """What a rank writes of a tensor: the name in the file, the index of the shard, its region.
 
     Parts without elements are not written. A tensor without elements is, whole, by every rank that has it: it must come back.
@@ -175,85 +188,115 @@ def _name_taken(entries: Sequence[WriteEntry], rank: int) -> CaptureError:
     )
 
 
-def _arrange(held: Sequence[tuple[int, TensorDescription]]) -> _Spread:
-    first = held[0][1]
+def _arrange(key: TensorKey, holders: Holders, sites: _Sites) -> Arrangement:
+    held = holders.different()
+    first = held[0][0]
     shape = first.global_shape
-    pieces = _collect(held)
-    if 0 in shape:
-        return _Spread(None, tuple(pieces))
-    for rank, tensor in held:
-        _check_place(rank, tensor)
-    layout = first.layout
+    parts = _collect(held)
+    layout = None
+    if 0 not in shape:
+        _check_places(key, held)
+        layout, parts = _lay_out(key, held, parts)
+    pieces = tuple(Piece(part.region, sites.of(key.kind, part.places), part.holders) for part in parts)
+    return Arrangement(first.dtype, shape, layout, pieces)
+
+
+def _lay_out(key: TensorKey, held: _Held, parts: list[_Part]) -> tuple[Layout | None, list[_Part]]:
+    """The layout of a tensor, or None, and its chunks."""
+    layout, shape = held[0][0].layout, held[0][0].global_shape
+    with_layout = [holding for holding, _ in held if holding.layout is not None]
     if layout is not None:
         # Another stage may hold the same tensor in other parts, of the same values: the first stage's are enough.
-        own = {region for _, tensor in held if tensor.layout and tensor.layout.mesh == layout.mesh for region in tensor.regions}
-        if cover_fault(list(own), shape) is None:
-            pieces = [piece for piece in pieces if piece.region in own]
-    fault = cover_fault([piece.region for piece in pieces], shape)
+        own = {region for holding in with_layout if _is_on(holding, layout.mesh) for region in holding.regions}
+        if any(part.region not in own for part in parts) and cover_fault(list(own), shape) is None:
+            parts = [part for part in parts if part.region in own]
+    fault = cover_fault([part.region for part in parts], shape)
     if fault is not None:
         raise CaptureError(
             "the ranks' parts of a tensor don't make up the whole tensor",
-            tensor=tensor_name(first.key),
+            tensor=tensor_name(key),
             found=fault,
             expected=f"parts that together are all of {list(shape)}, each element in one part or in equal ones",
             fix="every rank of the run must save, and tensors that are different must have different names",
         )
     if layout is None:
-        layout = _layout_of_grid(pieces, shape) if len(pieces) > 1 else None
-    elif not layout.is_even(shape) or any(len(tensor.regions) != 1 for _, tensor in held if tensor.layout):
+        layout = _layout_of_grid(parts, shape) if len(parts) > 1 else None
+    elif not layout.is_even(shape) or any(len(holding.regions) != 1 for holding in with_layout):
         layout = None
     if layout is not None:
         order = {region: index for index, region in enumerate(slices_of(layout, shape).values())}
-        pieces.sort(key=lambda piece: order[piece.region])
-    return _Spread(layout, tuple(pieces))
+        parts = sorted(parts, key=lambda part: order[part.region])
+    return layout, parts
 
 
-def _collect(held: Sequence[tuple[int, TensorDescription]]) -> list[_Part]:
+def _is_on(holding: Holding, mesh: Mesh) -> bool:
+    return holding.layout is not None and (holding.layout.mesh is mesh or holding.layout.mesh == mesh)
+
+
+def _collect(held: _Held) -> list[_Part]:
     """The different regions, in the order of the ranks, each with everyone who has it."""
-    found: dict[Region, list[tuple[int, str]]] = {}
-    for rank, tensor in held:
-        for suffix, _, region in _stored_parts(tensor, ""):
-            found.setdefault(region, []).append((rank, suffix))
-    return [_Part(region, tuple(places), tuple(sorted({rank for rank, _ in places}))) for region, places in found.items()]
+    found: dict[Region, list[tuple[str, tuple[int, ...]]]] = {}
+    for holding, ranks in held:
+        for suffix, _, region in _stored_parts(holding, ""):
+            found.setdefault(region, []).append((suffix, ranks))
+    parts = []
+    for region, having in found.items():
+        places = [(rank, suffix) for suffix, ranks in having for rank in ranks]
+        if len(having) > 1:
+            places.sort(key=lambda place: place[0])
+        parts.append(_Part(region, tuple(places), tuple(dict.fromkeys(rank for rank, _ in places))))
+    return parts
 
 
-def _check_place(rank: int, tensor: TensorDescription) -> None:
-    """See that a rank's only part is where its layout says; when it isn't, one of the two would be written down wrong."""
-    if tensor.layout is None or len(tensor.regions) != 1:
-        return
-    try:
-        expected = tensor.layout.rank_region(rank, tensor.global_shape)
-    except LayoutError as error:
-        raise CaptureError(error.what, tensor=tensor_name(tensor.key), rank=rank, found=error.found, expected=error.expected) from error
-    if expected != tensor.regions[0] and not (expected.is_empty and tensor.regions[0].is_empty):
-        raise CaptureError(
-            "a rank's part of a tensor is not where its layout says",
-            tensor=tensor_name(tensor.key),
-            rank=rank,
-            found=tensor.regions[0],
-            expected=expected,
-        )
+def _check_places(key: TensorKey, held: _Held) -> None:
+    """See that each rank's only part is where its layout says; where it isn't, one of the two would be written down wrong."""
+    shape = held[0][0].global_shape
+    by_layout: dict[int, tuple[Layout, list[Region], list[int], list[int]]] = {}
+    for holding, ranks in held:
+        if holding.layout is not None and len(holding.regions) == 1:
+            _, regions, owners, own = by_layout.setdefault(id(holding.layout), (holding.layout, [], [], []))
+            owners += [len(regions)] * len(ranks)
+            regions.append(holding.regions[0])
+            own += ranks
+    for layout, regions, owners, ranks in by_layout.values():
+        try:
+            positions = [layout.mesh.position(rank) for rank in ranks]
+            expected = layout.regions(shape).take(np.array(positions))
+        except LayoutError as error:
+            raise CaptureError(error.what, tensor=tensor_name(key), rank=error.rank, found=error.found, expected=error.expected) from error
+        found = Boxes.of(regions, len(shape)).take(np.array(owners))
+        differ = (expected.offsets != found.offsets).any(axis=0) | (expected.shapes != found.shapes).any(axis=0)
+        differ &= (expected.shapes > 0).all(axis=0) | (found.shapes > 0).all(axis=0)
+        if differ.any():
+            worst = min(np.flatnonzero(differ).tolist(), key=ranks.__getitem__)
+            raise CaptureError(
+                "a rank's part of a tensor is not where its layout says",
+                tensor=tensor_name(key),
+                rank=ranks[worst],
+                found=found[worst],
+                expected=expected[worst],
+            )
 
 
-def _layout_of_grid(pieces: Sequence[_Part], shape: tuple[int, ...]) -> Layout | None:
-    """A layout that says what pieces without one show: equal parts in an even grid, each on as many ranks, each rank with one part.
+def _layout_of_grid(parts: Sequence[_Part], shape: tuple[int, ...]) -> Layout | None:
+    """A layout that says what parts without one show: equal parts in an even grid, each on as many ranks, each rank with one part.
 
     Its mesh is made up; the regions that it gives each rank are the true ones.
     """
-    part = pieces[0].region.shape
-    replicas = len(pieces[0].holders)
-    ranks = [rank for piece in pieces for rank in piece.holders]
-    if len(set(ranks)) < len(ranks) or any(piece.region.shape != part or len(piece.holders) != replicas for piece in pieces):
+    extents = parts[0].region.shape
+    replicas = len(parts[0].holders)
+    ranks = [rank for part in parts for rank in part.holders]
+    if len(set(ranks)) < len(ranks) or any(part.region.shape != extents or len(part.holders) != replicas for part in parts):
         return None
-    for piece in pieces:
-        if any(o % extent or size % extent for o, extent, size in zip(piece.region.offset, part, shape, strict=True)):
+    for part in parts:
+        if any(o % extent or size % extent for o, extent, size in zip(part.region.offset, extents, shape, strict=True)):
             return None
-    ordered = sorted(pieces, key=lambda piece: piece.region.offset)
-    counts = [size // extent for size, extent in zip(shape, part, strict=True)]
+    ordered = sorted(parts, key=lambda part: part.region.offset)
+    counts = [size // extent for size, extent in zip(shape, extents, strict=True)]
     split = [dimension for dimension, count in enumerate(counts) if count > 1]
     mesh = Mesh(
         (replicas, *(counts[dimension] for dimension in split)),
         ("replica", *(f"split{dimension}" for dimension in split)),
-        tuple(piece.holders[replica] for replica in range(replicas) for piece in ordered),
+        tuple(part.holders[replica] for replica in range(replicas) for part in ordered),
     )
     return Layout(mesh, tuple((1 + split.index(d),) if d in split else () for d in range(len(shape))))

@@ -15,7 +15,9 @@ from reshard.format.digest import digest_of
 from reshard.format.index import encode_index
 from reshard.format.metadata import FORMAT_VERSION, encode_metadata
 from reshard.format.safetensors import PlannedHeader, plan_header
-from reshard.planning.agreement import RankDescription, check_agreement, decode, describe, digest, encode, place_of
+from reshard.planning.agreement import RankDescription, describe, digest, place_of
+from reshard.planning.holders import check_agreement
+from reshard.planning.telling import decode_all, encode
 from reshard.planning.write_plan import FilePlan, WriteEntry, plan_catalog, plan_rank_files
 from reshard.state import Kind, State
 
@@ -156,7 +158,7 @@ class Structures:
         """
         if self._metadata is None:
             try:
-                descriptions = [decode(structure.description) for structure in self._ranks]
+                descriptions = decode_all([structure.description for structure in self._ranks])
             except CommunicationError as cause:
                 # Rank 0 alone reads them. As the error of a collective it would end rank 0, and the others would wait for it.
                 raise SaveError(cause.what, found=cause.found, fix=cause.fix) from cause
