@@ -60,6 +60,14 @@ class Memory(Protocol):
         """A writable view of the memory itself (any strides), or None when the host can't address it."""
         ...
 
+    @property
+    def address(self) -> int | None:
+        """Where the shard's bytes begin in this process, when they lie there one after the other; None when they don't.
+
+        As long as the memory lives, all bytes of the shard may be written there. It costs far less than a view: states have 100,000 tensors.
+        """
+        ...
+
     def read(self) -> np.ndarray:
         """The present values on the host: a view where there is one, else a copy."""
         ...
@@ -79,6 +87,10 @@ class HostMemory:
     def host(self) -> np.ndarray | None:
         return self.array
 
+    @property
+    def address(self) -> int | None:
+        return self.array.ctypes.data if self.array.flags.c_contiguous and self.array.flags.writeable else None
+
     def read(self) -> np.ndarray:
         return self.array
 
@@ -86,16 +98,14 @@ class HostMemory:
         self.array[region.slices] = values
 
 
-@dataclass(frozen=True, slots=True)
-class Shard:
+class Shard(NamedTuple):
     """A region together with the memory that holds it on this rank."""
 
     region: Region
     memory: Memory
 
 
-@dataclass(frozen=True, slots=True)
-class ShardedTensor:
+class ShardedTensor(NamedTuple):
     """This rank's part of a global tensor.
 
     Attributes:

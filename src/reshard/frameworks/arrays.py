@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -108,7 +107,7 @@ def _tensor(key: TensorKey, value: Any) -> ShardedTensor:
     name = tensor_name(key)
     if isinstance(value, ShardedTensor):
         _check_memory(value, name)
-        return replace(value, key=key)
+        return value._replace(key=key)
     if not isinstance(value, np.ndarray):
         raise CaptureError("not an array", tensor=name, found=type(value).__name__, expected="a numpy array or a ShardedTensor")
     try:

@@ -64,6 +64,10 @@ class CastMemory:
     def host(self) -> np.ndarray | None:
         return None
 
+    @property
+    def address(self) -> int | None:
+        return None
+
     def read(self) -> np.ndarray:
         return cast_values(self.memory.read(), self.stored)
 

@@ -236,8 +236,8 @@ def _casting(state: State, casts: Sequence[Mismatch]) -> State:
     for misfit in casts:
         tensor = tensors[misfit.key]
         stored = by_name(misfit.stored)
-        shards = tuple(replace(shard, memory=CastMemory(shard.memory, stored, tensor.dtype)) for shard in tensor.shards)
-        tensors[misfit.key] = replace(tensor, shards=shards)
+        shards = tuple(shard._replace(memory=CastMemory(shard.memory, stored, tensor.dtype)) for shard in tensor.shards)
+        tensors[misfit.key] = tensor._replace(shards=shards)
     return replace(state, tensors=tensors)
 
 

@@ -30,6 +30,8 @@ class _Holding:
 
     layout: Layout | None
     pieces: tuple[_Piece, ...]
+    is_one: bool = False
+    """Whether all of the local tensor is one region, as nearly always."""
 
 
 class Meshes:
@@ -52,7 +54,7 @@ class Meshes:
 
     def __init__(self, tensors: Iterable[torch.Tensor], fsdp2: Collection[int] = ()) -> None:
         self._meshes: dict[Any, Mesh] = {}
-        self._holdings: dict[Any, _Holding] = {}
+        self._holdings: dict[Any, tuple[tuple[int, ...], _Holding]] = {}
         self._layouts: dict[tuple[int, tuple[tuple[int, ...], ...]], Layout] = {}
         self._by_fsdp2: set[Any] = set()
         seen: set[int] = set()
@@ -87,14 +89,14 @@ class Meshes:
                 reached; a plain tensor beside a DTensor, of a shape that fits neither its part nor its whole.
         """
         if is_dtensor(tensor):
-            local, whole = _local(tensor), tuple(tensor.shape)
-            holding = self._holding(tensor, whole, tuple(local.shape), name)
+            local = _local(tensor)
+            whole, holding = self._holding(tensor, local, name)
         elif like is None or not is_dtensor(like) or tensor.ndim == 0:
             local, whole = tensor, tuple(tensor.shape)
             holding = _Holding(self.replicated(tensor.ndim), (_Piece(Region.whole(whole), Region.whole(whole)),))
         elif tensor.shape == _local(like).shape:
-            local, whole = tensor, tuple(like.shape)
-            holding = self._holding(like, whole, tuple(tensor.shape), name)
+            local = tensor
+            whole, holding = self._holding(like, tensor, name)
         else:
             raise CaptureError(
                 "a plain tensor beside a DTensor parameter: how the whole lies on the ranks can't be known",
@@ -103,7 +105,10 @@ class Meshes:
                 expected=f"a DTensor, or the shape of the parameter's local part {tuple(_local(like).shape)}",
             )
         dtype = checked_dtype(local, name)
-        shards = tuple(Shard(piece.region, _memory(local, piece.local, name)) for piece in holding.pieces)
+        if holding.is_one:
+            shards = (Shard(holding.pieces[0].region, memory_of(local, name)),)
+        else:
+            shards = tuple(Shard(piece.region, _memory(local, piece.local, name)) for piece in holding.pieces)
         return ShardedTensor(key, dtype, whole, holding.layout, shards)
 
     def _mesh(self, device_mesh: Any) -> Mesh:
@@ -115,15 +120,17 @@ class Meshes:
             mesh = self._meshes[device_mesh] = next((other for other in self._meshes.values() if other == mesh), mesh)
         return mesh
 
-    def _holding(self, tensor: Any, shape: tuple[int, ...], local: tuple[int, ...], name: str) -> _Holding:
-        """How a DTensor lies; computed once for all tensors with the same shape and placements."""
-        spec = tensor._spec  # the only place where a release keeps an order apart from the placements
-        # The mesh by identity (the tensors keep it alive): its hash goes over its ranks.
-        cached = (id(spec.mesh), tuple(spec.placements), shape, getattr(spec, "shard_order", None), local)
-        holding = self._holdings.get(cached)
-        if holding is None:
-            holding = self._holdings[cached] = self._find(tensor, spec, shape, local, name)
-        return holding
+    def _holding(self, tensor: Any, local: torch.Tensor, name: str) -> tuple[tuple[int, ...], _Holding]:
+        """The global shape of a DTensor and how it lies, for a local part; computed once for all with the same shapes and placements."""
+        # The specification, since asking the tensor itself goes through torch's dispatcher; it is also the only place where a release
+        # keeps an order apart from the placements. The mesh by identity (the tensors keep it alive): its hash goes over its ranks.
+        spec = tensor._spec
+        alike = (id(spec.mesh), spec.placements, spec.shape, getattr(spec, "shard_order", None), local.shape)
+        found = self._holdings.get(alike)
+        if found is None:
+            shape = tuple(tensor.shape)
+            found = self._holdings[alike] = (shape, self._find(tensor, spec, shape, tuple(local.shape), name))
+        return found
 
     def _find(self, tensor: Any, spec: Any, shape: tuple[int, ...], local: tuple[int, ...], name: str) -> _Holding:
         mesh = self._mesh(tensor.device_mesh)
@@ -145,7 +152,8 @@ class Meshes:
             runs = [held(splits, mesh.shape, coordinate, dimension, size) for dimension, size in enumerate(shape)]
         extent = tuple(sum(count for _, count in dimension) for dimension in runs)
         if tuple(local) == extent or (0 in local and 0 in extent):  # an empty part may have any empty shape
-            return _Holding(layout, _pieces(runs, shape))
+            pieces = _pieces(runs, shape)
+            return _Holding(layout, pieces, len(pieces) == 1 and pieces[0].local == Region.whole(tuple(local)) and 0 not in local)
         raise CaptureError(
             "the local part of a DTensor doesn't have the shape that its placements give this rank",
             tensor=name,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from torch.nn.parameter import UninitializedTensorMixin  # pyright: ignore[repor
 from reshard.errors import CaptureError, UsageError
 from reshard.geometry import DType, Region
 from reshard.geometry.dtypes import by_name
-from reshard.state import HostMemory, Memory
+from reshard.state import Memory
 
 # Torch gives numpy no view of these types; an integer type of the same size carries their bytes, in both directions.
 _CARRIERS = {
@@ -79,8 +80,11 @@ def memory_of(tensor: torch.Tensor, name: str) -> Memory:
     Raises:
         CaptureError: memory that can't be reached.
     """
-    if tensor.device.type == "cpu":
-        return HostMemory(_view(tensor, name))
+    if tensor.is_cpu:
+        memory = TensorMemory(tensor)
+        if memory.address is None:
+            _view(tensor, name)
+        return memory
     return DeviceMemory(tensor.detach())
 
 
@@ -114,6 +118,35 @@ def to_tensor(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
     return torch.from_numpy(array.view(dtype_of(carrier).numpy)).view(dtype)
 
 
+class TensorMemory(NamedTuple):
+    """A tensor on the host as the memory of a shard. The view of it is made when it is asked for: small tensors can do without.
+
+    Attributes:
+        tensor: one that `checked_dtype` has passed.
+    """
+
+    tensor: torch.Tensor
+
+    @property
+    def host(self) -> np.ndarray | None:
+        return _view(self.tensor, "")
+
+    @property
+    def address(self) -> int | None:
+        tensor = self.tensor
+        if not tensor.is_contiguous():
+            return None
+        # Who frees a tensor's memory for a while (FSDP does) leaves a tensor of the old shape over an empty storage.
+        end = (tensor.storage_offset() + tensor.numel()) * tensor.itemsize
+        return tensor.data_ptr() if tensor.untyped_storage().nbytes() >= end else None
+
+    def read(self) -> np.ndarray:
+        return _view(self.tensor, "")
+
+    def write(self, region: Region, values: np.ndarray) -> None:
+        _view(self.tensor, "")[region.slices] = values
+
+
 @dataclass(frozen=True, slots=True)
 class DeviceMemory:
     """The memory of a shard that the host can't address: reading and writing copy.
@@ -126,6 +159,10 @@ class DeviceMemory:
 
     @property
     def host(self) -> np.ndarray | None:
+        return None
+
+    @property
+    def address(self) -> int | None:
         return None
 
     def read(self) -> np.ndarray:
@@ -147,6 +184,10 @@ class MirrorMemory:
 
     @property
     def host(self) -> np.ndarray | None:
+        return None
+
+    @property
+    def address(self) -> int | None:
         return None
 
     def read(self) -> np.ndarray:
