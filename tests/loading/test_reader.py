@@ -43,11 +43,11 @@ def load_into(root: Path, array: np.ndarray) -> reshard.RestoreReport:
 
 @pytest.mark.parametrize("order", ["C", "F", "stepped"])
 @pytest.mark.parametrize("axes", [("tp", None), (None, "tp")])
-@pytest.mark.parametrize(("block", "window", "direct"), [(1 << 20, 4 << 20, 128 << 10), (64, 96, 32)])
+@pytest.mark.parametrize(("block", "window", "part", "runs"), [(1 << 20, 4 << 20, 16 << 20, 512), (64, 96, 32, 2)])
 def test_any_strides_and_any_sizes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: str, axes: tuple[str | None, ...], block: int, window: int, direct: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: str, axes: tuple[str | None, ...], block: int, window: int, part: int, runs: int
 ) -> None:
-    for name, value in (("BLOCK_BYTES", block), ("WINDOW_BYTES", window), ("DIRECT_BYTES", direct), ("PART_BYTES", direct)):
+    for name, value in (("BLOCK_BYTES", block), ("WINDOW_BYTES", window), ("PART_BYTES", part), ("MOST_RUNS", runs)):
         monkeypatch.setattr(reader, name, value)
     whole = np.random.default_rng(0).standard_normal((14, 30)).astype(np.float32)
     save_split(tmp_path, whole, *axes)
@@ -87,12 +87,12 @@ class Shrinking(FaultyStorage):
         return super()._do(name, path, work)
 
 
-@pytest.mark.parametrize(("operation", "after"), [("read_into", 2), ("map", 0)])
+@pytest.mark.parametrize(("operation", "after"), [("scatter", 0), ("map", 0)])
 def test_a_file_that_shrinks_during_the_load_is_an_error(tmp_path: Path, operation: str, after: int) -> None:
     whole = np.random.default_rng(0).standard_normal((1024, 1024)).astype(np.float32)
     save_split(tmp_path, whole, "tp", None)
     data = min(tmp_path.glob("iteration_*/*model*"))
-    # Whole rows are read, after the header's two reads; half of the columns are mapped.
+    # Whole rows are read; half of the columns are mapped.
     columns = 512 if operation == "map" else 1024
     target = np.zeros((1024, columns), np.float32)
     shard = Shard(Region((0, 0), target.shape), HostMemory(target))

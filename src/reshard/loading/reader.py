@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
 from itertools import groupby
 from queue import SimpleQueue
 from typing import NamedTuple
@@ -20,6 +22,12 @@ from reshard.state import Memory, State
 from reshard.storage import ReadableFile, Storage
 from reshard.storage.storage import join
 
+MEMORY_BUDGET = 256 << 20
+"""Bytes that a load takes beyond the state, unless it is told otherwise."""
+
+LEAST_BUDGET = 1 << 20
+"""With less there is no block that would be worth a call."""
+
 # What a staged read takes at a time. Small enough that what was read is still in a core's own cache when it is copied on, large enough
 # that a call costs little.
 BLOCK_BYTES = 1 << 20
@@ -31,23 +39,14 @@ WINDOW_BYTES = 4 << 20
 # Reading over a gap of this size costs what another call costs: some 10 µs, in which a page cache or a fast disk gives 64 KiB.
 GAP_BYTES = 64 << 10
 
-# A contiguous run from this size on is read straight into its destination; below, a call per run costs more than staging many of them
-# in one and copying them on.
-DIRECT_BYTES = 128 << 10
-
-# A direct read is cut in parts of this size, so that several are in flight.
+# A read is at most this long, so that several are in flight.
 PART_BYTES = 16 << 20
+
+# Runs of a call, gaps not counted: systems take 1,024 pieces of memory in one.
+MOST_RUNS = 512
 
 # Reads in flight per rank. A local disk or a parallel file system wants several; more than the cores that copy is no use on any.
 READERS = min(4, os.cpu_count() or 1)
-
-
-class _Run(NamedTuple):
-    """A transfer's box as one run of bytes of a file."""
-
-    begin: int
-    nbytes: int
-    transfer: Transfer
 
 
 def locate(plan: ReadPlan, headers: Headers) -> list[TensorEntry]:
@@ -59,17 +58,23 @@ def locate(plan: ReadPlan, headers: Headers) -> list[TensorEntry]:
     entries: list[TensorEntry] = []
     for file, transfers in groupby(plan.transfers, key=lambda transfer: transfer.movement.site.file):
         held = headers.get(file).entries
-        for transfer in transfers:
-            entry = held.get(transfer.name)
-            movement = transfer.movement
-            if entry is None or entry.shape != movement.chunk_shape or entry.dtype != movement.dtype:
-                raise headers.broken_promise(file, transfer.name, movement.dtype, movement.chunk_shape)
+        for _, name, movement in transfers:
+            entry = held.get(name)
+            if entry is None or entry.shape != movement.chunk_shape or (entry.dtype is not movement.dtype and entry.dtype != movement.dtype):
+                raise headers.broken_promise(file, name, movement.dtype, movement.chunk_shape)
             entries.append(entry)
     return entries
 
 
 def read_plan(
-    plan: ReadPlan, entries: list[TensorEntry], state: State, storage: Storage, directory: str, *, gap_bytes: int = GAP_BYTES
+    plan: ReadPlan,
+    entries: list[TensorEntry],
+    state: State,
+    storage: Storage,
+    directory: str,
+    *,
+    gap_bytes: int = GAP_BYTES,
+    memory_budget: int = MEMORY_BUDGET,
 ) -> int:
     """Fill a state's memory as the plan says.
 
@@ -80,6 +85,7 @@ def read_plan(
         storage: where the files lie.
         directory: the checkpoint.
         gap_bytes: the widest gap between small runs that is read over.
+        memory_budget: bytes for staging buffers and mapped windows together.
 
     Returns:
         The bytes that were read, gaps included.
@@ -90,99 +96,165 @@ def read_plan(
     """
     total = 0
     located = zip(plan.transfers, entries, strict=True)
-    with ThreadPoolExecutor(READERS, "reshard-read") as pool:
+    with ThreadPoolExecutor(READERS, "reshard-read") as pool, ExitStack() as files:
+        # While the last reads of a file are under way, those of the next one begin; of no more are files open at a time.
+        before: tuple[ReadableFile, list[Future[int]]] | None = None
+        sizes = _Sizes.within(memory_budget, gap_bytes)
         for file, group in groupby(located, key=lambda pair: pair[0].movement.site.file):
-            with storage.open_read(join(directory, file)) as source:
-                reader = _FileReader(source, state, gap_bytes)
-                pending: list[Future[int]] = []
-                try:
-                    pending.extend(pool.submit(work) for work in reader.plan(list(group)))
-                finally:
-                    # The file stays open until nobody reads it.
-                    for future in pending:
-                        future.exception()
-                total += sum(future.result() for future in pending)
+            source = files.enter_context(storage.open_read(join(directory, file)))
+            reading: list[Future[int]] = []
+            files.callback(_wait, reading)  # nobody may read a file that is closed: not when something fails, either
+            reading += [pool.submit(work) for work in _FileReader(source, state, sizes).plan(group)]
+            if before is not None:
+                total += sum(future.result() for future in before[1])
+                before[0].close()
+            before = source, reading
+        if before is not None:
+            total += sum(future.result() for future in before[1])
     return total
+
+
+def _wait(reading: list[Future[int]]) -> None:
+    for future in reading:
+        future.exception()
+
+
+class _Run(NamedTuple):
+    """A transfer's box as one run of bytes of a file."""
+
+    begin: int
+    nbytes: int
+    transfer: Transfer
+
+
+def _begin_of(run: _Run) -> int:
+    return run.begin
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """How much is read at a time.
+
+    Attributes:
+        block: of a staging buffer.
+        window: of a mapped window.
+        gap: the widest gap that is read over.
+    """
+
+    block: int
+    window: int
+    gap: int
+
+    @classmethod
+    def within(cls, memory_budget: int, gap_bytes: int) -> _Sizes:
+        """Sizes with which all readers together stay within a budget: each has one buffer and one window; two files are open at a time."""
+        each = memory_budget // (4 * READERS)
+        return cls(min(BLOCK_BYTES, each), min(WINDOW_BYTES, each), gap_bytes)
 
 
 class _FileReader:
     """The reads of one file."""
 
-    def __init__(self, source: ReadableFile, state: State, gap_bytes: int) -> None:
+    def __init__(self, source: ReadableFile, state: State, sizes: _Sizes) -> None:
         self._source = source
-        self._gap_bytes = gap_bytes
+        self._sizes = sizes
         self._tensors = state.tensors
         self._stages: SimpleQueue[np.ndarray] = SimpleQueue()
         for _ in range(READERS):
             self._stages.put(np.empty(0, np.uint8))
 
-    def plan(self, located: list[tuple[Transfer, TensorEntry]]) -> Iterator[Callable[[], int]]:
+    def plan(self, located: Iterable[tuple[Transfer, TensorEntry]]) -> Iterator[Callable[[], int]]:
         """Independent pieces of work, each giving the bytes that it read."""
-        small: list[_Run] = []
+        tensors = self._tensors
+        # Runs that are runs in memory, too: where they begin in the file, how long they are, where they go.
+        begins: list[int] = []
+        sizes: list[int] = []
+        addresses: list[int] = []
+        # Small runs that are none there, or that the host can't address.
+        staged: list[_Run] = []
         for transfer, entry in located:
-            movement = transfer.movement
-            if not movement.is_run:
-                yield from self._strided(transfer, entry.begin)
-            elif movement.nbytes < DIRECT_BYTES:
-                small.append(_Run(entry.begin + movement.offset, movement.nbytes, transfer))
+            key, _, movement = transfer
+            if movement.is_run and movement.target_offset is not None:
+                address = tensors[key].shards[movement.shard].memory.address
+                if address is not None:
+                    begins.append(entry.begin + movement.offset)
+                    sizes.append(movement.nbytes)
+                    addresses.append(address + movement.target_offset)
+                    continue
+            if movement.is_run and movement.nbytes <= self._sizes.block // 2:
+                staged.append(_Run(entry.begin + movement.offset, movement.nbytes, transfer))
             else:
-                yield from self._direct(_Run(entry.begin + movement.offset, movement.nbytes, transfer))
-        small.sort()
-        yield from self._batches(small)
+                yield from self._strided(transfer, entry.begin)
+        yield from self._batched(sorted(staged, key=_begin_of))
+        yield from self._scattered(*_cut(np.array(begins, np.int64), np.array(sizes, np.int64), np.array(addresses, np.int64)))
 
-    def _memory(self, transfer: Transfer) -> Memory:
-        return self._tensors[transfer.key].shards[transfer.movement.shard].memory
+    def _scattered(self, begins: np.ndarray, sizes: np.ndarray, addresses: np.ndarray) -> Iterator[Callable[[], int]]:
+        """Runs that lie close to each other in the file are read by one call, each into its own place."""
+        gaps = begins[1:] - begins[:-1] - sizes[:-1]
+        apart = np.flatnonzero((gaps < 0) | (gaps > self._sizes.gap)) + 1
+        # What lies between them goes here; nobody looks at it.
+        waste = np.empty(int(gaps[(gaps > 0) & (gaps <= self._sizes.gap)].max(initial=0)), np.uint8)
+        reach = np.cumsum(sizes)
+        bounds = [0, *apart.tolist(), len(begins)]
+        for first, last in zip(bounds, bounds[1:], strict=False):
+            while first < last:
+                fits = int(np.searchsorted(reach, reach[first] - sizes[first] + PART_BYTES, "right"))
+                end = max(first + 1, min(last, first + MOST_RUNS, fits))
+                pieces = np.empty((2 * (end - first) - 1, 2), np.int64)
+                pieces[::2, 0], pieces[::2, 1] = addresses[first:end], sizes[first:end]
+                pieces[1::2, 0], pieces[1::2, 1] = waste.ctypes.data, gaps[first : end - 1]
+                yield self._scattering(int(begins[first]), pieces[pieces[:, 1] > 0], waste)
+                first = end
 
-    def _direct(self, run: _Run) -> Iterator[Callable[[], int]]:
-        target = _contiguous_box(self._memory(run.transfer), run.transfer.movement.target)
-        if target is None:
-            yield from self._strided(run.transfer, run.begin - run.transfer.movement.offset)
-            return
-        for first in range(0, run.nbytes, PART_BYTES):
-            yield _reading(self._source, run.begin + first, target[first : first + PART_BYTES])
+    def _scattering(self, begin: int, pieces: np.ndarray, waste: np.ndarray) -> Callable[[], int]:
+        def work() -> int:
+            self._source.scatter(begin, pieces)
+            _ = waste  # it lives as long as something may be written into it
+            return int(pieces[:, 1].sum())
 
-    def _batches(self, runs: list[_Run]) -> Iterator[Callable[[], int]]:
-        """Runs that lie close to each other are read together."""
+        return work
+
+    def _batched(self, runs: Sequence[_Run]) -> Iterator[Callable[[], int]]:
+        """Runs that lie close to each other in the file are read together, and each is copied on."""
         batch: list[_Run] = []
         begin = end = 0
         for run in runs:
-            if batch and (run.begin - end > self._gap_bytes or run.begin + run.nbytes - begin > BLOCK_BYTES):
-                yield self._scattering(batch, begin, end)
+            if batch and (run.begin - end > self._sizes.gap or run.begin + run.nbytes - begin > self._sizes.block):
+                yield self._copying(batch, begin, end)
                 batch = []
             if not batch:
                 begin = end = run.begin
             batch.append(run)
             end = max(end, run.begin + run.nbytes)
         if batch:
-            yield self._scattering(batch, begin, end)
+            yield self._copying(batch, begin, end)
 
-    def _scattering(self, batch: list[_Run], begin: int, end: int) -> Callable[[], int]:
+    def _copying(self, batch: list[_Run], begin: int, end: int) -> Callable[[], int]:
         def work() -> int:
             stage = self._take_stage(end - begin)
             try:
                 self._source.read_into(begin, memoryview(stage)[: end - begin])
-                tensors = self._tensors
-                for at, nbytes, (key, _, movement) in batch:
-                    memory = tensors[key].shards[movement.shard].memory
-                    data = stage[at - begin : at - begin + nbytes]
-                    host = memory.host
-                    if host is not None and movement.target.shape == host.shape and host.flags.c_contiguous:
-                        host.reshape(-1).view(np.uint8)[:] = data
-                    else:
-                        # The staged bytes may not be aligned for the element type: numpy copes.
-                        memory.write(movement.target, data.view(movement.dtype.numpy).reshape(movement.target.shape))
+                for at, nbytes, transfer in batch:
+                    movement = transfer.movement
+                    # The staged bytes may not be aligned for the element type: numpy copes.
+                    data = stage[at - begin : at - begin + nbytes].view(movement.dtype.numpy)
+                    self._memory(transfer).write(movement.target, data.reshape(movement.target.shape))
             finally:
                 self._stages.put(stage)
             return end - begin
 
         return work
 
+    def _memory(self, transfer: Transfer) -> Memory:
+        return self._tensors[transfer.key].shards[transfer.movement.shard].memory
+
     def _strided(self, transfer: Transfer, begin: int) -> Iterator[Callable[[], int]]:
         movement = transfer.movement
         itemsize = movement.dtype.itemsize
         strides = strides_of(movement.chunk_shape, itemsize)
         memory = self._memory(transfer)
-        for block in plan_blocks(movement.chunk_shape, movement.source, itemsize, block_bytes=WINDOW_BYTES, gap_bytes=GAP_BYTES):
+        sizes = self._sizes
+        for block in plan_blocks(movement.chunk_shape, movement.source, itemsize, block_bytes=sizes.window, gap_bytes=GAP_BYTES):
 
             def work(region: Region = block.region, offset: int = block.offset, nbytes: int = block.nbytes) -> int:
                 needed = region.size * itemsize
@@ -208,15 +280,18 @@ class _FileReader:
 
     def _take_stage(self, nbytes: int) -> np.ndarray:
         stage = self._stages.get()
-        return stage if stage.nbytes >= nbytes else np.empty(max(nbytes, BLOCK_BYTES), np.uint8)
+        return stage if stage.nbytes >= nbytes else np.empty(max(nbytes, self._sizes.block), np.uint8)
 
 
-def _reading(source: ReadableFile, begin: int, target: memoryview) -> Callable[[], int]:
-    def work() -> int:
-        source.read_into(begin, target)
-        return target.nbytes
-
-    return work
+def _cut(begins: np.ndarray, sizes: np.ndarray, addresses: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The runs in the order of the file, long ones in parts."""
+    counts = -(-sizes // PART_BYTES)
+    if (counts > 1).any():
+        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        begins, addresses = (np.repeat(array, counts) + within * PART_BYTES for array in (begins, addresses))
+        sizes = np.minimum(np.repeat(sizes, counts) - within * PART_BYTES, PART_BYTES)
+    order = np.argsort(begins, kind="stable")
+    return begins[order], sizes[order], addresses[order]
 
 
 def _contiguous_box(memory: Memory, box: Region) -> memoryview | None:

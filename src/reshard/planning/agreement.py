@@ -122,13 +122,15 @@ def describe(state: State, rank: int) -> RankDescription:
     known: dict[tuple[object, ...], Holding] = {}
     tensors = []
     for tensor in state.tensors.values():
-        shards = tensor.shards
-        alike = (tensor.dtype.name, tensor.global_shape, id(tensor.layout), *[id(shard.region) for shard in shards])
+        key, dtype, shape, layout, shards = tensor
+        if len(shards) == 1:
+            alike: tuple[object, ...] = (id(dtype), shape, id(layout), id(shards[0].region))
+        else:
+            alike = (id(dtype), shape, id(layout), *[id(shard.region) for shard in shards])
         holding = known.get(alike)
         if holding is None:
-            regions = tuple(shard.region for shard in shards)
-            holding = known[alike] = Holding(tensor.dtype, tuple(tensor.global_shape), tensor.layout, regions)
-        tensors.append(TensorDescription(tensor.key, holding))
+            holding = known[alike] = Holding(dtype, tuple(shape), layout, tuple(shard.region for shard in shards))
+        tensors.append(TensorDescription(key, holding))
     return RankDescription(rank, tuple(tensors))
 
 
@@ -144,8 +146,8 @@ def place_of(description: RankDescription) -> str:
     come back to the same place only.
     """
     # Stored in checkpoints: text of its own, that doesn't change when ranks come to talk in another way.
-    known: dict[int, bytes] = {}
-    place = hashlib.blake2b(f"rank {description.rank}\n".encode(), digest_size=16)
+    known: dict[int, str] = {}
+    lines = [f"rank {description.rank}\n"]
     for key, holding in description.tensors:
         if key.kind is not Kind.MODEL:
             continue
@@ -154,7 +156,6 @@ def place_of(description: RankDescription) -> str:
             layout = holding.layout
             mesh = None if layout is None else (layout.mesh.shape, layout.mesh.axes, layout.mesh.ranks, layout.split)
             regions = [(region.offset, region.shape) for region in holding.regions]
-            text = known[id(holding)] = repr((holding.dtype.name, tuple(holding.global_shape), mesh, regions)).encode()
-        place.update(f"{key.parameter!r} ".encode("utf-8", "surrogatepass"))
-        place.update(text + b"\n")
-    return place.hexdigest()
+            text = known[id(holding)] = repr((holding.dtype.name, tuple(holding.global_shape), mesh, regions))
+        lines.append(f"{key.parameter!r} {text}\n")
+    return hashlib.blake2b("".join(lines).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()

@@ -42,6 +42,13 @@ def is_one_run(extents: tuple[int, ...], whole: tuple[int, ...]) -> bool:
     return True
 
 
+def run_offset(box: Region, shape: tuple[int, ...], itemsize: int) -> int | None:
+    """Where a box begins in a C-ordered array, in bytes from its first one; None when it isn't one run of bytes there."""
+    if not is_one_run(box.shape, shape):
+        return None
+    return sum(offset * stride for offset, stride in zip(box.offset, strides_of(shape, itemsize), strict=True))
+
+
 def plan_blocks(shape: tuple[int, ...], region: Region, itemsize: int, *, block_bytes: int, gap_bytes: int) -> Iterator[Block]:
     """Cut a region into boxes, each covered by one byte run.
 

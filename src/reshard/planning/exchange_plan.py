@@ -16,7 +16,7 @@ from reshard.geometry.boxes import Boxes
 from reshard.geometry.cover import find_overlap
 from reshard.planning.agreement import RankDescription
 from reshard.planning.balance import Job, spread
-from reshard.planning.byte_runs import is_one_run, plan_blocks, strides_of
+from reshard.planning.byte_runs import is_one_run, plan_blocks, run_offset, strides_of
 from reshard.planning.holders import Holders, find_holders
 from reshard.planning.read_plan import Movement, Transfer
 
@@ -119,18 +119,21 @@ class Share:
         """The reads of a straight share, one per tensor."""
         want = self.wants[0]
         region = _moved(self.box, self.piece.region.offset)
-        strides = strides_of(self.piece.region.shape, self.arrangement.dtype.itemsize)
+        itemsize = self.arrangement.dtype.itemsize
+        strides = strides_of(self.piece.region.shape, itemsize)
+        target = region.relative_to(want.region)
         movement = Movement(
             want.takers[0].shard,
-            region.relative_to(want.region),
+            target,
             want.region.shape,
             self.site,
             self.piece.region.shape,
             self.box,
             self.arrangement.dtype,
             sum(offset * stride for offset, stride in zip(self.box.offset, strides, strict=True)),
-            self.arrangement.dtype.itemsize * self.box.size,
+            itemsize * self.box.size,
             True,
+            run_offset(target, want.region.shape, itemsize),
         )
         for tensor in self.tensors:
             yield Transfer(tensor.key, tensor.name + self.site.suffix, movement)

@@ -10,7 +10,7 @@ from reshard.catalog import Arrangement, Catalog, Site
 from reshard.errors import MetadataError
 from reshard.geometry import DType, Region
 from reshard.planning.agreement import Holding, RankDescription
-from reshard.planning.byte_runs import is_one_run, strides_of
+from reshard.planning.byte_runs import is_one_run, run_offset, strides_of
 from reshard.state import TensorKey
 
 
@@ -29,6 +29,8 @@ class Movement:
         offset: where the box begins, in bytes from the first byte of the chunk.
         nbytes: the bytes that are needed.
         is_run: whether the box is one run of bytes in the file.
+        target_offset: where the box begins, in bytes from the first byte of a contiguous shard of the stored type; None when it isn't one
+            run there.
     """
 
     shard: int
@@ -41,6 +43,7 @@ class Movement:
     offset: int
     nbytes: int
     is_run: bool
+    target_offset: int | None
 
 
 class Transfer(NamedTuple):
@@ -155,7 +158,8 @@ def plan_reads(wanted: RankDescription, catalog: Catalog, casts: Callable[[Misma
                     error.what, file=catalog.directory, tensor=name, rank=wanted.rank, found=error.found, fix=error.fix
                 ) from error
         restored.append(key)
-        transfers.extend(Transfer(key, name + movement.site.suffix, movement) for movement in movements)
+        for movement in movements:
+            transfers.append(Transfer(key, name + movement.site.suffix, movement))
     transfers.sort(key=_file_of)
     return ReadPlan(wanted.rank, tuple(transfers), tuple(restored), tuple(missing), tuple(mismatched), tuple(cast))
 
@@ -185,9 +189,10 @@ def _movements(holding: Holding, arrangement: Arrangement, rank: int) -> Iterato
             covered += common.size
             source = common.relative_to(piece.region)
             strides = strides_of(piece.region.shape, itemsize)
+            target = common.relative_to(region)
             yield Movement(
                 index,
-                common.relative_to(region),
+                target,
                 region.shape,
                 _choose(piece.sites, rank),
                 piece.region.shape,
@@ -196,6 +201,7 @@ def _movements(holding: Holding, arrangement: Arrangement, rank: int) -> Iterato
                 sum(offset * stride for offset, stride in zip(source.offset, strides, strict=True)),
                 itemsize * source.size,
                 is_one_run(source.shape, piece.region.shape),
+                run_offset(target, region.shape, itemsize),
             )
         if covered != region.size:
             raise MetadataError(

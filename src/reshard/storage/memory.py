@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 
+import numpy as np
+
 from reshard.errors import NoSpaceError, StorageError
-from reshard.storage.storage import Entry, Lock, ReadableFile, WritableFile
+from reshard.storage.storage import Entry, Lock, ReadableFile, WritableFile, scatter_by_reading
 
 
 @dataclass(eq=False)
@@ -49,6 +51,9 @@ class _MemoryReadable:
                 expected=f"{target.nbytes} bytes from offset {offset}",
             )
         target[:] = found
+
+    def scatter(self, offset: int, pieces: np.ndarray) -> None:
+        scatter_by_reading(self, offset, pieces)
 
     def map(self, offset: int, nbytes: int) -> memoryview | None:
         copied = bytearray(nbytes)

@@ -19,8 +19,10 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from types import TracebackType
 
+import numpy as np
+
 from reshard.errors import NoSpaceError, ReshardError, StorageError
-from reshard.storage.storage import Entry, Lock, ReadableFile, WritableFile
+from reshard.storage.storage import Entry, Lock, ReadableFile, WritableFile, scatter_by_reading
 
 _NOT_THERE = (FileNotFoundError, NotADirectoryError)
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
@@ -35,6 +37,8 @@ _FIXES = {
     errno.ENOSPC: "free some space there, or choose another directory",
     errno.EDQUOT: "the quota is used up: free some space there, or choose another directory",
 }
+
+_PIECES = np.dtype(np.int64)
 
 # <linux/fs.h>
 _AT_FDCWD = -100
@@ -93,6 +97,44 @@ def _rename2(source: str, target: str, flags: int) -> bool:
     return True
 
 
+@cache
+def _preadv() -> Callable[[int, np.ndarray, int], int] | None:
+    """The C library's `preadv` for pieces of memory by address: how many bytes it read. None where there is none that is known to fit.
+
+    `os.preadv` takes an object per piece, which for small tensors costs more than to read them. An `iovec` is an address and a size, each as
+    wide as an address; the offset is as wide as the call's name says.
+    """
+    library = ctypes.CDLL(None, use_errno=True)
+    function = getattr(library, "preadv64", None)
+    if function is None or ctypes.sizeof(ctypes.c_void_p) != _PIECES.itemsize:
+        return None
+    function.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_int64)
+    function.restype = ctypes.c_ssize_t
+
+    def call(descriptor: int, pieces: np.ndarray, offset: int) -> int:
+        pieces = np.ascontiguousarray(pieces, _PIECES)
+        done = function(descriptor, pieces.ctypes.data, len(pieces), offset)
+        if done < 0:
+            code = ctypes.get_errno()
+            if code != errno.EINTR:
+                raise OSError(code, os.strerror(code))
+            return call(descriptor, pieces, offset)
+        return done
+
+    return call
+
+
+def _rest_of(pieces: np.ndarray, done: int) -> np.ndarray:
+    """What is left of pieces when the first bytes of them are full."""
+    ends = np.cumsum(pieces[:, 1])
+    first = int(np.searchsorted(ends, done, "right"))
+    rest = pieces[first:].copy()
+    if len(rest):
+        filled = done - (int(ends[first - 1]) if first else 0)
+        rest[0] += (filled, -filled)
+    return rest
+
+
 class _Descriptor:
     """A file descriptor that closes once."""
 
@@ -129,6 +171,24 @@ class _PosixReadable(_Descriptor):
                         expected=f"{buffer.nbytes} bytes from offset {offset}",
                     )
                 done += count
+
+    def scatter(self, offset: int, pieces: np.ndarray) -> None:
+        call = _preadv()
+        if call is None:
+            scatter_by_reading(self, offset, pieces)
+            return
+        with _saying("can't read the file", self.path):
+            while len(pieces):
+                done = call(self._descriptor, pieces, offset)
+                if done == 0:
+                    raise StorageError(
+                        "the file ends before the bytes that should be in it",
+                        file=self.path,
+                        found=f"{offset} bytes at most",
+                        expected=f"{int(pieces[:, 1].sum())} bytes from offset {offset}",
+                    )
+                offset += done
+                pieces = _rest_of(pieces, done)
 
     def map(self, offset: int, nbytes: int) -> memoryview | None:
         if not nbytes:

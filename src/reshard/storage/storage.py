@@ -6,11 +6,14 @@ operating system's words; a method that may find nothing says so by its return v
 
 from __future__ import annotations
 
+import ctypes
 import posixpath
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol
+
+import numpy as np
 
 join = posixpath.join
 
@@ -42,6 +45,21 @@ class ReadableFile(Protocol):
         """Fill a buffer (contiguous bytes) from an offset. Raises StorageError when the file ends before it is full."""
         ...
 
+    def scatter(self, offset: int, pieces: np.ndarray) -> None:
+        """Fill several pieces of this process's memory with consecutive bytes, from an offset.
+
+        For states of many small tensors, for which an object per piece costs more than the bytes.
+
+        Args:
+            offset: where the first piece's bytes begin in the file.
+            pieces: (n, 2) of int64, n at most 1,024: the address of each piece and its bytes, more than none. Whoever calls vouches for
+                them: they are written, whatever lies there.
+
+        Raises:
+            StorageError: the file ends before all are full.
+        """
+        ...
+
     def map(self, offset: int, nbytes: int) -> memoryview | None:
         """A read-only view of bytes of the file, of which only what is looked at is copied; None where there is no such view.
 
@@ -57,6 +75,13 @@ class ReadableFile(Protocol):
     def __enter__(self) -> ReadableFile: ...
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
+
+
+def scatter_by_reading(file: ReadableFile, offset: int, pieces: np.ndarray) -> None:
+    """`ReadableFile.scatter`, for storages that have no call for it."""
+    for address, nbytes in pieces.tolist():
+        file.read_into(offset, memoryview((ctypes.c_char * nbytes).from_address(address)).cast("B"))
+        offset += nbytes
 
 
 class WritableFile(Protocol):

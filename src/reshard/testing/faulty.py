@@ -7,6 +7,8 @@ from collections.abc import Callable, Collection, Sequence
 from types import TracebackType
 from typing import TypeVar
 
+import numpy as np
+
 from reshard.errors import ReshardError, StorageError
 from reshard.storage import Entry, Lock, ReadableFile, Storage, WritableFile
 
@@ -176,6 +178,9 @@ class _FaultyReadable:
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         self._storage._do("read_into", self.path, lambda: self._inner.read_into(offset, buffer))
+
+    def scatter(self, offset: int, pieces: np.ndarray) -> None:
+        self._storage._do("scatter", self.path, lambda: self._inner.scatter(offset, pieces))
 
     def map(self, offset: int, nbytes: int) -> memoryview | None:
         return self._storage._do("map", self.path, lambda: self._inner.map(offset, nbytes))

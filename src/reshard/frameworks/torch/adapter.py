@@ -91,9 +91,13 @@ def _named(model: Any) -> tuple[NamedTensors, Meshes]:
 
 def _capture_model(named: NamedTensors, meshes: Meshes) -> dict[TensorKey, ShardedTensor]:
     result: dict[TensorKey, ShardedTensor] = {}
-    for one in named.tensors.values():
-        key = model_key(one.name)
-        result[key] = mirrored([meshes.sharded(key, tensor, one.name) for tensor in one.tensors], one.name)
+    for name, one in named.tensors.items():
+        key = model_key(name)
+        tensors = one.tensors
+        if len(tensors) == 1:
+            result[key] = meshes.sharded(key, tensors[0], name)
+        else:
+            result[key] = mirrored([meshes.sharded(key, tensor, name) for tensor in tensors], name)
     return result
 
 

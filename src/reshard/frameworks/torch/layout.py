@@ -11,7 +11,7 @@ import torch
 
 from reshard.errors import CaptureError
 from reshard.frameworks.torch.memory import MirrorMemory, checked_dtype, memory_of
-from reshard.frameworks.torch.placements import explicit_order, fsdp2_runs_of, is_dtensor, runs_of, split_order, splits_of
+from reshard.frameworks.torch.placements import dtensors_of, explicit_order, fsdp2_runs_of, is_dtensor, runs_of, split_order, splits_of
 from reshard.geometry import Layout, Mesh, Region
 from reshard.state import Memory, Shard, ShardedTensor, TensorKey
 
@@ -58,14 +58,13 @@ class Meshes:
         self._layouts: dict[tuple[int, tuple[tuple[int, ...], ...]], Layout] = {}
         self._by_fsdp2: set[Any] = set()
         seen: set[int] = set()
-        for tensor in tensors:
-            if is_dtensor(tensor):
-                device_mesh = tensor.device_mesh  # pyright: ignore[reportAttributeAccessIssue]
-                if id(device_mesh) not in seen:  # by identity: its hash goes over its ranks
-                    seen.add(id(device_mesh))
-                    self._mesh(device_mesh)
-                if id(tensor) in fsdp2:
-                    self._by_fsdp2.add(_kind_of(tensor))
+        for tensor in dtensors_of(tensors):
+            device_mesh = tensor.device_mesh
+            if id(device_mesh) not in seen:  # by identity: its hash goes over its ranks
+                seen.add(id(device_mesh))
+                self._mesh(device_mesh)
+            if id(tensor) in fsdp2:
+                self._by_fsdp2.add(_kind_of(tensor))
         meshes = dict.fromkeys(self._meshes.values())
         self._largest_first = sorted(meshes, key=lambda mesh: (len(mesh.ranks), len(mesh.shape)), reverse=True)
         home = self._largest_first[0] if meshes else None

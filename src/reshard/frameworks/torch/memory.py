@@ -23,6 +23,8 @@ _CARRIERS = {
     torch.float8_e5m2: torch.uint8,
 }
 
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
 
 @cache
 def dtype_of(dtype: torch.dtype) -> DType:
@@ -47,7 +49,7 @@ def checked_dtype(tensor: torch.Tensor, name: str) -> DType:
         CaptureError: a tensor whose elements don't lie in plain memory, or of a type that checkpoints don't hold.
     """
     kind = type(tensor)
-    is_plain = kind is torch.Tensor or kind is torch.nn.Parameter  # nearly all are: states have 100,000 tensors
+    is_plain = kind in _PLAIN  # nearly all are: states have 100,000 tensors
     if not is_plain and hasattr(kind, "__tensor_flatten__"):
         raise CaptureError(
             "a tensor subclass that keeps its elements in tensors of its own can't be captured",
@@ -80,12 +82,11 @@ def memory_of(tensor: torch.Tensor, name: str) -> Memory:
     Raises:
         CaptureError: memory that can't be reached.
     """
-    if tensor.is_cpu:
-        memory = TensorMemory(tensor)
-        if memory.address is None:
-            _view(tensor, name)
-        return memory
-    return DeviceMemory(tensor.detach())
+    if not tensor.is_cpu:
+        return DeviceMemory(tensor.detach())
+    if type(tensor) not in _PLAIN:
+        _view(tensor, name)  # a subclass may have no memory of its own
+    return TensorMemory(tensor)
 
 
 def _view(tensor: torch.Tensor, name: str) -> np.ndarray:

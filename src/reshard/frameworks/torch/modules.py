@@ -19,7 +19,7 @@ _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 _TIES = "_reshard_ties"
 
 
-@dataclass
+@dataclass(slots=True)
 class NamedTensor:
     """A parameter or buffer under its global name.
 
@@ -108,52 +108,67 @@ def _roots(model: Any) -> list[tuple[str, nn.Module]]:
     return roots
 
 
-@dataclass
-class _Occurrences:
-    """A tensor with all names that one module tree has for it."""
-
-    tensor: torch.Tensor
-    names: list[str]
-
-
 def _add_module(result: NamedTensors, root: nn.Module, prefix: str) -> None:
     for module in root.modules():
         if _reshard_fsdp2(module):
             result.fsdp2.update(id(parameter) for parameter in module.parameters())
         _refuse_fsdp1(module)
     ties: dict[str, str] = {}
-    found: dict[int, _Occurrences] = {}
+    # Each tensor with all names that this tree has for it; of most there is one, and they are many.
+    found: dict[int, torch.Tensor] = {}
+    names: dict[int, str | list[str]] = {}
     for path, module in _walk(root, prefix):
         for name, target in _declared_ties(module).items():
             ties.setdefault(path + name, path + target)  # an outer module knows better than its parts
         for name, tensor in _own_tensors(module):
-            found.setdefault(id(tensor), _Occurrences(tensor, [])).names.append(path + name)
+            identity = id(tensor)
+            if identity in found:
+                names[identity] = [*_as_list(names[identity]), path + name]
+            else:
+                found[identity] = tensor
+                names[identity] = path + name
         if type(module).get_extra_state is not nn.Module.get_extra_state and module not in result.extra_states.values():
             result.extra_states[f"{path}_extra_state"] = module
-    here: dict[str, list[str]] = {}
-    for occurrences in found.values():
-        _add_tensor(result, occurrences, ties, here)
+    here: dict[str, str] = {}
+    for identity, tensor in found.items():
+        own = names[identity]
+        if identity in result.names:
+            continue  # it belongs to a module before this one too
+        if not ties and isinstance(own, str) and own not in here and own not in result.tensors:
+            here[own] = result.names[identity] = own
+            result.tensors[own] = NamedTensor(own, [tensor], False)
+        else:
+            _add_tensor(result, tensor, _as_list(own), ties, here)
 
 
-def _add_tensor(result: NamedTensors, occurrences: _Occurrences, ties: Mapping[str, str], here: dict[str, list[str]]) -> None:
-    """Add one tensor of a module tree; `here` has the names that the tree itself has used, with what they stood for."""
-    tensor, own = occurrences.tensor, occurrences.names
-    if id(tensor) in result.names:
-        return  # it belongs to a module before this one too
+def _as_list(names: str | list[str]) -> list[str]:
+    return [names] if isinstance(names, str) else names
+
+
+def _add_tensor(result: NamedTensors, tensor: torch.Tensor, own: list[str], ties: Mapping[str, str], here: dict[str, str]) -> None:
+    """Add one tensor of a module tree.
+
+    Args:
+        result: what it is added to.
+        tensor: the tensor.
+        own: its names in the tree.
+        ties: what is declared as tied.
+        here: the names that the tree itself has used, each with the first name of the tensor that it stood for.
+    """
     targets = [ties[name] for name in own if name in ties]
     name = targets[0] if targets else own[0]
-    if name in here and (targets or here[name][0] != name):
+    if name in here and (targets or here[name] != name):
         raise CaptureError(
             "tensors that are declared as tied are two different tensors",
             tensor=name,
-            found=" and ".join(sorted({own[0], here[name][0]})),
+            found=" and ".join(sorted({own[0], here[name]})),
             expected="one tensor under both names",
             fix="tie them again after parallelize_module, fully_shard or whatever replaced one of them (model.lm_head.weight = "
             "model.model.embed_tokens.weight); or take the declaration back (config.tie_word_embeddings = False)",
         )
     if name in here:
         raise CaptureError("two tensors have the same name once the wrappers' parts are gone", tensor=name, fix="rename one of them")
-    here[name] = own
+    here[name] = own[0]
     result.names[id(tensor)] = name
     named = result.tensors.setdefault(name, NamedTensor(name, [], bool(targets)))
     if named.tensors and not (targets or named.is_tied):

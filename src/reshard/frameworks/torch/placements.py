@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,14 @@ def is_dtensor(tensor: torch.Tensor) -> bool:
     """Whether it is a DTensor. Doesn't import DTensor: where nobody has, there is none."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
+
+
+def dtensors_of(tensors: Iterable[torch.Tensor]) -> Iterator[Any]:
+    """The DTensors among some tensors."""
+    module = sys.modules.get("torch.distributed.tensor")
+    if module is not None:
+        kind = module.DTensor
+        yield from (tensor for tensor in tensors if isinstance(tensor, kind))
 
 
 def splits_of(placements: Sequence[Any], dimensions: int, name: str) -> tuple[tuple[int, int] | None, ...]:
