@@ -18,9 +18,9 @@ from reshard.comm.together import attempt, from_first, settle
 from reshard.errors import UsageError
 from reshard.format.common import CommonInfo
 from reshard.frameworks.select import default_communicator, select_adapter
-from reshard.loading.exchange import MEMORY_BUDGET
-from reshard.loading.loader import load_tensors
-from reshard.loading.opened import open_checkpoint, report_of, restore_parts
+from reshard.loading.loader import PlannedLoad, load_tensors, plan_load
+from reshard.loading.opened import Opened, open_checkpoint, report_of, restore_parts
+from reshard.loading.reader import MEMORY_BUDGET
 from reshard.loading.report import RestoreReport
 from reshard.loading.selection import select
 from reshard.loading.strictness import Strictness
@@ -31,6 +31,9 @@ from reshard.state import Kind, State
 from reshard.stateful import values_of
 from reshard.storage import Storage
 from reshard.storage.posix import PosixStorage
+
+# What became of the run when a load fails before it reads.
+_UNTOUCHED = "nothing was loaded; the run is as it was"
 
 _logger = logging.getLogger("reshard")
 
@@ -217,7 +220,7 @@ class CheckpointManager:
                 group) must give the same. None leaves the generators alone.
             balanced: every byte that any rank needs is read once in the whole job, evenly spread over the ranks, and sent to those who need
                 it: for storage that is slower than the network between the ranks. The result is the same. The same on every rank.
-            memory_budget: bytes that a balanced load may take beyond the run's own state. The same on every rank.
+            memory_budget: bytes that the load may take beyond the run's own state, on each rank. The same on every rank.
 
         Returns:
             The report, or None when there was none to load and that is fine.
@@ -268,41 +271,48 @@ class CheckpointManager:
     ) -> RestoreReport | None:
         started = time.perf_counter()
         root = self.directory if path is None else os.path.abspath(os.fspath(path))
-        found = from_first(self._comm, lambda: self._find(root, missing_ok=missing_ok), list[Resolved], what="nothing was loaded")
+        # What one rank looks up for all: where the checkpoint lies may change under the others' eyes.
+        found = from_first(
+            self._comm,
+            lambda: self._look_up(root, missing_ok=missing_ok, balanced=balanced),
+            list[tuple[Resolved, Relayed]],
+            what=_UNTOUCHED,
+        )
         if not found:
             return None
-        resolved = found[0]
-        directory = resolved.directory
-        relayed = from_first(
-            self._comm, lambda: read_for_all(self._storage, directory, balanced=balanced), Relayed, what="nothing was loaded"
-        )
-        opened, error = attempt(
-            lambda: open_checkpoint(
-                self._storage, self._comm, directory, relayed, model, optimizer, select(only, exclude), restore_random=restore_random
-            )
-        )
+        resolved, relayed = found[0]
         strictness = strict if strict is not None else Strictness()
-        options = "" if opened is None else f"{strictness}, {opened.selection}, balanced={balanced}, memory_budget={memory_budget}"
-        _check_same(settle(self._comm, error, options.encode(), what="nothing was loaded"))
-        assert opened is not None  # settle raises when any rank has not opened it
-        opening = time.perf_counter() - started
-        adapter = opened.adapter
+        selection = select(only, exclude)
         kinds = frozenset(kind for kind, given in ((Kind.MODEL, model), (Kind.OPTIMIZER, optimizer)) if given is not None)
-        loaded = load_tensors(
-            opened.destination.state,
-            opened.description,
-            opened.catalog,
-            common=opened.common,
-            comm=self._comm,
-            storage=self._storage,
-            strictness=strictness,
-            kinds=kinds,
-            has_random=opened.rank_values is not None and "random" in opened.rank_values,
-            selection=opened.selection,
-            opening=opening,
-            balanced=balanced,
-            memory_budget=memory_budget,
-        )
+
+        def prepare() -> tuple[Opened, PlannedLoad]:
+            opened = open_checkpoint(
+                self._storage, self._comm, resolved.directory, relayed, model, optimizer, selection, restore_random=restore_random
+            )
+            return opened, plan_load(
+                opened.destination.state,
+                opened.description,
+                opened.catalog,
+                common=opened.common,
+                storage=self._storage,
+                strictness=strictness,
+                kinds=kinds,
+                has_random=opened.rank_values is not None and "random" in opened.rank_values,
+                selection=opened.selection,
+                opening=time.perf_counter() - started,
+                balanced=balanced,
+                memory_budget=memory_budget,
+            )
+
+        prepared, error = attempt(prepare)
+        options = f"{strictness}, {selection}, balanced={balanced}, memory_budget={memory_budget}"
+        mine = b"" if prepared is None else msgspec.msgpack.encode((options, prepared[1].findings))
+        told = [msgspec.msgpack.decode(data, type=tuple[str, bytes]) for data in settle(self._comm, error, mine, what=_UNTOUCHED)]
+        assert prepared is not None  # settle raises when any rank has not planned
+        _check_same([options for options, _ in told])
+        opened, planned = prepared
+        adapter = opened.adapter
+        loaded = load_tensors(planned, [findings for _, findings in told], self._comm, self._storage)
         began = time.perf_counter()
 
         def install() -> tuple[str, Any, tuple[str, ...]]:
@@ -357,11 +367,9 @@ class CheckpointManager:
         if self._owns_communicator:
             self._comm.close()
 
-    def _find(self, root: str, *, missing_ok: bool) -> list[Resolved]:
-        if missing_ok:
-            found = latest(self._storage, root)
-            return [] if found is None else [found]
-        return [resolve(self._storage, root)]
+    def _look_up(self, root: str, *, missing_ok: bool, balanced: bool) -> list[tuple[Resolved, Relayed]]:
+        found = latest(self._storage, root) if missing_ok else resolve(self._storage, root)
+        return [] if found is None else [(found, read_for_all(self._storage, found.directory, balanced=balanced))]
 
 
 def _is_same(root: str | None, other: str) -> bool:
@@ -369,15 +377,15 @@ def _is_same(root: str | None, other: str) -> bool:
     return root is not None and os.path.realpath(root) == os.path.realpath(other)
 
 
-def _check_same(strictness: Sequence[bytes]) -> None:
+def _check_same(options: Sequence[str]) -> None:
     """See that all ranks go on, or none: where one raises for a misfit that another lets pass, the other would wait for it."""
-    for rank, other in enumerate(strictness):
-        if other != strictness[0]:
+    for rank, other in enumerate(options):
+        if other != options[0]:
             raise UsageError(
                 "the ranks were given different options for loading",
                 field="strict, only, exclude, balanced, memory_budget",
                 rank=rank,
-                found=other.decode(),
-                expected=f"{strictness[0].decode()}, as on rank 0",
+                found=other,
+                expected=f"{options[0]}, as on rank 0",
                 fix="give every rank the same options",
             )

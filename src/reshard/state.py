@@ -64,7 +64,7 @@ class Memory(Protocol):
     def address(self) -> int | None:
         """Where the shard's bytes begin in this process, when they lie there one after the other; None when they don't.
 
-        As long as the memory lives, all bytes of the shard may be written there. It costs far less than a view: states have 100,000 tensors.
+        As long as the memory lives, all bytes of the shard may be written there. It costs less than a view: states have 100,000 tensors.
         """
         ...
 

@@ -73,8 +73,7 @@ def settle(comm: Communicator, error: ReshardError | None, payload: bytes = b"",
         raise error
     others = ", ".join(str(rank) for rank in failed[1 : 1 + _RANKS_SHOWN]) + (", …" if len(failed) > 1 + _RANKS_SHOWN else "")
     where = f"rank {first}" + (f", and ranks {others} ({len(failed)} of {len(reports)})" if others else f" (of {len(reports)})")
-    kind = getattr(errors, reports[first].kind or "", ReshardError)
-    raise kind(f"{reports[first].text}\n  on:       {where}\n  so:       {what}") from error
+    raise _error_of(reports[first], where, what) from error
 
 
 def unheard(error: ReshardError, gone: CommunicationError) -> CommunicationError:
@@ -105,7 +104,23 @@ def from_first(comm: Communicator, work: Callable[[], T], kind: type[T], *, what
     Raises:
         ReshardError: rank 0's, on every rank.
     """
-    result, error = attempt(work) if comm.rank == 0 else (None, None)
-    # Apart from the payload: what all ranks gather, each pays for.
-    settle(comm, error, what=what)
-    return msgspec.msgpack.decode(comm.broadcast(msgspec.msgpack.encode(result) if comm.rank == 0 else b""), type=kind)
+    told = b""
+    error: ReshardError | None = None
+    if comm.rank == 0:
+        result, error = attempt(work)
+        told = msgspec.msgpack.encode(_report(error, b"" if error is not None else msgspec.msgpack.encode(result)))
+    report = msgspec.msgpack.decode(comm.broadcast(told), type=_Report)
+    if report.kind is None:
+        return msgspec.msgpack.decode(report.payload, type=kind)
+    if comm.world_size == 1 and error is not None:
+        raise error
+    raise _error_of(report, f"rank 0 (of {comm.world_size})", what) from error
+
+
+def _report(error: ReshardError | None, payload: bytes) -> _Report:
+    return _Report(None, "", payload) if error is None else _Report(type(error).__name__, str(error), b"")
+
+
+def _error_of(report: _Report, where: str, what: str) -> ReshardError:
+    kind = getattr(errors, report.kind or "", ReshardError)
+    return kind(f"{report.text}\n  on:       {where}\n  so:       {what}")

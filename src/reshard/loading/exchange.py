@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from reshard.catalog import Catalog
-from reshard.errors import UsageError
 from reshard.format.safetensors import TensorEntry
 from reshard.loading.reader import locate
 from reshard.planning.agreement import RankDescription
@@ -14,9 +13,6 @@ from reshard.planning.exchange_plan import Share, plan_exchange
 from reshard.planning.exchange_schedule import Schedule, schedule_exchange
 from reshard.planning.read_plan import ReadPlan
 from reshard.sources.native import Headers
-
-MEMORY_BUDGET = 256 << 20
-"""Bytes that a balanced load takes beyond the state, unless it is told otherwise."""
 
 LANES = 2
 """Pairs of threads that send and receive, each with messages of its own in flight."""
@@ -30,8 +26,8 @@ _STAGE_BYTES = 32 << 20
 # Gaps inside a box that nobody in the job wants are read over up to a page: less than that no file system reads anyway.
 _GAP_BYTES = 4096
 
-# Below this a message holds less than what it costs.
-_LEAST_BUDGET = 1 << 20
+# The part of the budget with which a rank reads what it alone needs; the rest is for what others need, too.
+_STRAIGHT_PART = 8
 
 
 @dataclass(frozen=True)
@@ -45,6 +41,7 @@ class PreparedExchange:
         begins: of each of these shares, where each tensor's data begins in the file.
         schedule: in which order it stages, sends and receives.
         message_bytes: the longest message.
+        straight_bytes: the memory with which it reads for itself alone.
     """
 
     straight: ReadPlan
@@ -53,6 +50,7 @@ class PreparedExchange:
     begins: tuple[tuple[int, ...], ...]
     schedule: Schedule
     message_bytes: int
+    straight_bytes: int
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -73,24 +71,20 @@ def prepare_exchange(
         memory_budget: bytes for staging and messages together.
 
     Raises:
-        UsageError: a budget too small to work with.
         DataFileError: a file is missing, damaged, or doesn't hold what metadata promises.
     """
-    if memory_budget < _LEAST_BUDGET:
-        raise UsageError(
-            "too little memory to exchange anything", field="memory_budget", found=memory_budget, expected=f"at least {_LEAST_BUDGET} bytes"
-        )
     plan = plan_exchange(descriptions, catalog)
     # Each lane has a message on either end, and a communicator may hold another copy of each; the rest is for two stages.
+    straight_bytes = memory_budget // _STRAIGHT_PART
     message = min(_MESSAGE_BYTES, memory_budget // (LANES * 16))
-    stage = min(_STAGE_BYTES, (memory_budget - 4 * LANES * message) // 2)
+    stage = min(_STAGE_BYTES, (memory_budget - straight_bytes - 4 * LANES * message) // 2)
     schedule = schedule_exchange(plan, rank, stage_bytes=stage, block_bytes=message, gap_bytes=_GAP_BYTES)
     mine = [share for share in plan.shares if share.reader == rank]
     transfers = tuple(transfer for share in mine if share.is_straight for transfer in share.transfers())
     straight = ReadPlan(rank, transfers, (), (), ())
     staged = tuple(share for share in mine if not share.is_straight)
     begins = tuple(_begins(share, headers) for share in staged)
-    return PreparedExchange(straight, locate(straight, headers), staged, begins, schedule, message)
+    return PreparedExchange(straight, locate(straight, headers), staged, begins, schedule, message, straight_bytes)
 
 
 def _begins(share: Share, headers: Headers) -> tuple[int, ...]:

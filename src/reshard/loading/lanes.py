@@ -129,7 +129,15 @@ class _Exchange:
                 raise self._lost
             # Exact: bytes beside a run may be another rank's to read.
             nbytes, error = attempt(
-                lambda: read_plan(prepared.straight, prepared.entries, self._state, self._storage, self._directory, gap_bytes=0)
+                lambda: read_plan(
+                    prepared.straight,
+                    prepared.entries,
+                    self._state,
+                    self._storage,
+                    self._directory,
+                    gap_bytes=0,
+                    memory_budget=prepared.straight_bytes,
+                )
             )
             if error is not None:
                 self._break_off(error)

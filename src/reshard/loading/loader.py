@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import msgspec
@@ -12,15 +12,17 @@ import numpy as np
 from reshard.catalog import Catalog
 from reshard.comm import Communicator
 from reshard.comm.together import attempt, settle
+from reshard.errors import UsageError
 from reshard.format.common import CommonInfo
 from reshard.format.names import tensor_name
 from reshard.format.safetensors import TensorEntry
 from reshard.geometry import Region
 from reshard.geometry.dtypes import by_name
 from reshard.loading.casting import CastMemory
-from reshard.loading.exchange import MEMORY_BUDGET, PreparedExchange, prepare_exchange
+from reshard.loading.exchange import PreparedExchange, prepare_exchange
+from reshard.loading.findings import Findings, cast_words, findings_of, idle_patterns, key_out, merge_findings, skipped_names
 from reshard.loading.lanes import Traffic, run_exchange
-from reshard.loading.reader import locate, read_plan
+from reshard.loading.reader import LEAST_BUDGET, MEMORY_BUDGET, locate, read_plan
 from reshard.loading.report import RankReport
 from reshard.loading.selection import Selection
 from reshard.loading.strictness import Misfits, Strictness, apply_strictness
@@ -33,20 +35,6 @@ from reshard.storage import Storage
 
 # A note names so many tensors.
 _NAMES_SHOWN = 8
-
-
-class _Findings(msgspec.Struct, array_like=True):
-    """What a rank tells the others before it reads."""
-
-    restored: bytes = b""
-    missing: list[tuple[str, str | None, str]] = []
-    mismatched: list[tuple[tuple[str, str | None, str], str, str, str]] = []
-    has_random: bool = False
-    unlisted: list[str] = []
-    kinds: list[str] = []
-    cast: dict[str, bytes] = {}
-    left_out: list[tuple[str, str | None, str]] = []
-    idle: list[str] = []
 
 
 class _Outcome(msgspec.Struct, array_like=True):
@@ -84,13 +72,51 @@ class TensorsLoaded:
     notes: tuple[str, ...]
 
 
-def load_tensors(
+@dataclass(frozen=True)
+class PlannedLoad:
+    """What one rank is going to load, before the ranks have agreed that they all can.
+
+    Attributes:
+        state: what it fills.
+        wanted: the part of its description that the load is about.
+        catalog: what the checkpoint holds.
+        chosen: the part of it that the load is about.
+        common: the checkpoint's training information.
+        headers: of its files.
+        selection: which part that is.
+        strictness: what to do about misfits.
+        plan: what the rank reads.
+        entries: where that lies; of a direct load only.
+        filled: the tensors that have a value without being in the checkpoint.
+        balanced: whether ranks read for each other.
+        memory_budget: bytes for staging, mapped windows and messages.
+        findings: what the rank tells the others.
+        seconds: how long it took to open and to plan.
+    """
+
+    state: State
+    wanted: RankDescription
+    catalog: Catalog
+    chosen: Catalog
+    common: CommonInfo | None
+    headers: Headers
+    selection: Selection
+    strictness: Strictness
+    plan: ReadPlan
+    entries: list[TensorEntry]
+    filled: tuple[TensorKey, ...]
+    balanced: bool
+    memory_budget: int
+    findings: bytes
+    seconds: Mapping[str, float]
+
+
+def plan_load(
     state: State,
     description: RankDescription,
     catalog: Catalog,
     *,
     common: CommonInfo | None,
-    comm: Communicator,
     storage: Storage,
     strictness: Strictness,
     kinds: frozenset[Kind],
@@ -99,17 +125,14 @@ def load_tensors(
     opening: float = 0.0,
     balanced: bool = False,
     memory_budget: int = MEMORY_BUDGET,
-) -> TensorsLoaded:
-    """Fill the states of a job from a checkpoint. Collective.
-
-    Nothing is written to memory before every rank has planned, checked the headers of its files, and agreed.
+) -> PlannedLoad:
+    """Plan what one rank loads, and check the headers of the files that it reads. Local; nothing is written to memory.
 
     Args:
         state: what this rank wants to fill.
         description: of the state.
         catalog: what the checkpoint holds, the same on every rank.
         common: the checkpoint's training information; gives the step count when there is no tensor for it.
-        comm: the ranks.
         storage: where the checkpoint lies.
         strictness: what to do about misfits.
         kinds: the kinds of tensors that this rank loads; those that no rank loads are not unexpected in the checkpoint.
@@ -117,70 +140,99 @@ def load_tensors(
         selection: the tensors that the load is about, the same on every rank.
         opening: the seconds that it took to open the checkpoint, for the report.
         balanced: whether ranks read for each other, so that each byte is read once in the whole job; the same on every rank.
-        memory_budget: bytes for staging and messages of a balanced load; the same on every rank.
+        memory_budget: bytes for staging, mapped windows and messages; the same on every rank.
+
+    Raises:
+        UsageError: a budget too small to work with.
+        DamagedCheckpointError: the checkpoint is not what it promises.
+    """
+    started = time.perf_counter()
+    if memory_budget < LEAST_BUDGET:
+        raise UsageError(
+            "too little memory to load with", field="memory_budget", found=memory_budget, expected=f"at least {LEAST_BUDGET} bytes"
+        )
+    chosen, wanted = selection.catalog(catalog), selection.description(description)
+    headers = Headers(storage, catalog.directory)
+    plan = plan_reads(wanted, chosen, strictness.casts)
+    entries = [] if balanced else locate(plan, headers)
+    filled = (GLOBAL_STEP,) if GLOBAL_STEP in plan.missing and common is not None and common.global_step is not None else ()
+    unlisted = [] if balanced else _unlisted(plan.files, headers, catalog)
+    found = findings_of(plan, filled, list(chosen.tensors), has_random=has_random, unlisted=unlisted, kinds=kinds)
+    if not selection.is_all:
+        mine = [tensor.key for tensor in description.tensors if tensor.key not in catalog.tensors]
+        found.left_out = [key_out(key) for key in mine if not selection.takes(key)]
+        found.idle = list(selection.idle([*catalog.tensors, *mine]))
+    seconds = {"open": opening, "plan": time.perf_counter() - started}
+    return PlannedLoad(
+        state,
+        wanted,
+        catalog,
+        chosen,
+        common,
+        headers,
+        selection,
+        strictness,
+        plan,
+        entries,
+        filled,
+        balanced,
+        memory_budget,
+        msgspec.msgpack.encode(found),
+        seconds,
+    )
+
+
+def load_tensors(planned: PlannedLoad, told: Sequence[bytes], comm: Communicator, storage: Storage) -> TensorsLoaded:
+    """Fill the states of a job from a checkpoint. Collective.
+
+    Args:
+        planned: by this rank.
+        told: the findings of every rank's plan.
+        comm: the ranks.
+        storage: where the checkpoint lies.
 
     Raises:
         UsageError: a pattern that chooses nothing.
-        MismatchError: checkpoint and run don't fit.
+        MismatchError: checkpoint and run don't fit; nothing was written to memory.
         DamagedCheckpointError: the checkpoint is not what it promises.
         ReshardError: whatever a rank met, the same on every rank.
     """
     started = time.perf_counter()
-    chosen, wanted = selection.catalog(catalog), selection.description(description)
+    catalog, chosen, read, common = planned.catalog, planned.chosen, planned.plan, planned.common
     keys = list(chosen.tensors)
-    headers = Headers(storage, catalog.directory)
-
-    def plan() -> tuple[ReadPlan, list[TensorEntry], tuple[TensorKey, ...]]:
-        planned = plan_reads(wanted, chosen, strictness.casts)
-        entries = [] if balanced else locate(planned, headers)
-        filled = (GLOBAL_STEP,) if GLOBAL_STEP in planned.missing and common is not None and common.global_step is not None else ()
-        return planned, entries, filled
-
-    planned, error = attempt(plan)
-    payload = b""
-    if planned is not None:
-        unlisted = [] if balanced else _unlisted(planned[0].files, headers, catalog)
-        found = _findings(planned[0], planned[2], keys, has_random=has_random, unlisted=unlisted, kinds=kinds)
-        if not selection.is_all:
-            mine = [tensor.key for tensor in description.tensors if tensor.key not in catalog.tensors]
-            found.left_out = [_key_out(key) for key in mine if not selection.takes(key)]
-            found.idle = list(selection.idle([*catalog.tensors, *mine]))
-        payload = msgspec.msgpack.encode(found)
-    payloads = settle(comm, error, payload, what="the load failed; nothing was changed")
-    assert planned is not None  # settle raises when any rank has no plan
-    read, entries, filled = planned
-    findings = [msgspec.msgpack.decode(data, type=_Findings) for data in payloads]
+    findings = [msgspec.msgpack.decode(data, type=Findings) for data in told]
 
     # A rank may have nothing of a kind that the others load; whether a tensor is unexpected must be the same everywhere.
     all_kinds = frozenset(Kind(kind) for finding in findings for kind in finding.kinds)
-    misfits, present = _merge(findings, keys, all_kinds)
-    idle = _idle(findings)
-    selection.check(idle, catalog.directory)
+    misfits, present = merge_findings(findings, keys, all_kinds)
+    idle = idle_patterns(findings)
+    planned.selection.check(idle, catalog.directory)
     has_optimizer = any(key.kind is Kind.OPTIMIZER for key in catalog.tensors)
-    apply_strictness(strictness, misfits, directory=catalog.directory, has_optimizer=has_optimizer)
+    apply_strictness(planned.strictness, misfits, directory=catalog.directory, has_optimizer=has_optimizer)
 
     unlisted_names = {name for finding in findings for name in finding.unlisted}
     prepared = None
-    if balanced:
-        prepared, others = _agree(wanted, read, chosen, headers, comm, memory_budget, catalog)
+    if planned.balanced:
+        prepared, others = _agree(planned.wanted, read, chosen, planned.headers, comm, planned.memory_budget, catalog)
         unlisted_names |= others
-    planning = time.perf_counter() - started
+    planning = planned.seconds["plan"] + time.perf_counter() - started
 
     def execute() -> Traffic:
-        memory = _casting(state, read.cast)
+        memory = _casting(planned.state, read.cast)
         if prepared is None:
-            traffic = Traffic(read_plan(read, entries, memory, storage, catalog.directory), 0, 0)
+            nbytes = read_plan(read, planned.entries, memory, storage, catalog.directory, memory_budget=planned.memory_budget)
+            traffic = Traffic(nbytes, 0, 0)
         else:
             traffic = run_exchange(prepared, memory, comm, storage, catalog.directory)
-        for key in filled:
-            for shard in state.tensors[key].shards:
+        for key in planned.filled:
+            for shard in planned.state.tensors[key].shards:
                 _fill(shard, common.global_step if common is not None else 0)
         return traffic
 
     started = time.perf_counter()
     traffic, error = attempt(execute)
     moved = traffic if traffic is not None else Traffic(0, 0, 0)
-    seconds = {"open": opening, "plan": planning, "read": time.perf_counter() - started}
+    seconds = {"open": planned.seconds["open"], "plan": planning, "read": time.perf_counter() - started}
     outcome = _Outcome(read.nbytes, moved.read, seconds, moved.sent, moved.received)
     payloads = settle(comm, error, msgspec.msgpack.encode(outcome), what="the load broke off; tensors of the run are partly overwritten")
     outcomes = [msgspec.msgpack.decode(data, type=_Outcome) for data in payloads]
@@ -194,9 +246,9 @@ def load_tensors(
     notes += tuple(f"exclude: {pattern!r} means no tensor of the checkpoint or the run" for pattern in idle)
     return TensorsLoaded(
         restored,
-        _cast_words(findings, keys, chosen),
-        tuple(tensor_name(key) for key in filled),
-        _skipped(findings, catalog, chosen, all_kinds),
+        cast_words(findings, keys, chosen),
+        tuple(tensor_name(key) for key in planned.filled),
+        skipped_names(findings, catalog, chosen, all_kinds),
         misfits,
         ranks,
         all(f.has_random for f in findings),
@@ -241,57 +293,6 @@ def _casting(state: State, casts: Sequence[Mismatch]) -> State:
     return replace(state, tensors=tensors)
 
 
-def _findings(
-    plan: ReadPlan,
-    filled: tuple[TensorKey, ...],
-    keys: Sequence[TensorKey],
-    *,
-    has_random: bool,
-    unlisted: list[str],
-    kinds: frozenset[Kind],
-) -> _Findings:
-    present = set(plan.restored) | {mismatch.key for mismatch in plan.mismatched}
-    return _Findings(
-        _bits(keys, present),
-        [_key_out(key) for key in plan.missing if key not in filled],
-        [(_key_out(mismatch.key), mismatch.field, mismatch.stored, mismatch.wanted) for mismatch in plan.mismatched],
-        has_random,
-        unlisted,
-        [kind.value for kind in kinds],
-        {wanted: _bits(keys, {m.key for m in plan.cast if m.wanted == wanted}) for wanted in {m.wanted for m in plan.cast}},
-    )
-
-
-def _bits(keys: Sequence[TensorKey], chosen: Collection[TensorKey]) -> bytes:
-    return np.packbits(np.array([key in chosen for key in keys], bool)).tobytes()
-
-
-def _are_set(bits: bytes, count: int) -> np.ndarray:
-    return np.unpackbits(np.frombuffer(bits, np.uint8), count=count).astype(bool)
-
-
-def _cast_words(findings: Sequence[_Findings], keys: Sequence[TensorKey], catalog: Catalog) -> tuple[str, ...]:
-    """What was converted, in words, in the order of the checkpoint."""
-    wanted: dict[int, str] = {}
-    for finding in findings:
-        for dtype, bits in finding.cast.items():
-            wanted |= dict.fromkeys(np.flatnonzero(_are_set(bits, len(keys))).tolist(), dtype)
-    tensors = {index: catalog.tensors[keys[index]] for index in sorted(wanted)}
-    return tuple(f"{tensor.name}: {tensor.dtype} -> {wanted[index]}" for index, tensor in tensors.items())
-
-
-def _idle(findings: Sequence[_Findings]) -> list[str]:
-    """The patterns that mean no tensor of the checkpoint, nor one of any rank."""
-    return [pattern for pattern in findings[0].idle if all(pattern in finding.idle for finding in findings)]
-
-
-def _skipped(findings: Sequence[_Findings], catalog: Catalog, chosen: Catalog, kinds: frozenset[Kind]) -> tuple[str, ...]:
-    """What the selection leaves out, of the checkpoint and of the run."""
-    stored = [tensor.name for key, tensor in catalog.tensors.items() if key.kind in kinds and key not in chosen.tensors]
-    own = sorted({_key_in(key) for finding in findings for key in finding.left_out}, key=_order)
-    return (*stored, *(tensor_name(key) for key in own))
-
-
 def _unlisted(files: Sequence[str], headers: Headers, catalog: Catalog) -> list[str]:
     """Tensors of these files that the catalog doesn't have; the first few."""
     known = {tensor.name for tensor in catalog.tensors.values()}
@@ -307,30 +308,3 @@ def _unlisted(files: Sequence[str], headers: Headers, catalog: Catalog) -> list[
 def _fill(shard: Shard, value: int | None) -> None:
     memory = shard.memory.read()
     shard.memory.write(Region.whole(memory.shape), np.full(memory.shape, value, memory.dtype))
-
-
-def _merge(findings: Sequence[_Findings], keys: Sequence[TensorKey], kinds: frozenset[Kind]) -> tuple[Misfits, list[TensorKey]]:
-    found = np.zeros(len(keys), bool)
-    for finding in findings:
-        found |= _are_set(finding.restored, len(keys))
-    missing = sorted({_key_in(key) for finding in findings for key in finding.missing}, key=_order)
-    mismatched = {
-        _key_in(key): Mismatch(_key_in(key), field, stored, wanted)
-        for finding in findings
-        for key, field, stored, wanted in finding.mismatched
-    }
-    present = [key for key, is_found in zip(keys, found, strict=True) if is_found]
-    unexpected = sorted((key for key, is_found in zip(keys, found, strict=True) if not is_found and key.kind in kinds), key=_order)
-    return Misfits(tuple(missing), tuple(unexpected), tuple(mismatched[key] for key in sorted(mismatched, key=_order))), present
-
-
-def _order(key: TensorKey) -> tuple[str, str]:
-    return key.kind.value, tensor_name(key)
-
-
-def _key_out(key: TensorKey) -> tuple[str, str | None, str]:
-    return key.kind.value, key.slot, key.parameter
-
-
-def _key_in(key: tuple[str, str | None, str]) -> TensorKey:
-    return TensorKey(Kind(key[0]), key[1], key[2])

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 from queue import SimpleQueue
 from typing import NamedTuple
 
@@ -60,7 +60,11 @@ def locate(plan: ReadPlan, headers: Headers) -> list[TensorEntry]:
         held = headers.get(file).entries
         for _, name, movement in transfers:
             entry = held.get(name)
-            if entry is None or entry.shape != movement.chunk_shape or (entry.dtype is not movement.dtype and entry.dtype != movement.dtype):
+            if (
+                entry is None
+                or entry.shape != movement.chunk_shape
+                or (entry.dtype is not movement.dtype and entry.dtype != movement.dtype)
+            ):
                 raise headers.broken_promise(file, name, movement.dtype, movement.chunk_shape)
             entries.append(entry)
     return entries
@@ -196,7 +200,7 @@ class _FileReader:
         waste = np.empty(int(gaps[(gaps > 0) & (gaps <= self._sizes.gap)].max(initial=0)), np.uint8)
         reach = np.cumsum(sizes)
         bounds = [0, *apart.tolist(), len(begins)]
-        for first, last in zip(bounds, bounds[1:], strict=False):
+        for first, last in pairwise(bounds):
             while first < last:
                 fits = int(np.searchsorted(reach, reach[first] - sizes[first] + PART_BYTES, "right"))
                 end = max(first + 1, min(last, first + MOST_RUNS, fits))

@@ -158,8 +158,7 @@ def plan_reads(wanted: RankDescription, catalog: Catalog, casts: Callable[[Misma
                     error.what, file=catalog.directory, tensor=name, rank=wanted.rank, found=error.found, fix=error.fix
                 ) from error
         restored.append(key)
-        for movement in movements:
-            transfers.append(Transfer(key, name + movement.site.suffix, movement))
+        transfers += [Transfer(key, name + movement.site.suffix, movement) for movement in movements]
     transfers.sort(key=_file_of)
     return ReadPlan(wanted.rank, tuple(transfers), tuple(restored), tuple(missing), tuple(mismatched), tuple(cast))
 

@@ -101,8 +101,8 @@ def _rename2(source: str, target: str, flags: int) -> bool:
 def _preadv() -> Callable[[int, np.ndarray, int], int] | None:
     """The C library's `preadv` for pieces of memory by address: how many bytes it read. None where there is none that is known to fit.
 
-    `os.preadv` takes an object per piece, which for small tensors costs more than to read them. An `iovec` is an address and a size, each as
-    wide as an address; the offset is as wide as the call's name says.
+    `os.preadv` takes an object per piece, which for small tensors costs more than to read them. An `iovec` is an address and a size, each
+    as wide as an address; the offset is as wide as the call's name says.
     """
     library = ctypes.CDLL(None, use_errno=True)
     function = getattr(library, "preadv64", None)

@@ -1,0 +1,136 @@
+"""What ranks tell each other about a load before they read, and what follows from all of it together."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import msgspec
+import numpy as np
+
+from reshard.catalog import Catalog
+from reshard.format.names import tensor_name
+from reshard.loading.strictness import Misfits
+from reshard.planning.read_plan import Mismatch, ReadPlan
+from reshard.state import Kind, TensorKey
+
+
+class Findings(msgspec.Struct, array_like=True):
+    """What a rank tells the others before it reads. Sets of the checkpoint's tensors are bits, in the order of its catalog.
+
+    Attributes:
+        restored: the tensors that the checkpoint has for the rank.
+        missing: those that it doesn't have.
+        mismatched: those that differ in shape or dtype: the tensor, the field, what is stored, what is wanted.
+        has_random: whether the rank found the random states of its place.
+        unlisted: some tensors of files that metadata doesn't list.
+        kinds: the kinds of tensors that the rank loads.
+        cast: the tensors that are converted, by the new type.
+        left_out: the run's tensors that the selection leaves out.
+        idle: the patterns that mean no tensor that this rank knows.
+    """
+
+    restored: bytes = b""
+    missing: list[tuple[str, str | None, str]] = []
+    mismatched: list[tuple[tuple[str, str | None, str], str, str, str]] = []
+    has_random: bool = False
+    unlisted: list[str] = []
+    kinds: list[str] = []
+    cast: dict[str, bytes] = {}
+    left_out: list[tuple[str, str | None, str]] = []
+    idle: list[str] = []
+
+
+def findings_of(
+    plan: ReadPlan,
+    filled: tuple[TensorKey, ...],
+    keys: Sequence[TensorKey],
+    *,
+    has_random: bool,
+    unlisted: list[str],
+    kinds: frozenset[Kind],
+) -> Findings:
+    """What a rank's plan has to tell the others.
+
+    Args:
+        plan: the plan.
+        filled: the tensors that have a value without being in the checkpoint.
+        keys: the checkpoint's tensors, in order.
+        has_random: whether the rank found the random states of its place.
+        unlisted: tensors of its files that metadata doesn't list.
+        kinds: the kinds of tensors that it loads.
+    """
+    present = set(plan.restored) | {mismatch.key for mismatch in plan.mismatched}
+    return Findings(
+        _bits(keys, present),
+        [key_out(key) for key in plan.missing if key not in filled],
+        [(key_out(mismatch.key), mismatch.field, mismatch.stored, mismatch.wanted) for mismatch in plan.mismatched],
+        has_random,
+        unlisted,
+        [kind.value for kind in kinds],
+        {wanted: _bits(keys, {m.key for m in plan.cast if m.wanted == wanted}) for wanted in {m.wanted for m in plan.cast}},
+    )
+
+
+def _bits(keys: Sequence[TensorKey], chosen: Collection[TensorKey]) -> bytes:
+    return np.packbits(np.array([key in chosen for key in keys], bool)).tobytes()
+
+
+def _are_set(bits: bytes, count: int) -> np.ndarray:
+    return np.unpackbits(np.frombuffer(bits, np.uint8), count=count).astype(bool)
+
+
+def cast_words(findings: Sequence[Findings], keys: Sequence[TensorKey], catalog: Catalog) -> tuple[str, ...]:
+    """What was converted, in words, in the order of the checkpoint."""
+    wanted: dict[int, str] = {}
+    for finding in findings:
+        for dtype, bits in finding.cast.items():
+            wanted |= dict.fromkeys(np.flatnonzero(_are_set(bits, len(keys))).tolist(), dtype)
+    tensors = {index: catalog.tensors[keys[index]] for index in sorted(wanted)}
+    return tuple(f"{tensor.name}: {tensor.dtype} -> {wanted[index]}" for index, tensor in tensors.items())
+
+
+def idle_patterns(findings: Sequence[Findings]) -> list[str]:
+    """The patterns that mean no tensor of the checkpoint, nor one of any rank."""
+    return [pattern for pattern in findings[0].idle if all(pattern in finding.idle for finding in findings)]
+
+
+def skipped_names(findings: Sequence[Findings], catalog: Catalog, chosen: Catalog, kinds: frozenset[Kind]) -> tuple[str, ...]:
+    """What the selection leaves out, of the checkpoint and of the run."""
+    stored = [tensor.name for key, tensor in catalog.tensors.items() if key.kind in kinds and key not in chosen.tensors]
+    own = sorted({_key_in(key) for finding in findings for key in finding.left_out}, key=_order)
+    return (*stored, *(tensor_name(key) for key in own))
+
+
+def merge_findings(findings: Sequence[Findings], keys: Sequence[TensorKey], kinds: frozenset[Kind]) -> tuple[Misfits, list[TensorKey]]:
+    """What doesn't fit on any rank, and the checkpoint's tensors that some rank takes.
+
+    Args:
+        findings: of all ranks.
+        keys: the checkpoint's tensors, in order.
+        kinds: the kinds of tensors that any rank loads.
+    """
+    found = np.zeros(len(keys), bool)
+    for finding in findings:
+        found |= _are_set(finding.restored, len(keys))
+    missing = sorted({_key_in(key) for finding in findings for key in finding.missing}, key=_order)
+    mismatched = {
+        _key_in(key): Mismatch(_key_in(key), field, stored, wanted)
+        for finding in findings
+        for key, field, stored, wanted in finding.mismatched
+    }
+    present = [key for key, is_found in zip(keys, found, strict=True) if is_found]
+    unexpected = sorted((key for key, is_found in zip(keys, found, strict=True) if not is_found and key.kind in kinds), key=_order)
+    return Misfits(tuple(missing), tuple(unexpected), tuple(mismatched[key] for key in sorted(mismatched, key=_order))), present
+
+
+def _order(key: TensorKey) -> tuple[str, str]:
+    return key.kind.value, tensor_name(key)
+
+
+def key_out(key: TensorKey) -> tuple[str, str | None, str]:
+    """A key as plain data."""
+    return key.kind.value, key.slot, key.parameter
+
+
+def _key_in(key: tuple[str, str | None, str]) -> TensorKey:
+    return TensorKey(Kind(key[0]), key[1], key[2])
