@@ -87,10 +87,14 @@ def load(
     """
     import torch.distributed as dist
 
+    import reshard
+
     rank = dist.get_rank()
     model, memory = states.build(tensors, strategy)
     _spoil(memory)
-    loads = _loads(directory, frozenset(contenders), model, tensors, strategy, memory, rank)
+    # As in a training loop, which holds one; like the process group that DCP uses it is there before anything is loaded.
+    manager = reshard.CheckpointManager(directory / RESHARD, read_only=True)
+    loads = _loads(directory, frozenset(contenders), manager, model, tensors, strategy, memory, rank)
     samples = []
     gc.collect()
     for contender in contenders:
@@ -109,12 +113,14 @@ def load(
             # What a library leaves behind is not for the next one to clear away.
             del report
             gc.collect()
+    manager.close()
     return samples
 
 
 def _loads(
     directory: Path,
     contenders: frozenset[str],
+    manager: Any,
     model: Any,
     tensors: Sequence[TensorSpec],
     strategy: Strategy,
@@ -124,11 +130,9 @@ def _loads(
     """A function for each contender that loads everything anew. Imports, and the list of what to copy, come before."""
     import torch.distributed.checkpoint as dcp
 
-    import reshard
-
     loads: dict[str, Callable[[], Any]] = {
         DCP: lambda: dcp.load(model.state_dict(), checkpoint_id=directory / DCP),
-        RESHARD: lambda: reshard.load(directory / RESHARD, model=model),
+        RESHARD: lambda: manager.load(model=model),
     }
     if contenders & set(COPIES):
         pieces = pieces_of(directory / RESHARD, tensors, strategy, memory, rank)

@@ -138,7 +138,7 @@ def test_what_arrives_after_the_load_was_broken_off_changes_nothing() -> None:
 
     class Interrupted(FaultyStorage):
         def _do(self, name: str, path: str, work: Any, torn: Any = None) -> Any:
-            if name == "read_into" and threading.current_thread().name.startswith("reshard-read"):
+            if name in ("read_into", "scatter") and threading.current_thread().name.startswith("reshard-read"):
                 raise KeyboardInterrupt
             return work()
 
