@@ -60,6 +60,18 @@ class PreparedExchange:
         return tuple(dict.fromkeys((*self.straight.files, *(share.site.file for share in self.shares))))
 
 
+def check_budget(memory_budget: int) -> None:
+    """See that a balanced load can work with so many bytes.
+
+    Raises:
+        UsageError: it can't.
+    """
+    if memory_budget < _LEAST_BUDGET:
+        raise UsageError(
+            "too little memory to exchange anything", field="memory_budget", found=memory_budget, expected=f"at least {_LEAST_BUDGET} bytes"
+        )
+
+
 def prepare_exchange(
     descriptions: Sequence[RankDescription], catalog: Catalog, headers: Headers, rank: int, memory_budget: int
 ) -> PreparedExchange:
@@ -76,10 +88,7 @@ def prepare_exchange(
         UsageError: a budget too small to work with.
         DataFileError: a file is missing, damaged, or doesn't hold what metadata promises.
     """
-    if memory_budget < _LEAST_BUDGET:
-        raise UsageError(
-            "too little memory to exchange anything", field="memory_budget", found=memory_budget, expected=f"at least {_LEAST_BUDGET} bytes"
-        )
+    check_budget(memory_budget)
     plan = plan_exchange(descriptions, catalog)
     # Each lane has a message on either end, and a communicator may hold another copy of each; the rest is for two stages.
     message = min(_MESSAGE_BYTES, memory_budget // (LANES * 16))
