@@ -18,9 +18,9 @@ from reshard.comm.together import attempt, from_first, settle
 from reshard.errors import UsageError
 from reshard.format.common import CommonInfo
 from reshard.frameworks.select import default_communicator, select_adapter
+from reshard.loading.budget import MEMORY_BUDGET
 from reshard.loading.loader import PlannedLoad, load_tensors, plan_load
 from reshard.loading.opened import Opened, open_checkpoint, report_of, restore_parts
-from reshard.loading.reader import MEMORY_BUDGET
 from reshard.loading.report import RestoreReport
 from reshard.loading.selection import select
 from reshard.loading.strictness import Strictness

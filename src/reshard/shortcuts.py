@@ -8,7 +8,7 @@ from typing import Any, Literal, overload
 
 from reshard.comm import Communicator
 from reshard.format.common import CommonInfo
-from reshard.loading.reader import MEMORY_BUDGET
+from reshard.loading.budget import MEMORY_BUDGET
 from reshard.loading.report import RestoreReport
 from reshard.loading.strictness import Strictness
 from reshard.manager import CheckpointManager

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
 import numpy as np
 import pytest
 
+from reshard.geometry.dtypes import by_name
+from reshard.planning.placement import WantedTensor, lay_out
+from reshard.planning.strategy import parse_strategy
+from reshard.state import model_key
 from tests.processes import RankPool
 from tests.training import ranks
 
@@ -65,9 +69,31 @@ def test_every_strategy_computes_the_same(rank_pool: Pools, world: int, strategy
         assert np.array_equal(weight, expected["weights"][name]), name
         np.testing.assert_allclose(gradients[name], expected["gradients"][name], rtol=1e-3, atol=1e-6, err_msg=name)
         np.testing.assert_allclose(clipped[name], expected["gradients"][name] / 5, rtol=1e-3, atol=1e-6, err_msg=name)
+    assert_laid_out_by_name([rank["weights"] for rank in found], **strategy)
     if strategy.get("pipeline", 1) > 1:
         shared = set(found[0]["weights"]) & set(found[-1]["weights"])
         assert shared == ({"model.embed_tokens.weight"} if "tie_word_embeddings" in model else set())
+
+
+def assert_laid_out_by_name(
+    held: Sequence[ranks.Parts], data: int = 1, tensor: int = 1, pipeline: int = 1, shard: int | None = -1, expert: int = 1
+) -> None:
+    """The strategy that `reshard plan` takes for a run's lays the parameters out as the run did, by nothing but their names."""
+    sharing = {-1: data, None: 1}.get(shard, shard)
+    assert sharing is not None
+    text = f"dp={data // sharing},fsdp={sharing},tp={tensor},pp={pipeline},ep={expert}"
+    shapes = {name: parts[0][1] for rank in held for name, parts in rank.items()}
+    placement = lay_out(parse_strategy(text), [WantedTensor(model_key(name), by_name("float32"), shape) for name, shape in shapes.items()])
+    for rank, parts in enumerate(held):
+        mine = {wanted.key.parameter: wanted.regions[0] for wanted in placement.describe(rank).tensors}
+        assert mine.keys() == parts.keys()
+        for name, region in mine.items():
+            theirs = [slices for slices, _, values in parts[name] if values.size]
+            if name.endswith("gate_up_proj") and tensor > 1:
+                # A run takes a part of either matrix; `plan` has as much of the two as one.
+                assert sum(values.size for _, _, values in parts[name]) == region.size
+            else:
+                assert theirs == ([] if region.is_empty else [region.slices]), f"{name} on rank {rank} under {text}"
 
 
 def test_experts_and_ranks_to_which_no_token_goes(rank_pool: Pools) -> None:

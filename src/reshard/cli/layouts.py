@@ -27,11 +27,13 @@ def tensor_ranks(tensor: StoredTensor) -> set[int]:
 def layout_words(tensor: StoredTensor) -> str:
     """How a tensor lies on its mesh: `dim 0 over tp(2), replicated over dp(2)`; mesh axes with one place say nothing."""
     if tensor.layout is not None:
-        return _mesh_words(tensor.layout)
+        return mesh_words(tensor.layout)
     return "whole" if len(tensor.chunks) == 1 else f"{len(tensor.chunks)} regions, in no even layout"
 
 
-def _mesh_words(layout: Layout) -> str:
+def mesh_words(layout: Layout) -> str:
+    """As `layout_words`, of a layout."""
+
     def axis_words(axis: int) -> str:
         return f"{layout.mesh.axes[axis]}({layout.mesh.shape[axis]})"
 

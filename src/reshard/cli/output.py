@@ -129,6 +129,11 @@ def fits(out: Console, printed: Table) -> bool:
     return Measurement.get(out, out.options.update(max_width=_NO_LINE_END), printed).maximum <= out.width
 
 
+def count_words(number: int, word: str) -> str:
+    """So many of something: `1 tensor`, `2 tensors`."""
+    return f"{number} {word}" if number == 1 else f"{number} {word}s"
+
+
 def size_words(nbytes: int) -> str:
     """A size in bytes as a person says it: `512 B`, `1.5 MiB`."""
     if nbytes < 1024:

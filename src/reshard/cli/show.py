@@ -16,7 +16,19 @@ from rich.console import Console
 from reshard.catalog import StoredTensor
 from reshard.checkpoint import Checkpoint
 from reshard.cli.layouts import draw, layout_words, ranks_of, tensor_ranks
-from reshard.cli.output import JsonOption, aligned, console, fits, print_json, print_lines, rank_words, shape_words, size_words, table
+from reshard.cli.output import (
+    JsonOption,
+    aligned,
+    console,
+    count_words,
+    fits,
+    print_json,
+    print_lines,
+    rank_words,
+    shape_words,
+    size_words,
+    table,
+)
 from reshard.errors import UsageError
 from reshard.format.names import tensor_name
 from reshard.state import Kind
@@ -121,16 +133,14 @@ def _print_head(out: Console, opened: Checkpoint, notes: Sequence[str]) -> None:
     tensors = opened.catalog.tensors.values()
     for kind, word in _KIND_WORDS.items():
         count, nbytes = _totals(tensors, kind)
-        out.print(f"{word + ':':<11}{_count(count, 'tensor')}, {size_words(nbytes)}" if count else f"{word + ':':<11}none", soft_wrap=True)
+        out.print(
+            f"{word + ':':<11}{count_words(count, 'tensor')}, {size_words(nbytes)}" if count else f"{word + ':':<11}none", soft_wrap=True
+        )
     if opened.values:
         out.print(f"{'values:':<11}{', '.join(opened.values)}", soft_wrap=True)
     for note in notes:
         out.print(f"note: {note}", soft_wrap=True)
     out.print()
-
-
-def _count(number: int, word: str) -> str:
-    return f"{number} {word}" if number == 1 else f"{number} {word}s"
 
 
 def _print_list(out: Console, chosen: dict[str, StoredTensor]) -> None:
@@ -173,7 +183,7 @@ def _print_list(out: Console, chosen: dict[str, StoredTensor]) -> None:
 def _two_lines(name: str, shape: str, dtype: str, size: str, parts: str, ranks: str, layout: str) -> tuple[str, str]:
     """A row of the list for a narrow terminal, where a broken name helps nobody."""
     where = f"rank {ranks}" if ranks.isdigit() else f"ranks {ranks}"
-    return name, f"    {shape} {dtype}, {size}, {_count(int(parts), 'part')} on {where}: {layout}"
+    return name, f"    {shape} {dtype}, {size}, {count_words(int(parts), 'part')} on {where}: {layout}"
 
 
 def _print_one(out: Console, name: str, tensor: StoredTensor) -> None:
@@ -214,7 +224,7 @@ def _print_chunks(out: Console, tensor: StoredTensor) -> None:
 
 def _file_words(files: Sequence[str], most: int = 2) -> str:
     left_out = len(files) - most
-    return ", ".join(files[:most]) + (f" and {_count(left_out, 'copy').replace('copys', 'copies')} more" if left_out > 0 else "")
+    return ", ".join(files[:most]) + (f" and {count_words(left_out, 'copy').replace('copys', 'copies')} more" if left_out > 0 else "")
 
 
 def _document(opened: Checkpoint, chosen: dict[str, StoredTensor], notes: Sequence[str]) -> dict[str, Any]:

@@ -12,17 +12,17 @@ import numpy as np
 from reshard.catalog import Catalog
 from reshard.comm import Communicator
 from reshard.comm.together import attempt, settle
-from reshard.errors import UsageError
 from reshard.format.common import CommonInfo
 from reshard.format.names import tensor_name
 from reshard.format.safetensors import TensorEntry
 from reshard.geometry import Region
 from reshard.geometry.dtypes import by_name
+from reshard.loading.budget import MEMORY_BUDGET, check_budget
 from reshard.loading.casting import CastMemory
 from reshard.loading.exchange import PreparedExchange, prepare_exchange
 from reshard.loading.findings import Findings, cast_words, findings_of, idle_patterns, key_out, merge_findings, skipped_names
 from reshard.loading.lanes import Traffic, run_exchange
-from reshard.loading.reader import LEAST_BUDGET, MEMORY_BUDGET, locate, read_plan
+from reshard.loading.reader import locate, read_plan
 from reshard.loading.report import RankReport
 from reshard.loading.selection import Selection
 from reshard.loading.strictness import Misfits, Strictness, apply_strictness
@@ -147,10 +147,7 @@ def plan_load(
         DamagedCheckpointError: the checkpoint is not what it promises.
     """
     started = time.perf_counter()
-    if memory_budget < LEAST_BUDGET:
-        raise UsageError(
-            "too little memory to load with", field="memory_budget", found=memory_budget, expected=f"at least {LEAST_BUDGET} bytes"
-        )
+    check_budget(memory_budget)
     chosen, wanted = selection.catalog(catalog), selection.description(description)
     headers = Headers(storage, catalog.directory)
     plan = plan_reads(wanted, chosen, strictness.casts)

@@ -15,18 +15,13 @@ import numpy as np
 
 from reshard.format.safetensors import TensorEntry
 from reshard.geometry import Region
+from reshard.loading.budget import MEMORY_BUDGET
 from reshard.planning.byte_runs import plan_blocks, strides_of
 from reshard.planning.read_plan import ReadPlan, Transfer
 from reshard.sources.native import Headers
 from reshard.state import Memory, State
 from reshard.storage import ReadableFile, Storage
 from reshard.storage.storage import join
-
-MEMORY_BUDGET = 256 << 20
-"""Bytes that a load takes beyond the state, unless it is told otherwise."""
-
-LEAST_BUDGET = 1 << 20
-"""With less there is no block that would be worth a call."""
 
 # What a staged read takes at a time. Small enough that what was read is still in a core's own cache when it is copied on, large enough
 # that a call costs little.

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypedDict, TypeVar
 
-from reshard.errors import MismatchError, ReshardError, UsageError
+from reshard.errors import MismatchError, UsageError
 from reshard.format.names import tensor_name
 from reshard.loading.casting import can_cast
 from reshard.loading.selection import matches
@@ -122,35 +122,33 @@ def apply_strictness(strictness: Strictness, misfits: Misfits, *, directory: str
     Raises:
         MismatchError: a misfit that is an error.
     """
+    for action, error in judge(strictness, misfits, directory=directory, has_optimizer=has_optimizer):
+        # What was to be cast and is a misfit still can't be.
+        if action in ("error", "cast"):
+            raise error
+        if action == "warn":
+            _logger.warning("%s", error)
+
+
+def judge(strictness: Strictness, misfits: Misfits, *, directory: str, has_optimizer: bool) -> Iterator[tuple[DTypeAction, MismatchError]]:
+    """What there is to say about misfits, and what the strictness does about it. The arguments are those of `apply_strictness`."""
     for action, keys in _by_action([(strictness.action("missing", key), key) for key in misfits.missing]):
         optimizer = [] if has_optimizer else [key for key in keys if key.kind is Kind.OPTIMIZER]
         if optimizer:
-            _act(action, _no_optimizer(optimizer, directory))
+            yield action, _no_optimizer(optimizer, directory)
         missing = [key for key in keys if has_optimizer or key.kind is not Kind.OPTIMIZER]
         if missing:
-            _act(
-                action,
-                MismatchError(
-                    f"{_count(missing)} of the run {_are(missing)} not in the checkpoint",
-                    file=directory,
-                    tensor=_some(missing),
-                    fix="load a checkpoint of this model, or pass strict=Strictness(missing='warn') to leave them as they are",
-                ),
-            )
+            what = f"{_count(missing)} of the run {_are(missing)} not in the checkpoint"
+            fix = "load a checkpoint of this model, or pass strict=Strictness(missing='warn') to leave them as they are"
+            yield action, MismatchError(what, file=directory, tensor=_some(missing), fix=fix)
     fields: tuple[Literal["shape", "dtype"], ...] = ("shape", "dtype")
     for name in fields:
         for action, wrong in _by_action([(strictness.action(name, m.key), m) for m in misfits.mismatched if m.field == name]):
-            _act(action, _mismatch(wrong, name, directory, is_cast=action == "cast"))
+            yield action, _mismatch(wrong, name, directory, is_cast=action == "cast")
     for action, keys in _by_action([(strictness.action("unexpected", key), key) for key in misfits.unexpected]):
-        _act(
-            action,
-            MismatchError(
-                f"{_count(keys)} of the checkpoint {_are(keys)} not in the run",
-                file=directory,
-                tensor=_some(keys),
-                fix="load them into the model that has them, or pass strict=Strictness(unexpected='ignore')",
-            ),
-        )
+        what = f"{_count(keys)} of the checkpoint {_are(keys)} not in the run"
+        fix = "load them into the model that has them, or pass strict=Strictness(unexpected='ignore')"
+        yield action, MismatchError(what, file=directory, tensor=_some(keys), fix=fix)
 
 
 T = TypeVar("T")
@@ -193,14 +191,6 @@ def _mismatch(wrong: Sequence[Mismatch], name: str, directory: str, *, is_cast: 
         expected=f"{wrong[0].wanted} in the run" + _first(wrong),
         fix=fix,
     )
-
-
-def _act(action: DTypeAction, error: ReshardError) -> None:
-    # What was to be cast and is a misfit still can't be.
-    if action in ("error", "cast"):
-        raise error
-    if action == "warn":
-        _logger.warning("%s", error)
 
 
 def _some(keys: Iterable[TensorKey]) -> str:

@@ -77,7 +77,8 @@ def spread(jobs: Sequence[Job], ranks: Sequence[int]) -> list[Assignment]:
     total = sum(job.nbytes * job.count for job in jobs)
     mean = -(-total // len(ranks))
     loads = dict.fromkeys(ranks, 0)
-    orders: dict[tuple[int, ...], _Least] = {}
+    # By identity: a hash goes over all ranks. Two for equal ranks would say the same.
+    orders: dict[int, _Least] = {}
     done: list[Assignment] = []
     left: list[_Rest] = []
     # Those that fewest ranks want first: the others have a choice later, too.
@@ -85,9 +86,9 @@ def spread(jobs: Sequence[Job], ranks: Sequence[int]) -> list[Assignment]:
         job = jobs[index]
         row_bytes = job.nbytes if job.dimension is None else job.nbytes // job.box.shape[job.dimension]
         rest = _Rest(index, 0, job.count, job.box, job.nbytes, row_bytes, job.dimension)
-        least = orders.get(job.ranks)
+        least = orders.get(id(job.ranks))
         if least is None:
-            least = orders[job.ranks] = _Least(job.ranks, loads)
+            least = orders[id(job.ranks)] = _Least(job.ranks, loads)
         left += _give(rest, least, loads, mean, done, force=False)
     least = _Least(ranks, loads)
     for rest in left:

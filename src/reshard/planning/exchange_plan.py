@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -138,6 +138,18 @@ class Share:
         for tensor in self.tensors:
             yield Transfer(tensor.key, tensor.name + self.site.suffix, movement)
 
+    def taken(self) -> Iterator[tuple[Want, int]]:
+        """Each want with the bytes that every one of its takers gets, of all tensors together."""
+        begins = [a + b for a, b in zip(self.box.offset, self.piece.region.offset, strict=True)]
+        ends = [begin + extent for begin, extent in zip(begins, self.box.shape, strict=True)]
+        whole = self.arrangement.dtype.itemsize * len(self.tensors)
+        # In plain numbers: a job has a million of these.
+        for want in self.wants:
+            nbytes = whole
+            for begin, end, offset, extent in zip(begins, ends, want.region.offset, want.region.shape, strict=True):
+                nbytes *= min(end, offset + extent) - max(begin, offset)
+            yield want, nbytes
+
     def blocks(self, block_bytes: int, gap_bytes: int, only: int | None = None) -> Iterator[BlockPlan]:
         """The box in blocks, in file order.
 
@@ -188,19 +200,40 @@ def plan_exchange(descriptions: Sequence[RankDescription], catalog: Catalog) -> 
         descriptions: of all ranks, in their order: the tensors that they load.
         catalog: what the checkpoint holds; it has all of these tensors.
     """
+    return share_out(_groups(descriptions, catalog), [description.rank for description in descriptions])
+
+
+def share_out(groups: Iterable[tuple[Sequence[StoredTensor], Sequence[Want]]], ranks: Sequence[int]) -> ExchangePlan:
+    """The plan of a job whose ranks want this.
+
+    Args:
+        groups: tensors that are stored alike and wanted alike, in the order of the checkpoint by their first ones, with the regions that
+            are wanted of each: none of them empty, each one once.
+        ranks: of the whole job, ascending.
+    """
     jobs: list[Job] = []
-    parts: list[tuple[list[StoredTensor], Piece, tuple[Want, ...]]] = []
+    parts: list[tuple[Sequence[StoredTensor], Piece, tuple[Want, ...]]] = []
     ranks_of = _RankSets()
-    for tensors, wants in _groups(descriptions, catalog):
+    known: dict[tuple[bytes, ...], list[_Cut]] = {}
+    for tensors, wants in groups:
         arrangement = tensors[0].arrangement
-        for piece, touching in _overlapping(arrangement, wants):
-            for box, concerned in _boxes(piece.region, touching):
-                nbytes = arrangement.dtype.itemsize * box.size
-                jobs.append(Job(len(tensors), box.relative_to(piece.region), nbytes, _outermost(box), ranks_of.wants(concerned)))
-                parts.append((tensors, piece, concerned))
+        regions = Boxes.of([want.region for want in wants], len(arrangement.global_shape))
+        # Stages and experts cut alike, at other ranks and in other files.
+        alike = tuple(array.tobytes() for boxes in (arrangement.boxes, regions) for array in (boxes.offsets, boxes.shapes))
+        cuts = known.get(alike)
+        if cuts is None:
+            cuts = known[alike] = list(_cuts(arrangement.boxes, regions))
+        itemsize = arrangement.dtype.itemsize
+        number, piece = -1, arrangement.pieces[0]
+        for cut in cuts:
+            if cut.piece != number:
+                number, piece = cut.piece, arrangement.pieces[cut.piece]
+            concerned = tuple(wants[index] for index in cut.wants)
+            jobs.append(Job(len(tensors), cut.box, itemsize * cut.size, cut.dimension, ranks_of.wants(concerned)))
+            parts.append((tensors, piece, concerned))
     shares = []
     copies: dict[int, dict[int, Site]] = {}
-    for job, reader, first, count, box in spread(jobs, [description.rank for description in descriptions]):
+    for job, reader, first, count, box in spread(jobs, ranks):
         tensors, piece, wants = parts[job]
         if box is not jobs[job].box:  # a cut one
             region = _moved(box, piece.region.offset)
@@ -273,35 +306,56 @@ def _only(want: Want, rank: int) -> Want:
     return Want(want.region, want.takers[first:last])
 
 
-def _overlapping(arrangement: Arrangement, wants: Sequence[Want]) -> Iterator[tuple[Piece, tuple[Want, ...]]]:
-    """Each piece that anyone wants any of, with those wants."""
-    regions = Boxes.of([want.region for want in wants], len(arrangement.global_shape))
-    pieces, touching = arrangement.boxes.touching_pairs(regions)
-    begins = np.flatnonzero(np.diff(pieces, prepend=-1)).tolist()
-    for begin, end in pairwise([*begins, len(pieces)]):
-        yield arrangement.pieces[int(pieces[begin])], tuple(wants[index] for index in touching[begin:end].tolist())
+class _Cut(NamedTuple):
+    """A box of a piece that the same regions want any of.
 
-
-def _boxes(piece: Region, wants: tuple[Want, ...]) -> Iterator[tuple[Region, tuple[Want, ...]]]:
-    """Disjoint boxes of a piece that are together what is wanted of it, each with those who want any of it.
-
-    They are cut along their outermost dimension wherever another region begins or ends, so that each has one set of wants.
+    Attributes:
+        piece: the index of the piece.
+        box: in the piece's own coordinates.
+        size: its elements.
+        dimension: along which it can be cut further.
+        wants: the indices of the regions.
     """
-    if len(wants) == 1 and wants[0].region.contains(piece):
-        yield piece, wants
+
+    piece: int
+    box: Region
+    size: int
+    dimension: int | None
+    wants: tuple[int, ...]
+
+
+def _cuts(pieces: Boxes, regions: Boxes) -> Iterator[_Cut]:
+    """What is wanted of each piece, in disjoint boxes, piece after piece."""
+    touched, touching = pieces.touching_pairs(regions)
+    begins = np.flatnonzero(np.diff(touched, prepend=-1)).tolist()
+    wanted = regions.regions()
+    for begin, end in pairwise([*begins, len(touched)]):
+        number = int(touched[begin])
+        piece = pieces[number]
+        for box, wants in _boxes(piece, [(wanted[index], index) for index in touching[begin:end].tolist()]):
+            yield _Cut(number, box.relative_to(piece), box.size, _outermost(box), wants)
+
+
+def _boxes(piece: Region, wants: Sequence[tuple[Region, int]]) -> Iterator[tuple[Region, tuple[int, ...]]]:
+    """Disjoint boxes of a piece that are together what is wanted of it, each with the numbers of those regions that want any of it.
+
+    They are cut along their outermost dimension wherever another region begins or ends, so that each has one set of regions.
+    """
+    if len(wants) == 1 and wants[0][0].contains(piece):
+        yield piece, (wants[0][1],)
         return
-    commons = [(common, want) for want in wants if (common := want.region.intersect(piece)) is not None]
+    commons = [(common, number) for region, number in wants if (common := region.intersect(piece)) is not None]
     for whole in _union(piece, [common for common, _ in commons]):
         d = _outermost(whole)
-        inside = [(part, want) for common, want in commons if (part := common.intersect(whole)) is not None]
+        inside = [(part, number) for common, number in commons if (part := common.intersect(whole)) is not None]
         if d is None:
-            yield whole, tuple(want for _, want in inside)
+            yield whole, tuple(number for _, number in inside)
             continue
         edges = sorted({edge for part, _ in inside for edge in (part.offset[d], part.end[d])})
-        touching: list[list[Want]] = [[] for _ in edges[1:]]
-        for part, want in inside:
+        touching: list[list[int]] = [[] for _ in edges[1:]]
+        for part, number in inside:
             for index in range(bisect_left(edges, part.offset[d]), bisect_left(edges, part.end[d])):
-                touching[index].append(want)
+                touching[index].append(number)
         for (begin, end), wanting in zip(pairwise(edges), touching, strict=True):
             offset = (*whole.offset[:d], begin, *whole.offset[d + 1 :])
             yield Region(offset, (*whole.shape[:d], end - begin, *whole.shape[d + 1 :])), tuple(wanting)

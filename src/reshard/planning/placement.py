@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple, Protocol
@@ -11,7 +11,8 @@ import numpy as np
 
 from reshard.errors import UsageError
 from reshard.geometry import DType, Layout, Mesh
-from reshard.planning.agreement import Holding, RankDescription, TensorDescription
+from reshard.geometry.boxes import Boxes
+from reshard.planning.agreement import Holding, RankDescription, TensorTable
 from reshard.planning.naming import ParameterName, stage_of_layer, understand
 from reshard.planning.strategy import Strategy
 from reshard.state import Kind, TensorKey
@@ -61,9 +62,19 @@ class TensorsAlike:
     members: list[int]
 
     @cached_property
+    def ranks(self) -> np.ndarray:
+        """The ranks of the mesh: int64."""
+        return np.asarray(self.layout.mesh.ranks, np.int64)
+
+    @cached_property
+    def boxes(self) -> Boxes:
+        """What each of these ranks holds."""
+        return self.layout.regions(self.global_shape)
+
+    @cached_property
     def places(self) -> np.ndarray:
-        """As `places_of` the layout."""
-        return places_of(self.layout)
+        """The layout's slice ids: the same number where the same region is held."""
+        return self.layout.slice_ids()
 
     def holding(self, rank: int) -> Holding:
         """What a rank of the mesh holds of each; the same object for all that hold the same region."""
@@ -78,6 +89,14 @@ class TensorsAlike:
     @cached_property
     def _holdings(self) -> dict[int, Holding]:
         return {}
+
+
+class _Order(NamedTuple):
+    """The tensors that some ranks have: their keys, the kinds that occur, and of each tensor the index of its kind."""
+
+    keys: tuple[TensorKey, ...]
+    kinds: tuple[TensorsAlike, ...]
+    numbers: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -109,9 +128,19 @@ class Placement:
                 found=rank,
                 expected=f"0 to {self.strategy.world_size - 1} under {self.strategy}",
             )
-        keys, kinds, distinct = self._order(self._meshes_of_rank[rank])
-        held = {kind: self.kinds[kind].holding(rank) for kind in distinct}
-        return RankDescription(rank, tuple(TensorDescription(key, held[kind]) for key, kind in zip(keys, kinds, strict=True)))
+        meshes = self._meshes_of_rank[rank]
+        order = self._order(meshes)
+        held = tuple(kind.holding(rank) for kind in order.kinds)
+        alike = (meshes, *map(id, held))
+        table = self._tables.get(alike)
+        if table is None:
+            table = self._tables[alike] = TensorTable(order.keys, held, order.numbers)
+        return RankDescription(rank, table)
+
+    def only(self, takes: Callable[[TensorKey], bool]) -> Placement:
+        """The same placement of some of the tensors."""
+        kept = [pair for pair in zip(self.tensors, self.layouts, strict=True) if takes(pair[0].key)]
+        return Placement(self.strategy, tuple(tensor for tensor, _ in kept), tuple(layout for _, layout in kept))
 
     @cached_property
     def meshes(self) -> tuple[Mesh, ...]:
@@ -147,17 +176,24 @@ class Placement:
         return found
 
     @cached_property
-    def _orders(self) -> dict[tuple[int, ...], tuple[list[TensorKey], list[int], list[int]]]:
+    def _orders(self) -> dict[tuple[int, ...], _Order]:
         return {}
 
-    def _order(self, meshes: tuple[int, ...]) -> tuple[list[TensorKey], list[int], list[int]]:
-        """The tensors on some meshes, in order: their keys, the kind of each, and the kinds that occur."""
+    @cached_property
+    def _tables(self) -> dict[tuple[object, ...], TensorTable]:
+        return {}
+
+    def _order(self, meshes: tuple[int, ...]) -> _Order:
+        """The tensors on some meshes."""
         order = self._orders.get(meshes)
         if order is None:
             distinct = [kind for mesh in meshes for kind in self._kinds_of_mesh[mesh]]
-            pairs = sorted((index, kind) for kind in distinct for index in self.kinds[kind].members)
-            order = [self.tensors[index].key for index, _ in pairs], [kind for _, kind in pairs], distinct
-            self._orders[meshes] = order
+            pairs = sorted((index, number) for number, kind in enumerate(distinct) for index in self.kinds[kind].members)
+            order = self._orders[meshes] = _Order(
+                tuple(self.tensors[index].key for index, _ in pairs),
+                tuple(self.kinds[kind] for kind in distinct),
+                np.array([number for _, number in pairs], np.int64),
+            )
         return order
 
     @cached_property
@@ -168,23 +204,13 @@ class Placement:
         for layout in {id(layout): layout for layout in self.layouts}.values():
             # Whoever holds it is from now on of another class than who doesn't, and than who holds another region.
             ranks = np.asarray(layout.mesh.ranks)
-            both = np.stack([labels[ranks], places_of(layout)])
+            both = np.stack([labels[ranks], layout.slice_ids()])
             _, refined = np.unique(both, axis=1, return_inverse=True)
             labels[ranks] = free + refined.reshape(-1)
             free += len(ranks)
         order = np.argsort(labels, kind="stable")
         bounds = np.flatnonzero(np.diff(labels[order])) + 1
         return tuple(sorted(tuple(part.tolist()) for part in np.split(order, bounds)))
-
-
-def places_of(layout: Layout) -> np.ndarray:
-    """Of each place in a layout's mesh a number, the same for those that hold the same region: the contract's slice id, for all at once."""
-    shape = layout.mesh.shape
-    numbers = np.zeros(shape, np.int64)
-    for axis in (axis for axes in layout.split for axis in axes):
-        along = np.arange(shape[axis]).reshape(tuple(size if a == axis else 1 for a, size in enumerate(shape)))
-        numbers = numbers * shape[axis] + along
-    return numbers.reshape(-1)
 
 
 def lay_out(strategy: Strategy, tensors: Iterable[GlobalTensor]) -> Placement:

@@ -142,7 +142,7 @@ def plan_reads(wanted: RankDescription, catalog: Catalog, casts: Callable[[Misma
         pair = (id(holding), id(arrangement))
         movements = known.get(pair)
         if movements is None:
-            misfit = _misfit(key, holding, arrangement)
+            misfit = find_misfit(key, holding.dtype, holding.global_shape, arrangement)
             if misfit is not None:
                 if casts is None or not casts(misfit):
                     mismatched.append(misfit)
@@ -167,11 +167,12 @@ def _file_of(transfer: Transfer) -> str:
     return transfer.movement.site.file
 
 
-def _misfit(key: TensorKey, holding: Holding, arrangement: Arrangement) -> Mismatch | None:
-    if arrangement.global_shape != holding.global_shape:
-        return Mismatch(key, "shape", str(list(arrangement.global_shape)), str(list(holding.global_shape)))
-    if arrangement.dtype != holding.dtype:
-        return Mismatch(key, "dtype", arrangement.dtype.name, holding.dtype.name)
+def find_misfit(key: TensorKey, dtype: DType, global_shape: tuple[int, ...], arrangement: Arrangement) -> Mismatch | None:
+    """In what a tensor that a run wants with this type and shape differs from the stored one; None when in nothing."""
+    if arrangement.global_shape != global_shape:
+        return Mismatch(key, "shape", str(list(arrangement.global_shape)), str(list(global_shape)))
+    if arrangement.dtype != dtype:
+        return Mismatch(key, "dtype", arrangement.dtype.name, dtype.name)
     return None
 
 
