@@ -15,7 +15,7 @@ export OMP_NUM_THREADS ?= 1
 export SWEEP_SECONDS
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help env demo test sweep bench-load lint format clean
+.PHONY: help env demo demo-experts test sweep bench-load lint format clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -47,6 +47,9 @@ env: $(BUILT) ## build the virtual environment in .venv, unless it is up to date
 
 demo: $(BUILT) ## train on 8 ranks, kill, resume on 4, 1 and 8, and compare the losses
 	@$(PY) examples/demo/run.py
+
+demo-experts: $(BUILT) ## the same for a model with experts, and for hybrid sharding (some minutes)
+	@$(PY) examples/experts/run.py
 
 test: $(BUILT) ## run the tests and the checks of the code (at most 10 minutes)
 	@$(PY) -m pytest $(PYTEST_ARGS)

@@ -14,11 +14,11 @@ from runs import Run
 
 INK, FAINT, GRID = "#1f2430", "#8a90a0", "#e6e8ee"
 REFERENCE = "#c9cdd8"
-COLOURS = ("#4f7fe0", "#f2a154", "#14674c")
+COLOURS = ("#4f7fe0", "#f2a154", "#14674c", "#b05fc4")
 # Curves that lie on each other stay visible when each is narrower than the one below.
-WIDTHS = (6.0, 4.2, 1.7)
+WIDTHS = (6.0, 4.2, 1.7, 0.8)
 REFERENCE_WIDTH = 10.0
-SIZES = (6.5, 5.0, 3.0)
+SIZES = (6.5, 5.0, 3.0, 1.6)
 KILL = "#d1334a"
 
 # Below this a float32 loss can't be told from its neighbour; exact zeros are drawn there.

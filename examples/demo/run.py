@@ -9,18 +9,16 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import shutil
 import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from compare import Comparison, compare, differing_tensors, losses_of
+from compare import compare, differing_tensors, losses_of, segments_of
 from picture import LIMIT, draw
-from rich.console import Console
-from rich.table import Table
-from runs import REPOSITORY, Run, finish, kill_at_random_moment, kill_while_saving
+from runs import REPOSITORY, Run, continued, finish, fresh, kill_at_random_moment, kill_while_saving
+from table import compared_row, reference_row, show
 
 ON_4_RANKS = {"parallel_config.data_parallel": 1, "parallel_config.model_parallel": 4, "parallel_config.pipeline_stage": 1}
 ON_1_RANK = {"parallel_config.data_parallel": 1, "parallel_config.model_parallel": 1, "parallel_config.pipeline_stage": 1}
@@ -59,29 +57,29 @@ def main() -> int:
 
 def _plain_chain(output: Path, choice: random.Random, say: Any) -> list[Run]:
     """Without dropout: reference, killed twice, then resumed on 4 ranks and on 1."""
-    reference = _fresh(Run("(a) reference", output / "reference"))
+    reference = fresh(Run("(a) reference", output / "reference"))
     say("(a) the reference, uninterrupted: 8 ranks, 2 data × 2 tensor × 2 pipeline parallel, no dropout")
     finish(reference)
-    killed = _fresh(Run("(b) killed", output / "killed"))
+    killed = fresh(Run("(b) killed", output / "killed"))
     say("(b) the same run, all ranks killed by SIGKILL at a random moment")
     kill_at_random_moment(killed, choice, FIRST_KILL)
     say("(b) resumed, and killed again during a save")
     kill_while_saving(killed, SECOND_KILL)
     say("(c) its checkpoints, resumed on 4 ranks as tensor parallel 4")
-    on_4 = _continued(killed, Run("(c) resumed", output / "resumed-tp4", {**ON_4_RANKS, **WHOLE_BATCH}))
+    on_4 = continued(killed, Run("(c) resumed", output / "resumed-tp4", {**ON_4_RANKS, **WHOLE_BATCH}))
     finish(on_4)
     say("(d) its checkpoints, resumed on 1 rank")
-    on_1 = _continued(killed, Run("(d) resumed", output / "resumed-one-rank", {**ON_1_RANK, **WHOLE_BATCH}))
+    on_1 = continued(killed, Run("(d) resumed", output / "resumed-one-rank", {**ON_1_RANK, **WHOLE_BATCH}))
     finish(on_1)
     return [reference, killed, on_4, on_1]
 
 
 def _dropout_chain(output: Path, choice: random.Random, say: Any) -> list[Run]:
     """With dropout, so that random states matter: reference, killed twice, resumed under the same strategy."""
-    reference = _fresh(Run("(a) reference", output / "reference-dropout", DROPOUT))
+    reference = fresh(Run("(a) reference", output / "reference-dropout", DROPOUT))
     say("(a) the reference with dropout 0.1")
     finish(reference)
-    run = _fresh(Run("(e) killed, resumed", output / "resumed-dropout", DROPOUT))
+    run = fresh(Run("(e) killed, resumed", output / "resumed-dropout", DROPOUT))
     say("(b) the same run with dropout, killed at a random moment")
     kill_at_random_moment(run, choice, FIRST_KILL)
     say("(b) resumed, and killed again during a save")
@@ -89,20 +87,6 @@ def _dropout_chain(output: Path, choice: random.Random, say: Any) -> list[Run]:
     say("(e) resumed under the first strategy")
     finish(run)
     return [reference, run]
-
-
-def _fresh(run: Run) -> Run:
-    """An empty folder: what an earlier demo left there is removed."""
-    shutil.rmtree(run.folder, ignore_errors=True)
-    return run
-
-
-def _continued(killed: Run, run: Run) -> Run:
-    """A run that goes on from a copy of what the killed one left, so that two can."""
-    _fresh(run)
-    run.folder.mkdir(parents=True)
-    shutil.copytree(killed.root, run.root)
-    return run
 
 
 def _report(plain: list[Run], dropout: list[Run], output: Path) -> dict[str, Any]:
@@ -128,17 +112,10 @@ def _report(plain: list[Run], dropout: list[Run], output: Path) -> dict[str, Any
     )
     draw(columns, picture)
 
-    table = Table(title="Every loss, against the uninterrupted run", title_justify="left", title_style="bold")
-    for name in ("run", "ranks", "strategy", "dropout", "killed after step", "resumed at", "largest relative deviation of the loss"):
-        table.add_column(name, justify="right" if name in ("ranks", "dropout") else "left")
     ended = f"loss {losses[1]:.3f} → {losses[max(losses)]:.3f}, {fall:.0%} less"
-    table.add_row("(a) reference", "8", "dp2 × tp2 × pp2", "0", "", "", ended)
-    table.add_row("(a) reference", "8", "dp2 × tp2 × pp2", "0.1", "", "", "")
-    for run, rate, found in compared:
-        table.add_row(*_row(run, rate, found))
-    console = Console(width=None if sys.stdout.isatty() else 150, highlight=False)
-    console.print()
-    console.print(table)
+    first, second = (segments_of(run)[0].start for run in (reference, dropout_reference))
+    references = [reference_row(reference, first, ended=ended), reference_row(dropout_reference, second, dropout="0.1")]
+    show([*references, *(compared_row(run, found, rate) for run, rate, found in compared)])
     same = f"all {count} tensors of weights and moments are equal in every byte"
     if differing:
         same = f"{len(differing)} of {count} tensors differ: {', '.join(differing[:5])}"
@@ -165,17 +142,9 @@ def _report(plain: list[Run], dropout: list[Run], output: Path) -> dict[str, Any
         "deviations": deviation,
         "tensors": count,
         "differing": differing,
-        "runs": [{**asdict(run), "folder": str(run.folder)} for run in (*plain, *dropout)],
+        "runs": [{**asdict(run), "folder": str(run.folder), "config": str(run.config)} for run in (*plain, *dropout)],
         "picture": str(picture),
     }
-
-
-def _row(run: Run, dropout: str, found: Comparison) -> tuple[str, ...]:
-    last = found.segments[-1].start
-    kills = ", ".join(f"{kill['step']} (in a save)" if kill["saving"] else str(kill["step"]) for kill in run.kills)
-    resumes = ", ".join(str(segment.start["resumed_from"]) for segment in found.segments if segment.start["resumed_from"] is not None)
-    deviation = "0: identical" if found.largest == 0 else f"{found.largest:.1e}"
-    return run.name, str(last["ranks"]), last["strategy"], dropout, kills, resumes, f"{deviation} ({found.steps} steps)"
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,14 +32,16 @@ class Run:
     Attributes:
         name: what the table calls it.
         folder: metrics, checkpoints and the log.
-        fields: what it changes of the demo's configuration.
+        fields: what it changes of the configuration.
         kills: for each kill the last step that was done, and whether a save was under way.
+        config: the configuration.
     """
 
     name: str
     folder: Path
     fields: dict[str, object] = field(default_factory=dict)
     kills: list[dict[str, object]] = field(default_factory=list)
+    config: Path = CONFIG
 
     @property
     def root(self) -> Path:
@@ -57,7 +60,7 @@ class StartedRun:
 
     def __init__(self, run: Run) -> None:
         overrides = {"output_dir": run.folder, **run.fields}
-        command = [sys.executable, "-m", "reshard", "train", str(CONFIG)]
+        command = [sys.executable, "-m", "reshard", "train", str(run.config)]
         for name, value in overrides.items():
             command += ["--set", f"{name}={value}"]
         run.folder.mkdir(parents=True, exist_ok=True)
@@ -106,6 +109,20 @@ def alive_in_group(group: int) -> Iterator[int]:
             continue
         if int(process_group) == group and state not in "ZX":
             yield int(entry.name)
+
+
+def fresh(run: Run) -> Run:
+    """An empty folder: what was left there earlier is removed."""
+    shutil.rmtree(run.folder, ignore_errors=True)
+    return run
+
+
+def continued(killed: Run, run: Run) -> Run:
+    """A run that goes on from a copy of what the killed one left, so that several can."""
+    fresh(run)
+    run.folder.mkdir(parents=True)
+    shutil.copytree(killed.root, run.root)
+    return run
 
 
 def finish(run: Run) -> None:
