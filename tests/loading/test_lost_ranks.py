@@ -36,7 +36,7 @@ class Struck(FaultyStorage):
         self._left, self._strike = after, strike
 
     def _do(self, name: str, path: str, work: Any, torn: Any = None) -> Any:
-        if name in ("read_into", "map") and path.endswith(".safetensors") and "/extra/" not in path:
+        if name in ("read_into", "scatter", "map") and path.endswith(".safetensors") and "/extra/" not in path:
             self._left -= 1
             if self._left == 0:
                 self._strike()

@@ -30,7 +30,7 @@ WORLDS = (1, 2, 2, 3, 4, 4, 6, 8)
 
 # As they are, nothing that is small enough for a thousand examples would ever be cut in two.
 TINY = {
-    reader: {"BLOCK_BYTES": 200, "WINDOW_BYTES": 96, "GAP_BYTES": 16, "DIRECT_BYTES": 64, "PART_BYTES": 48},
+    reader: {"BLOCK_BYTES": 200, "WINDOW_BYTES": 96, "GAP_BYTES": 16, "PART_BYTES": 48, "MOST_RUNS": 3},
     exchange: {"_MESSAGE_BYTES": 128, "_STAGE_BYTES": 700, "_GAP_BYTES": 8},
 }
 
