@@ -115,9 +115,13 @@ def run_reshard(process_environment: dict[str, str]) -> Callable[..., subprocess
     return run
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def rank_pool() -> Iterator[Callable[[int], RankPool]]:
-    """Real ranks: `rank_pool(4).run(function, *arguments)`; one pool per world size for the whole test run."""
+    """Real ranks: `rank_pool(4).run(function, *arguments)`; one pool per world size for all tests of a module.
+
+    Not for the whole run: every group that a test makes (a mesh makes many) leaves threads behind that wake all the time, and slow down
+    what follows.
+    """
     pools: dict[int, RankPool] = {}
 
     def pool(world_size: int) -> RankPool:

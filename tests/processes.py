@@ -123,18 +123,7 @@ def _serve(rank: int, world_size: int, port: int, end: Connection) -> None:
             function, arguments = end.recv()
         except EOFError:
             return
-        _close_groups()
         try:
             end.send((True, function(*arguments)))
         except BaseException:  # noqa: BLE001 - whatever it was, the test must see it
             end.send((False, traceback.format_exc()))
-
-
-def _close_groups() -> None:
-    """Let go of the groups that the last function made (meshes make many): each keeps threads that wake all the time."""
-    import torch.distributed as dist
-    from torch.distributed import distributed_c10d
-
-    for group in list(distributed_c10d._world.pg_map):
-        if group is not dist.group.WORLD:
-            dist.destroy_process_group(group)

@@ -75,7 +75,7 @@ def test_links_count_as_what_they_lead_to(tmp_path):
 
 
 def test_a_rename_refuses_a_taken_name_without_the_kernels_help(tmp_path, monkeypatch):
-    monkeypatch.setattr("reshard.storage.posix._renameat2", lambda: None)
+    monkeypatch.setattr("reshard.storage.system_calls._renameat2", lambda: None)
     storage = PosixStorage()
     for name in ("a", "b"):
         storage.make_directory(f"{tmp_path}/{name}")
@@ -87,7 +87,7 @@ def test_a_rename_refuses_a_taken_name_without_the_kernels_help(tmp_path, monkey
 
 
 def test_an_old_kernel_says_that_it_cannot(tmp_path, monkeypatch):
-    monkeypatch.setattr("reshard.storage.posix._renameat2", lambda: lambda source, target, flags: errno.ENOSYS)
+    monkeypatch.setattr("reshard.storage.system_calls._renameat2", lambda: lambda source, target, flags: errno.ENOSYS)
     storage = PosixStorage()
     storage.make_directory(f"{tmp_path}/a")
     storage.make_directory(f"{tmp_path}/b")

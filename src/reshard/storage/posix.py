@@ -6,7 +6,6 @@ tmpfs) and ordinary renames elsewhere (NFS, Lustre, other systems).
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import mmap
@@ -14,20 +13,18 @@ import os
 import shutil
 import stat as modes
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import cache
 from types import TracebackType
 
 import numpy as np
 
 from reshard.errors import NoSpaceError, ReshardError, StorageError
 from reshard.storage.storage import Entry, Lock, ReadableFile, WritableFile, scatter_by_reading
+from reshard.storage.system_calls import RENAME_EXCHANGE, RENAME_NOREPLACE, UNSUPPORTED, preadv, rename2
 
 _NOT_THERE = (FileNotFoundError, NotADirectoryError)
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
-# What kernels and file systems answer when they don't know an operation.
-_UNSUPPORTED = frozenset({errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP})
 _FIXES = {
     errno.EACCES: "give the user that runs this the right to read and write there, or choose another directory",
     errno.EPERM: "give the user that runs this the right to read and write there, or choose another directory",
@@ -37,13 +34,6 @@ _FIXES = {
     errno.ENOSPC: "free some space there, or choose another directory",
     errno.EDQUOT: "the quota is used up: free some space there, or choose another directory",
 }
-
-_PIECES = np.dtype(np.int64)
-
-# <linux/fs.h>
-_AT_FDCWD = -100
-_RENAME_NOREPLACE = 1
-_RENAME_EXCHANGE = 2
 
 
 def storage_error(error: OSError, what: str, path: str) -> ReshardError:
@@ -65,63 +55,6 @@ def _saying(what: str, path: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise storage_error(error, what, path) from error
-
-
-@cache
-def _renameat2() -> Callable[[bytes, bytes, int], int] | None:
-    """The C library's `renameat2`: 0, or the error number; None where there is none."""
-    try:
-        function = ctypes.CDLL(None, use_errno=True).renameat2
-    except (AttributeError, OSError):
-        return None
-    function.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
-    function.restype = ctypes.c_int
-
-    def call(source: bytes, target: bytes, flags: int) -> int:
-        ctypes.set_errno(0)
-        return 0 if function(_AT_FDCWD, source, _AT_FDCWD, target, flags) == 0 else ctypes.get_errno()
-
-    return call
-
-
-def _rename2(source: str, target: str, flags: int) -> bool:
-    """Rename with flags; False where that isn't possible. Raises OSError for every other failure."""
-    call = _renameat2()
-    if call is None:
-        return False
-    code = call(os.fsencode(source), os.fsencode(target), flags)
-    if code in _UNSUPPORTED:
-        return False
-    if code:
-        raise OSError(code, os.strerror(code))
-    return True
-
-
-@cache
-def _preadv() -> Callable[[int, np.ndarray, int], int] | None:
-    """The C library's `preadv` for pieces of memory by address: how many bytes it read. None where there is none that is known to fit.
-
-    `os.preadv` takes an object per piece, which for small tensors costs more than to read them. An `iovec` is an address and a size, each
-    as wide as an address; the offset is as wide as the call's name says.
-    """
-    library = ctypes.CDLL(None, use_errno=True)
-    function = getattr(library, "preadv64", None)
-    if function is None or ctypes.sizeof(ctypes.c_void_p) != _PIECES.itemsize:
-        return None
-    function.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_int64)
-    function.restype = ctypes.c_ssize_t
-
-    def call(descriptor: int, pieces: np.ndarray, offset: int) -> int:
-        pieces = np.ascontiguousarray(pieces, _PIECES)
-        done = function(descriptor, pieces.ctypes.data, len(pieces), offset)
-        if done < 0:
-            code = ctypes.get_errno()
-            if code != errno.EINTR:
-                raise OSError(code, os.strerror(code))
-            return call(descriptor, pieces, offset)
-        return done
-
-    return call
 
 
 def _rest_of(pieces: np.ndarray, done: int) -> np.ndarray:
@@ -173,7 +106,7 @@ class _PosixReadable(_Descriptor):
                 done += count
 
     def scatter(self, offset: int, pieces: np.ndarray) -> None:
-        call = _preadv()
+        call = preadv()
         if call is None:
             scatter_by_reading(self, offset, pieces)
             return
@@ -340,14 +273,14 @@ class PosixStorage:
                 os.fsync(descriptor)
             except OSError as error:
                 # File systems that keep names durable by themselves (some network ones) refuse to sync a directory.
-                if error.errno not in _UNSUPPORTED:
+                if error.errno not in UNSUPPORTED:
                     raise
             finally:
                 os.close(descriptor)
 
     def rename(self, source: str, target: str) -> None:
         with _saying(f"can't rename to {target}", source):
-            if _rename2(source, target, _RENAME_NOREPLACE):
+            if rename2(source, target, RENAME_NOREPLACE):
                 return
             if os.path.lexists(target):
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
@@ -359,7 +292,7 @@ class PosixStorage:
 
     def exchange(self, first: str, second: str) -> bool:
         with _saying(f"can't exchange with {second}", first):
-            return _rename2(first, second, _RENAME_EXCHANGE)
+            return rename2(first, second, RENAME_EXCHANGE)
 
     def remove(self, path: str) -> None:
         with _saying("can't remove the file", path):
@@ -400,7 +333,7 @@ class PosixStorage:
             except OSError as error:
                 os.close(descriptor)
                 failure = storage_error(error, "can't lock the file", path)
-                if error.errno in _UNSUPPORTED or error.errno == errno.ENOLCK:
+                if error.errno in UNSUPPORTED or error.errno == errno.ENOLCK:
                     failure = StorageError(failure.what, file=path, found=failure.found, fix="mount the file system with `flock` support")
                 raise failure from error
             # Someone removed the file between open and lock: a lock on it excludes nobody.

@@ -1,0 +1,79 @@
+"""Calls of the C library that Python's own module doesn't have."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from collections.abc import Callable
+from functools import cache
+
+import numpy as np
+
+# <linux/fs.h>
+_AT_FDCWD = -100
+RENAME_NOREPLACE = 1
+RENAME_EXCHANGE = 2
+
+PIECES = np.dtype(np.int64)
+"""The type of the addresses and sizes of pieces of memory."""
+
+# What kernels and file systems answer when they don't know an operation.
+UNSUPPORTED = frozenset({errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP})
+
+
+@cache
+def _renameat2() -> Callable[[bytes, bytes, int], int] | None:
+    """The C library's `renameat2`: 0, or the error number; None where there is none."""
+    try:
+        function = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError):
+        return None
+    function.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
+    function.restype = ctypes.c_int
+
+    def call(source: bytes, target: bytes, flags: int) -> int:
+        ctypes.set_errno(0)
+        return 0 if function(_AT_FDCWD, source, _AT_FDCWD, target, flags) == 0 else ctypes.get_errno()
+
+    return call
+
+
+def rename2(source: str, target: str, flags: int) -> bool:
+    """Rename with flags; False where that isn't possible. Raises OSError for every other failure."""
+    call = _renameat2()
+    if call is None:
+        return False
+    code = call(os.fsencode(source), os.fsencode(target), flags)
+    if code in UNSUPPORTED:
+        return False
+    if code:
+        raise OSError(code, os.strerror(code))
+    return True
+
+
+@cache
+def preadv() -> Callable[[int, np.ndarray, int], int] | None:
+    """The C library's `preadv` for pieces of memory by address: how many bytes it read. None where there is none that is known to fit.
+
+    `os.preadv` takes an object per piece, which for small tensors costs more than to read them. An `iovec` is an address and a size, each
+    as wide as an address; the offset is as wide as the call's name says.
+    """
+    library = ctypes.CDLL(None, use_errno=True)
+    function = getattr(library, "preadv64", None)
+    if function is None or ctypes.sizeof(ctypes.c_void_p) != PIECES.itemsize:
+        return None
+    function.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_int64)
+    function.restype = ctypes.c_ssize_t
+
+    def call(descriptor: int, pieces: np.ndarray, offset: int) -> int:
+        pieces = np.ascontiguousarray(pieces, PIECES)
+        done = function(descriptor, pieces.ctypes.data, len(pieces), offset)
+        if done < 0:
+            code = ctypes.get_errno()
+            if code != errno.EINTR:
+                raise OSError(code, os.strerror(code))
+            return call(descriptor, pieces, offset)
+        return done
+
+    return call
