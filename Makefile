@@ -60,6 +60,9 @@ sweep: $(BUILT) ## run the long property and fault runs (SWEEP_SECONDS=1200: as 
 bench-load: $(BUILT) ## measure loading beside torch's own and a plain copy: numbers and a picture in output/bench (some 10 minutes)
 	@$(PY) -m benchmarks.load $(BENCH_ARGS)
 
+bench-plan: $(BUILT) ## measure planning alone: DeepSeek-V3's tensors on 16,384 ranks (some minutes, 8 GB of memory)
+	@$(PY) -m benchmarks.plan $(BENCH_ARGS)
+
 lint: $(BUILT) ## check style, types and the import rules only
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .

@@ -1,7 +1,7 @@
 """Planning, measured: what a job of DeepSeek-V3's size costs before a byte of a tensor moves.
 
-`make bench-plan` runs it, in one process and without a checkpoint: a catalog in memory stands for one. 671 billion parameters, every expert's
-matrix a tensor of its own, AdamW's two moments of each; 16,384 ranks. `docs/benchmarks.md` says what the numbers mean.
+`make bench-plan` runs it, in one process and without a checkpoint: a catalog in memory stands for one. 671 billion parameters, every matrix
+of an expert a tensor of its own, AdamW's two moments of each; 16,384 ranks. `docs/benchmarks.md` says what the numbers mean.
 """
 
 from __future__ import annotations
@@ -129,7 +129,6 @@ class _Bench:
         # Ranks of one stage each hold it whole or in parts; a balanced load is planned by all for all.
         mine = [loaded.describe(rank) for rank in range(some)]
         self.measure(f"a balanced load's plan, {some:,} ranks", lambda: plan_exchange(mine, catalog))
-        del told, descriptions, mine, match
         self._formats(f"{chunks:,} chunks:", _many_chunks(chunks), most=MOST_FOR_THE_INDEX)
 
     def _reads(self, what: str, placement: Placement, catalog: Catalog) -> None:
@@ -204,13 +203,13 @@ def _resident() -> int | None:
 
 
 def _many_chunks(number: int) -> Catalog:
-    """A checkpoint of so many chunks: a thousand tensors, each split alike over as many ranks as it takes."""
+    """A checkpoint of so many chunks: a thousand tensors, no two alike, each split over as many ranks as it takes."""
     from benchmarks.deepseek import FLOAT32
     from reshard.planning.placement import WantedTensor
     from reshard.state import model_key
 
     parts = max(1, number // 1000)
-    tensors = [WantedTensor(model_key(f"layers.{index}.weight"), FLOAT32, (parts * (1 + index % 7), 64)) for index in range(number // parts)]
+    tensors = [WantedTensor(model_key(f"layers.{index}.weight"), FLOAT32, (parts * (1 + index), 64)) for index in range(number // parts)]
     placement = lay_out(parse_strategy(f"fsdp={parts}"), tensors)
     return plan_catalog([placement.describe(rank) for rank in range(parts)], "CKP", save_optimizer=True, directory="/job")
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import subprocess
+import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,18 +33,30 @@ class Cutting(FaultyStorage):
         super().__init__(PosixStorage())
         self._cut_at, self._is_after = operations, after
         self._opened: dict[str, int] = {}
+        self._guard = threading.Lock()
+        self._is_cut = False
 
     def _do(self, name: str, path: str, work: Any, torn: Any = None) -> Any:
-        if name == "open_read":
-            # Once for the header, then for the data.
-            self._opened[path] = self._opened.get(path, 0) + 1
-        cuts = name in self._cut_at and "-model-" in path and self._opened[path] > 1
-        if cuts and not self._is_after:
-            os.truncate(path, os.path.getsize(path) // 2)
-        done = work()
-        if cuts and self._is_after:
-            os.truncate(path, os.path.getsize(path) // 2)
+        with self._guard:
+            if name == "open_read":
+                # Once for the header, then for the data.
+                self._opened[path] = self._opened.get(path, 0) + 1
+            cuts = not self._is_cut and name in self._cut_at and "-model-" in path and self._opened[path] > 1
+            self._is_cut |= cuts
+            if cuts and not self._is_after:
+                cut(path, 20)
+            done = work()
+            if cuts and self._is_after:
+                cut(path, 0.5)
         return done
+
+
+def cut(path: str, patience: float) -> None:
+    """By another process, which waits as long as somebody has a lease on the file."""
+    program = f"import os; os.truncate({path!r}, {os.path.getsize(path) // 2})"
+    process = subprocess.Popen([sys.executable, "-S", "-c", program])
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(patience)
 
 
 def whole() -> np.ndarray:
@@ -95,11 +111,11 @@ def test_a_cut_after_the_headers_were_read_is_everyones_error(
     assert rank_pool(2).run(load, root, axis, balanced, ()) == ["", ""]
 
 
-@pytest.mark.xfail(reason="a strided box is copied out of a mapped window: what is cut off meanwhile is a SIGBUS", strict=True)
 def test_a_cut_while_a_box_is_copied_kills_nobody(rank_pool: Callable[[int], RankPool], saved: tuple[Path, dict[Path, bytes]]) -> None:
     root, _ = saved
     (outcome,) = rank_pool(1).run_settled(load, root, 1, False, READS, True)
     if isinstance(outcome, Failure):
         rank_pool(1).restart()
     assert not isinstance(outcome, Failure), outcome.text
-    assert "ends before" in outcome
+    # Where the file is leased the cut comes after the load; where it isn't, it isn't mapped, and its end is seen.
+    assert outcome == "" or "ends before" in outcome

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -188,3 +189,27 @@ def test_a_pipe_in_the_place_of_a_file_holds_nobody(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(StorageError, match="not a file"):
         PosixStorage().open_read(f"{tmp_path}/pipe")
+
+
+def test_a_mapped_file_cannot_be_cut_short_meanwhile(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(range(256)) * 64)
+    with PosixStorage().open_read(str(path)) as file:
+        window = file.map(4096, 8192)
+        if window is None:
+            pytest.skip("this file system has no leases")
+        process = subprocess.Popen([sys.executable, "-S", "-c", f"import os; os.truncate({str(path)!r}, 0)"])
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.5)
+        assert window.tobytes() == (bytes(range(256)) * 64)[4096:12288]
+        assert file.map(0, 4096) is None, "somebody waits"
+        del window
+    assert process.wait(20) == 0
+    assert path.stat().st_size == 0
+
+
+def test_a_file_that_somebody_writes_is_not_mapped(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(8192))
+    with open(path, "r+b"), PosixStorage().open_read(str(path)) as file:
+        assert file.map(0, 8192) is None

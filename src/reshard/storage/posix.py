@@ -12,6 +12,7 @@ import mmap
 import os
 import shutil
 import stat as modes
+import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -21,7 +22,7 @@ import numpy as np
 
 from reshard.errors import NoSpaceError, ReshardError, StorageError
 from reshard.storage.storage import Entry, Lock, ReadableFile, WritableFile, scatter_by_reading
-from reshard.storage.system_calls import RENAME_EXCHANGE, RENAME_NOREPLACE, UNSUPPORTED, preadv, rename2
+from reshard.storage.system_calls import RENAME_EXCHANGE, RENAME_NOREPLACE, UNSUPPORTED, is_leased, lease, preadv, rename2
 
 _NOT_THERE = (FileNotFoundError, NotADirectoryError)
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
@@ -89,6 +90,21 @@ class _PosixReadable(_Descriptor):
     def __init__(self, path: str, descriptor: int, size: int) -> None:
         super().__init__(path, descriptor)
         self.size = size
+        # Whether the file is leased; None before it is asked for.
+        self._is_leased: bool | None = None
+        self._guard = threading.Lock()
+
+    def _cannot_shrink(self) -> bool:
+        """Whether nobody can cut the file short within the next seconds: a lease on it makes who wants to write wait, until it is closed.
+
+        Once somebody waits, the answer is no: the system takes a lease away after a while (`fs.lease-break-time`, 45 s).
+        """
+        with self._guard:
+            if self._is_leased is None:
+                self._is_leased = lease(self._descriptor)
+            elif self._is_leased:
+                self._is_leased = is_leased(self._descriptor)
+            return self._is_leased
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         rest = buffer.cast("B") if buffer.nbytes else buffer
@@ -128,6 +144,9 @@ class _PosixReadable(_Descriptor):
             return None
         begin = offset - offset % mmap.ALLOCATIONGRANULARITY
         with _saying("can't map the file", self.path):
+            # Before its size is looked at: what is cut off while it is copied would kill the process.
+            if not self._cannot_shrink():
+                return None
             size = os.fstat(self._descriptor).st_size
             if size < offset + nbytes:
                 raise StorageError(

@@ -63,8 +63,8 @@ class ReadableFile(Protocol):
     def map(self, offset: int, nbytes: int) -> memoryview | None:
         """A read-only view of bytes of the file, of which only what is looked at is copied; None where there is no such view.
 
-        The file's size is checked right before. What the view shows is gone with the file's end: use it at once and let it go, and keep it
-        small. Raises StorageError when the file ends before it.
+        The file's size is checked right before, and there is a view only where the file can't be cut short within the next seconds, which
+        would kill the process: use it at once and let it go. Raises StorageError when the file ends before it.
         """
         ...
 

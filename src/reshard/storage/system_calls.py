@@ -1,10 +1,12 @@
-"""Calls of the C library that Python's own module doesn't have."""
+"""Calls of the system that Python has no function for, or only a number."""
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
+import signal
 from collections.abc import Callable
 from functools import cache
 
@@ -77,3 +79,29 @@ def preadv() -> Callable[[int, np.ndarray, int], int] | None:
         return done
 
     return call
+
+
+def lease(descriptor: int) -> bool:
+    """Take a read lease on an open file: who opens it for writing or cuts it short waits until it is closed.
+
+    Returns:
+        Whether it could be had. Not where somebody has the file open for writing, where it is somebody else's (and this process has no
+        right to lease it), on most network file systems, and on other systems than Linux.
+    """
+    if not hasattr(fcntl, "F_SETLEASE"):
+        return False
+    try:
+        # What says that somebody waits: by default SIGIO, of which a process dies that doesn't expect it. Of this one it takes no notice.
+        fcntl.fcntl(descriptor, fcntl.F_SETSIG, signal.SIGURG)
+        fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+    except OSError:
+        return False
+    return True
+
+
+def is_leased(descriptor: int) -> bool:
+    """Whether a lease is held and nobody waits for its end."""
+    try:
+        return fcntl.fcntl(descriptor, fcntl.F_GETLEASE) == fcntl.F_RDLCK
+    except OSError:
+        return False
