@@ -38,7 +38,7 @@ class PreparedExchange:
         straight: what it reads for itself alone.
         entries: where that lies.
         shares: what it stages.
-        begins: of each of these shares, where each tensor's data begins in the file.
+        staged: of each of these shares, each tensor's entry in the file.
         schedule: in which order it stages, sends and receives.
         message_bytes: the longest message.
         straight_bytes: the memory with which it reads for itself alone.
@@ -47,7 +47,7 @@ class PreparedExchange:
     straight: ReadPlan
     entries: list[TensorEntry]
     shares: tuple[Share, ...]
-    begins: tuple[tuple[int, ...], ...]
+    staged: tuple[tuple[TensorEntry, ...], ...]
     schedule: Schedule
     message_bytes: int
     straight_bytes: int
@@ -83,18 +83,18 @@ def prepare_exchange(
     transfers = tuple(transfer for share in mine if share.is_straight for transfer in share.transfers())
     straight = ReadPlan(rank, transfers, (), (), ())
     staged = tuple(share for share in mine if not share.is_straight)
-    begins = tuple(_begins(share, headers) for share in staged)
-    return PreparedExchange(straight, locate(straight, headers), staged, begins, schedule, message, straight_bytes)
+    entries = tuple(_entries(share, headers) for share in staged)
+    return PreparedExchange(straight, locate(straight, headers), staged, entries, schedule, message, straight_bytes)
 
 
-def _begins(share: Share, headers: Headers) -> tuple[int, ...]:
+def _entries(share: Share, headers: Headers) -> tuple[TensorEntry, ...]:
     held = headers.get(share.site.file).entries
     dtype, shape = share.arrangement.dtype, share.piece.region.shape
-    begins = []
+    entries = []
     for tensor in share.tensors:
         name = tensor.name + share.site.suffix
         entry = held.get(name)
         if entry is None or entry.shape != shape or entry.dtype != dtype:
             raise headers.broken_promise(share.site.file, name, dtype, shape)
-        begins.append(entry.begin)
-    return tuple(begins)
+        entries.append(entry)
+    return tuple(entries)

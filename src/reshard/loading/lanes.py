@@ -15,6 +15,8 @@ import numpy as np
 from reshard.comm import Communicator
 from reshard.comm.together import attempt, unheard
 from reshard.errors import CommunicationError, ReshardError
+from reshard.format.digest import Hasher
+from reshard.format.safetensors import check_tensor
 from reshard.loading.exchange import LANES, PreparedExchange
 from reshard.loading.reader import READERS, read_plan
 from reshard.planning.byte_runs import strides_of
@@ -104,6 +106,7 @@ class _Exchange:
         self._is_broken = False
         self._is_over = False
         self._writing = 0
+        self._hashers: dict[tuple[int, int], Hasher] = {}
         self._counts = {"read": 0, "sent": 0, "received": 0}
 
     def run(self) -> Traffic:
@@ -137,6 +140,7 @@ class _Exchange:
                     self._directory,
                     gap_bytes=0,
                     memory_budget=prepared.straight_bytes,
+                    verify=True,
                 )
             )
             if error is not None:
@@ -216,9 +220,9 @@ class _Exchange:
                     self._turn.notify_all()
 
     def _fill(self, epoch: int, items: list[Staged], pool: ThreadPoolExecutor) -> _Stage:
-        prepared = self._prepared
+        shares, staged, longest = self._prepared.shares, self._prepared.staged, self._prepared.message_bytes
         located = sorted(
-            (prepared.shares[item.share].site.file, prepared.begins[item.share][item.tensor] + item.block.offset, item.block.nbytes, index)
+            (shares[item.share].site.file, staged[item.share][item.tensor].begin + item.block.offset, item.block.nbytes, index)
             for index, item in enumerate(items)
         )
         places = [0] * len(items)
@@ -226,7 +230,7 @@ class _Exchange:
         runs: list[tuple[str, int, int, int]] = []  # file, begin in the file, begin in the buffer, bytes
         end = 0
         for file, begin, nbytes, index in located:
-            if runs and runs[-1][0] == file and runs[-1][1] + runs[-1][3] == begin and runs[-1][3] + nbytes <= prepared.message_bytes:
+            if runs and runs[-1][0] == file and runs[-1][1] + runs[-1][3] == begin and runs[-1][3] + nbytes <= longest:
                 runs[-1] = (*runs[-1][:3], runs[-1][3] + nbytes)
             else:
                 end = -(-end // _ALIGNMENT) * _ALIGNMENT
@@ -244,11 +248,24 @@ class _Exchange:
             for future in pending:
                 future.result()
         self._count("read", sum(nbytes for _, _, _, nbytes in runs))
+        for item, place in zip(items, places, strict=True):
+            self._verify(item, data[place : place + item.block.nbytes])
         stage = _Stage(data, places)
         with self._may_write() as allowed:
             if allowed:
                 self._keep_own(items, stage)
         return stage
+
+    def _verify(self, item: Staged, data: np.ndarray) -> None:
+        """Hold a stored tensor against its digest, where this rank reads all of it: its blocks come one after the other."""
+        share, entry = self._prepared.shares[item.share], self._prepared.staged[item.share][item.tensor]
+        if entry.digest is None or share.box.shape != share.piece.region.shape:
+            return
+        which = (item.share, item.tensor)
+        hasher = self._hashers.setdefault(which, Hasher())
+        hasher.update(data)
+        if item.block.offset + item.block.nbytes == entry.end - entry.begin:
+            check_tensor(entry, self._hashers.pop(which).digest(), join(self._directory, share.site.file))
 
     def _buffer(self, epoch: int, nbytes: int) -> np.ndarray:
         """The buffer of every second epoch, whose last stage has been sent."""

@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from reshard.format.safetensors import TensorEntry
+from reshard.format.digest import Hasher
+from reshard.format.safetensors import TensorEntry, check_tensor
 from reshard.geometry import Region
 from reshard.loading.budget import MEMORY_BUDGET
 from reshard.planning.byte_runs import plan_blocks, strides_of
@@ -74,6 +75,7 @@ def read_plan(
     *,
     gap_bytes: int = GAP_BYTES,
     memory_budget: int = MEMORY_BUDGET,
+    verify: bool = False,
 ) -> int:
     """Fill a state's memory as the plan says.
 
@@ -85,6 +87,7 @@ def read_plan(
         directory: the checkpoint.
         gap_bytes: the widest gap between small runs that is read over.
         memory_budget: bytes for staging buffers and mapped windows together.
+        verify: whether stored tensors that are read whole are held against their digests.
 
     Returns:
         The bytes that were read, gaps included.
@@ -103,7 +106,8 @@ def read_plan(
             source = files.enter_context(storage.open_read(join(directory, file)))
             reading: list[Future[int]] = []
             files.callback(_wait, reading)  # nobody may read a file that is closed: not when something fails, either
-            reading += [pool.submit(work) for work in _FileReader(source, state, sizes).plan(group)]
+            reader = _FileReader(source, state, sizes)
+            reading += [pool.submit(work) for work in reader.plan(group, verify=verify)]
             if before is not None:
                 total += sum(future.result() for future in before[1])
                 before[0].close()
@@ -162,7 +166,7 @@ class _FileReader:
         for _ in range(READERS):
             self._stages.put(np.empty(0, np.uint8))
 
-    def plan(self, located: Iterable[tuple[Transfer, TensorEntry]]) -> Iterator[Callable[[], int]]:
+    def plan(self, located: Iterable[tuple[Transfer, TensorEntry]], *, verify: bool) -> Iterator[Callable[[], int]]:
         """Independent pieces of work, each giving the bytes that it read."""
         tensors = self._tensors
         # Runs that are runs in memory, too: where they begin in the file, how long they are, where they go.
@@ -173,6 +177,9 @@ class _FileReader:
         staged: list[_Run] = []
         for transfer, entry in located:
             key, _, movement = transfer
+            if verify and entry.digest is not None and movement.nbytes == entry.end - entry.begin:
+                yield self._verifying(transfer, entry)
+                continue
             if movement.is_run and movement.target_offset is not None:
                 address = tensors[key].shards[movement.shard].memory.address
                 if address is not None:
@@ -241,6 +248,28 @@ class _FileReader:
             finally:
                 self._stages.put(stage)
             return end - begin
+
+        return work
+
+    def _verifying(self, transfer: Transfer, entry: TensorEntry) -> Callable[[], int]:
+        """A stored tensor block by block, each hashed while it is in the cache."""
+
+        def work() -> int:
+            movement, memory = transfer.movement, self._memory(transfer)
+            hasher = Hasher()
+            itemsize = movement.dtype.itemsize
+            blocks = plan_blocks(movement.chunk_shape, movement.source, itemsize, block_bytes=self._sizes.block, gap_bytes=0)
+            for block in blocks:
+                stage = self._take_stage(block.nbytes)
+                try:
+                    data = stage[: block.nbytes]
+                    self._source.read_into(entry.begin + block.offset, memoryview(data))
+                    hasher.update(data)
+                    memory.write(_target_of(block.region, transfer), data.view(movement.dtype.numpy).reshape(block.region.shape))
+                finally:
+                    self._stages.put(stage)
+            check_tensor(entry, hasher.digest(), self._source.path)
+            return movement.nbytes
 
         return work
 
