@@ -15,10 +15,9 @@ import numpy as np
 from reshard.catalog import Catalog, Chunk, StoredTensor
 from reshard.errors import UsageError
 from reshard.format.common import CommonInfo, read_common
-from reshard.format.digest import Hasher
 from reshard.format.extra import groups_of, values_in
 from reshard.format.names import COMMON_FILE, EXTRA_DIRECTORY, GLOBAL_EXTRA_FILE, tensor_name
-from reshard.format.safetensors import TensorEntry, check_tensor
+from reshard.format.safetensors import BlockCheck, TensorEntry
 from reshard.format.seal import Seal
 from reshard.geometry import DType, Layout, Region
 from reshard.planning.byte_runs import plan_blocks, strides_of
@@ -165,11 +164,11 @@ class TensorView:
     def read(self, region: Region | None = None) -> np.ndarray:
         """The values of a region, by default of the whole tensor, whatever chunks they lie in.
 
-        Reads exactly the region's bytes. Chunks that are read whole are held against their digests.
+        Reads exactly the region's bytes. What is read of chunks in whole row blocks is held against their digests.
 
         Raises:
             UsageError: the region lies outside the tensor.
-            DataFileError: a file is missing or damaged, doesn't hold what metadata promises, or a chunk is not as it was saved.
+            DataFileError: a file is missing or damaged, doesn't hold what metadata promises, or bytes of it are not as they were saved.
         """
         region = Region.whole(self.shape) if region is None else region
         if not region.fits(self.shape):
@@ -190,21 +189,18 @@ class TensorView:
         itemsize = self.dtype.itemsize
         strides = strides_of(chunk.region.shape, itemsize)
         path = join(self._directory, chunk.places[0].file)
-        # The digest is of the whole chunk: it is looked at when all of it is read.
-        hasher = Hasher() if entry.digest is not None and box.shape == chunk.region.shape else None
+        check = BlockCheck(entry, path)
         with self._storage.open_read(path) as file:
             for block in plan_blocks(chunk.region.shape, box, itemsize, block_bytes=_BLOCK_BYTES, gap_bytes=0):
                 target = out[block.region.relative_to(box).slices] if out.ndim else out
                 is_direct = target.flags.c_contiguous
                 run = memoryview(target.reshape(-1).view(np.uint8) if is_direct else np.empty(block.nbytes, np.uint8))
                 file.read_into(entry.begin + block.offset, run)
-                if hasher is not None:
-                    hasher.update(run)
+                check.update(block.offset, run)
+                check.raise_if_wrong()
                 if not is_direct:
                     # Not by `as_strided`, which knows no float8.
                     target[...] = np.ndarray(block.region.shape, self.dtype.numpy, run, strides=strides)
-        if hasher is not None:
-            check_tensor(entry, hasher.digest(), path)
 
     def __getitem__(self, index: Any) -> np.ndarray:
         """The values at an index of integers, slices with positive steps, and at most one ellipsis; an array also where nothing is left of

@@ -13,6 +13,7 @@ from hypothesis.extra import numpy as hnp
 
 from reshard.errors import CaptureError, DataFileError, StorageError
 from reshard.format.digest import digest_of
+from reshard.format.row_blocks import row_blocks_of
 from reshard.format.safetensors import Header, parse_header, plan_header, read_header, write_tensors
 from reshard.geometry.dtypes import ALL, by_name, by_numpy
 from reshard.storage import MemoryStorage, PosixStorage
@@ -40,14 +41,21 @@ def write(path, tensors, metadata=None, digests=True, **options):
     return header
 
 
+def digests_of(array):
+    """Of the row blocks of an array, one after the other."""
+    data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    step = row_blocks_of(array.shape, array.itemsize).nbytes or 1
+    return b"".join(digest_of(data[at : at + step]) for at in range(0, max(1, data.nbytes), step))
+
+
 def written(header, tensors, metadata, start) -> Header:
     """What must be read again."""
-    entries = {e.name: e._replace(digest=digest_of(np.ascontiguousarray(tensors[e.name]))) for e in header.entries.values()}
+    entries = {e.name: e._replace(digests=digests_of(tensors[e.name])) for e in header.entries.values()}
     return Header(entries, metadata, header.nbytes, header.file_size, digest_of(start))
 
 
 def all_dtypes():
-    shapes = [(), (3, 5), (0, 2), (70, 33)]
+    shapes = [(), (3, 5), (0, 2), (70, 33), (150, 1, 300)]
     return {f'{dtype.name}.{n} "é"': values(dtype, shape, n) for dtype in ALL for n, shape in enumerate(shapes)}
 
 
@@ -63,7 +71,7 @@ def test_the_official_library_opens_a_file_with_much_metadata(tmp_path):
     metadata = {"format": "ms", "tree": '{"a": [1, "\\n", "é"]}', "": "\x7f"}
     header = write(tmp_path / "file", tensors, metadata)
     with safetensors.safe_open(tmp_path / "file", framework="np") as file:
-        digests = "".join(digest_of(tensors[name]).hex() for name in header.entries)
+        digests = "".join(digests_of(tensors[name]).hex() for name in header.entries)
         assert file.metadata() == {**metadata, "xxh3_128": digests}
         assert set(file.keys()) == set(tensors)
         for name in tensors:
@@ -108,7 +116,7 @@ _arrays = st.one_of(
 @given(
     st.dictionaries(st.text(st.characters(exclude_categories=["Cs"]), max_size=8), _arrays, max_size=6), st.integers(1, 400), st.booleans()
 )
-def test_any_tensors_and_any_block(tensors, block_bytes, transposed):
+def test_any_tensors_and_any_piece(tensors, piece_bytes, transposed):
     tensors.pop("__metadata__", None)
     if transposed:
         tensors = {name: array.T for name, array in tensors.items()}
@@ -117,7 +125,7 @@ def test_any_tensors_and_any_block(tensors, block_bytes, transposed):
     for digests in (True, False):
         header = plan(tensors, digests=digests)
         path = f"/d/{digests}"
-        write_tensors(storage, path, header, ((name, tensors[name]) for name in header.entries), block_bytes=block_bytes)
+        write_tensors(storage, path, header, ((name, tensors[name]) for name in header.entries), piece_bytes=piece_bytes)
     data = storage.read_bytes("/d/False")
     assert data == safetensors.numpy.save({name: np.ascontiguousarray(array).reshape(array.shape) for name, array in tensors.items()})
     digested = storage.read_bytes("/d/True")
@@ -128,7 +136,21 @@ def test_any_tensors_and_any_block(tensors, block_bytes, transposed):
     assert parse_header(start, len(digested), "f") == written(header, tensors, {}, start)
 
 
-@pytest.mark.parametrize("block_bytes", [16, 100, 4096, 8 << 20])
+@pytest.mark.parametrize("piece_bytes", [100, 16_000, 20_000, 70_000, 8 << 20])
+def test_each_row_block_has_its_digest_whatever_is_written_at_a_time(tmp_path, piece_bytes):
+    tensors = {
+        "gathered": values(F32, (7, 1000), 1),
+        "large": values(F32, (900, 100), 2),
+        "long rows": values(F32, (1, 3, 30_000), 3),
+        "strided": values(F32, (100, 900), 4).T,
+    }
+    write(tmp_path / "file", tensors, piece_bytes=piece_bytes)
+    entries = read_header(PosixStorage(), str(tmp_path / "file")).entries
+    assert {name: entry.digests for name, entry in entries.items()} == {name: digests_of(array) for name, array in tensors.items()}
+    assert [len(entries[name].digests) // 16 for name in tensors] == [2, 23, 3, 23]
+
+
+@pytest.mark.parametrize("piece_bytes", [16, 100, 4096, 8 << 20])
 @pytest.mark.parametrize(
     "view",
     [
@@ -142,9 +164,9 @@ def test_any_tensors_and_any_block(tensors, block_bytes, transposed):
         lambda a: a[3, 4],
     ],
 )
-def test_memory_of_any_strides(tmp_path, view, block_bytes):
+def test_memory_of_any_strides(tmp_path, view, piece_bytes):
     array = np.asarray(view(values(F32, (40, 50))))
-    write(tmp_path / "file", {"w": array, "after": np.arange(3, dtype=np.int8)}, block_bytes=block_bytes)
+    write(tmp_path / "file", {"w": array, "after": np.arange(3, dtype=np.int8)}, piece_bytes=piece_bytes)
     loaded = safetensors.numpy.load_file(tmp_path / "file")
     assert loaded["w"].tobytes() == array.tobytes()
     assert loaded["w"].shape == array.shape
@@ -179,7 +201,7 @@ def test_large_memory_is_written_from_where_it_lies_and_small_tensors_share_a_bl
     storage = Recording([large])
     storage.make_directory("/d")
     header = plan(tensors)
-    write_tensors(storage, "/d/f", header, [(name, tensors[name]) for name in header.entries], block_bytes=16_000)
+    write_tensors(storage, "/d/f", header, [(name, tensors[name]) for name in header.entries], piece_bytes=16_000)
     data, head = storage.writes[:-1], storage.writes[-1]
     assert sum(length for _, length, own in data if own) >= 32_000
     assert max(length for _, length, _ in data) <= 16_000
@@ -236,10 +258,23 @@ def test_names_that_no_file_can_hold():
 def test_digests_have_a_place_of_their_own_whatever_the_other_text_says(text):
     tensors = {"w": np.zeros(3), "xxh3_128": np.ones(2)}
     header = plan(tensors, {"format": text, text: "x"})
-    digests = [digest_of(tensors[name]) for name in header.entries]
+    digests = [digests_of(tensors[name]) for name in header.entries]
     parsed = parse_header(header.encode(digests), header.file_size, "f")
     assert parsed.metadata == {"format": text, text: "x"} if text != "xxh3_128" else {"format": text}
-    assert [entry.digest for entry in parsed.entries.values()] == digests
+    assert [entry.digests for entry in parsed.entries.values()] == digests
+
+
+def test_digests_that_are_not_those_of_the_row_blocks():
+    array = values(F32, (900, 100))
+    header = plan({"w": array, "v": array[:3]})
+    start = header.encode([digests_of(array[:3]), digests_of(array)])
+    text = (digests_of(array[:3]) + digests_of(array)).hex()
+    assert start.count(text.encode()) == 1
+    for other in (text[:-32], text + "0" * 32, text[:-1], "", text[:-1] + "G"):
+        damaged = start.replace(text.encode(), other.encode())
+        damaged = (len(damaged) - 8).to_bytes(8, "little") + damaged[8:]
+        with pytest.raises(DataFileError, match="digests in the header can't be understood"):
+            parse_header(damaged, len(damaged) + header.file_size - header.nbytes, "f")
 
 
 def test_a_hundred_thousand_tensors():

@@ -204,7 +204,7 @@ def test_headers_are_held_to_the_seal_and_give_the_digests(sealed):
     headers = Headers(STORAGE, str(sealed), seal)
     for file in (MODEL, OTHER):
         for entry in headers.get(file).entries.values():
-            assert entry.digest == digest_of((sealed / file).read_bytes()[entry.begin : entry.end])
+            assert entry.digests == digest_of((sealed / file).read_bytes()[entry.begin : entry.end])
     shutil.copy(sealed / MODEL, sealed / OTHER)
     shutil.copy(sealed / MODEL, sealed / "CKP-model-0000002-0000002.safetensors")
     headers = Headers(STORAGE, str(sealed), seal)

@@ -240,6 +240,23 @@ def test_all_faults_are_named(directory: Path) -> None:
     ]
 
 
+def test_of_a_large_tensor_the_rows_are_named(tmp_path: Path) -> None:
+    reshard.save(tmp_path, 1, model={"w": np.zeros((1000, 100), np.float32)})  # 40 rows a block
+    directory = tmp_path / FIRST
+    (path,) = directory.glob("*-model-*")
+    begin = read_header(PosixStorage(), str(path)).entries["w"].begin
+    with path.open("r+b") as file:
+        for row in (0, 130, 170, 999):
+            file.seek(begin + 400 * row)
+            file.write(b"x")
+    (fault,) = verify(directory).faults
+    assert (fault.file, fault.tensor) == (path.name, "w")
+    assert fault.found == ", ".join(
+        f"rows {first} to {end} of dimension 0 (bytes {begin + 400 * first} to {begin + 400 * end} of the file)"
+        for first, end in ((0, 40), (120, 200), (960, 1000))
+    )
+
+
 def test_what_the_seal_does_not_list_is_noted(directory: Path) -> None:
     (directory / "readme.txt").write_text("mine")
     (directory / "extra/rank-0000007.safetensors").write_bytes(b"")

@@ -38,12 +38,11 @@ class Hasher:
         return self._state.digest()
 
 
-def parse_digests(text: str, count: int) -> list[bytes] | None:
-    """The digests that so many times 32 digits are; None when they are none.
+def parse_digests(text: str) -> bytes | None:
+    """The digests that a text of 32 digits for each means, one after the other; None when it can't mean any.
 
     Upper-case digits are none: each digest has one spelling, so that no bit of it is free.
     """
-    if len(text) != count * DIGEST_DIGITS or _OTHER.search(text) is not None:
+    if len(text) % DIGEST_DIGITS or _OTHER.search(text) is not None:
         return None
-    joined = bytes.fromhex(text)
-    return [joined[at : at + DIGEST_BYTES] for at in range(0, len(joined), DIGEST_BYTES)]
+    return bytes.fromhex(text)

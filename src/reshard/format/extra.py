@@ -18,8 +18,7 @@ from typing import Any
 import numpy as np
 
 from reshard.errors import CaptureError, MetadataError, UsageError
-from reshard.format.digest import digest_of
-from reshard.format.safetensors import check_tensor, plan_header, read_header, write_tensors
+from reshard.format.safetensors import check_bytes, plan_header, read_header, write_tensors
 from reshard.format.seal import SealedFile
 from reshard.geometry.dtypes import by_numpy
 from reshard.state import ParameterGroup
@@ -288,9 +287,9 @@ def read_extra(
     with storage.open_read(path) as file:
         for entry in header.entries.values():
             array = np.empty(entry.shape, entry.dtype.numpy)
-            if array.nbytes:
-                file.read_into(entry.begin, memoryview(array.reshape(-1).view(np.uint8)))
-            check_tensor(entry, digest_of(array), path)
+            data = memoryview(array.reshape(-1).view(np.uint8) if array.nbytes else np.empty(0, np.uint8))
+            file.read_into(entry.begin, data)
+            check_bytes(entry, data, path)
             arrays[entry.name] = array
     try:
         return decode_tree(header.metadata["tree"], arrays, from_value)

@@ -16,7 +16,7 @@ import msgspec
 
 from reshard.errors import DamagedCheckpointError, DataFileError, MetadataError
 from reshard.format import json_text
-from reshard.format.digest import DIGEST_DIGITS, DIGEST_NAME, digest_of, parse_digests
+from reshard.format.digest import DIGEST_BYTES, DIGEST_DIGITS, DIGEST_NAME, digest_of, parse_digests
 from reshard.format.names import DATA_SUFFIX, EXTRA_DIRECTORY, is_plain_file_name
 from reshard.format.small_file import read_small
 from reshard.storage import Storage
@@ -221,9 +221,9 @@ def read_seal(storage: Storage, directory: str) -> Seal | None:
 def _sealed(name: str, file: _File, path: str) -> SealedFile:
     plain = name.removeprefix(f"{EXTRA_DIRECTORY}/")
     covered = file.size if file.header is None else file.header
-    digest = parse_digests(file.xxh3_128, 1)
+    digest = parse_digests(file.xxh3_128)
     is_possible = is_plain_file_name(plain) and 0 <= covered <= file.size and (file.header is not None) == name.endswith(DATA_SUFFIX)
-    if not is_possible or digest is None:
+    if not is_possible or digest is None or len(digest) != DIGEST_BYTES:
         raise MetadataError(
             "the seal lists a file that can't be",
             file=path,
@@ -232,4 +232,4 @@ def _sealed(name: str, file: _File, path: str) -> SealedFile:
             expected="a file in the checkpoint's directory, with its digest",
             fix=_RESTORE,
         )
-    return SealedFile(file.size, covered, digest[0])
+    return SealedFile(file.size, covered, digest)

@@ -15,10 +15,9 @@ import numpy as np
 from reshard.comm import Communicator
 from reshard.comm.together import attempt, unheard
 from reshard.errors import CommunicationError, ReshardError
-from reshard.format.digest import Hasher
-from reshard.format.safetensors import check_tensor
 from reshard.loading.exchange import LANES, PreparedExchange
 from reshard.loading.reader import READERS, read_plan
+from reshard.loading.staged_check import StagedCheck
 from reshard.planning.byte_runs import strides_of
 from reshard.planning.exchange_plan import Part
 from reshard.planning.exchange_schedule import Incoming, Outgoing, Staged
@@ -106,7 +105,7 @@ class _Exchange:
         self._is_broken = False
         self._is_over = False
         self._writing = 0
-        self._hashers: dict[tuple[int, int], Hasher] = {}
+        self._check = StagedCheck(prepared, directory)
         self._counts = {"read": 0, "sent": 0, "received": 0}
 
     def run(self) -> Traffic:
@@ -249,23 +248,12 @@ class _Exchange:
                 future.result()
         self._count("read", sum(nbytes for _, _, _, nbytes in runs))
         for item, place in zip(items, places, strict=True):
-            self._verify(item, data[place : place + item.block.nbytes])
+            self._check.update(item, memoryview(data[place : place + item.block.nbytes]))
         stage = _Stage(data, places)
         with self._may_write() as allowed:
             if allowed:
                 self._keep_own(items, stage)
         return stage
-
-    def _verify(self, item: Staged, data: np.ndarray) -> None:
-        """Hold a stored tensor against its digest, where this rank reads all of it: its blocks come one after the other."""
-        share, entry = self._prepared.shares[item.share], self._prepared.staged[item.share][item.tensor]
-        if entry.digest is None or share.box.shape != share.piece.region.shape:
-            return
-        which = (item.share, item.tensor)
-        hasher = self._hashers.setdefault(which, Hasher())
-        hasher.update(data)
-        if item.block.offset + item.block.nbytes == entry.end - entry.begin:
-            check_tensor(entry, self._hashers.pop(which).digest(), join(self._directory, share.site.file))
 
     def _buffer(self, epoch: int, nbytes: int) -> np.ndarray:
         """The buffer of every second epoch, whose last stage has been sent."""

@@ -13,8 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from reshard.format.digest import Hasher
-from reshard.format.safetensors import TensorEntry, check_tensor
+from reshard.format.safetensors import BlockCheck, TensorEntry
 from reshard.geometry import Region
 from reshard.loading.budget import MEMORY_BUDGET
 from reshard.planning.byte_runs import plan_blocks, strides_of
@@ -177,7 +176,7 @@ class _FileReader:
         staged: list[_Run] = []
         for transfer, entry in located:
             key, _, movement = transfer
-            if verify and entry.digest is not None and movement.nbytes == entry.end - entry.begin:
+            if verify and entry.digests and movement.nbytes == entry.end - entry.begin:
                 yield self._verifying(transfer, entry)
                 continue
             if movement.is_run and movement.target_offset is not None:
@@ -256,7 +255,7 @@ class _FileReader:
 
         def work() -> int:
             movement, memory = transfer.movement, self._memory(transfer)
-            hasher = Hasher()
+            check = BlockCheck(entry, self._source.path)
             itemsize = movement.dtype.itemsize
             blocks = plan_blocks(movement.chunk_shape, movement.source, itemsize, block_bytes=self._sizes.block, gap_bytes=0)
             for block in blocks:
@@ -264,11 +263,11 @@ class _FileReader:
                 try:
                     data = stage[: block.nbytes]
                     self._source.read_into(entry.begin + block.offset, memoryview(data))
-                    hasher.update(data)
+                    check.update(block.offset, memoryview(data))
+                    check.raise_if_wrong()
                     memory.write(_target_of(block.region, transfer), data.view(movement.dtype.numpy).reshape(block.region.shape))
                 finally:
                     self._stages.put(stage)
-            check_tensor(entry, hasher.digest(), self._source.path)
             return movement.nbytes
 
         return work

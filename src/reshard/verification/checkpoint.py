@@ -287,7 +287,7 @@ class _Verifier:
             return
         if version is not None and version >= SEALED_SINCE:
             self._missing(SEAL_FILE)
-        has_digests = any(entry.digest is not None for header in headers.values() for entry in header.entries.values())
+        has_digests = any(entry.digests for header in headers.values() for entry in header.entries.values())
         what = "metadata and headers are" if has_digests else "its bytes are"
         self._notes.append(f"no {SEAL_FILE}{'' if has_digests else ' and no digests'}: whether {what} as they were saved can't be known")
 

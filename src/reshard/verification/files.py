@@ -7,15 +7,15 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from reshard.errors import DamagedCheckpointError, ReshardError, StorageError
-from reshard.format.digest import Hasher, digest_of
-from reshard.format.safetensors import Header, TensorEntry, check_tensor, parse_header, read_start
+from reshard.format.digest import Hasher
+from reshard.format.safetensors import BlockCheck, Header, TensorEntry, parse_header, read_start
 from reshard.format.seal import SealedFile
 from reshard.storage import ReadableFile, Storage
 from reshard.storage.storage import join
 from reshard.verification.faults import Fault
 
 # What is held at a time. Large enough for any storage, small enough that it is still in a cache when it is hashed.
-_BLOCK_BYTES = 4 << 20
+_PIECE_BYTES = 4 << 20
 
 
 class FileCheck:
@@ -80,7 +80,7 @@ class FileCheck:
             self._advance(file.size)
             return
         hasher = Hasher()
-        for data in self._blocks(file, 0, file.size):
+        for data in self._pieces(file, 0, file.size):
             hasher.update(data)
         self._try(lambda sealed: sealed.check_digest(file.size, hasher.digest(), self._path), sealed)
 
@@ -103,7 +103,7 @@ class FileCheck:
             return
         if is_good:
             self.header = header
-        checked = [entry for entry in header.entries.values() if entry.digest is not None]
+        checked = [entry for entry in header.entries.values() if entry.digests]
         if not checked:
             self._advance(file.size - len(start))
         for entry in checked:
@@ -114,14 +114,11 @@ class FileCheck:
             self._group(file, group)
 
     def _group(self, file: ReadableFile, entries: Sequence[TensorEntry]) -> None:
-        """Check tensors that lie one after the other: one, or several that fit into a block together."""
+        """Check tensors that lie one after the other: one, or several that fit into a piece together."""
         begin, end = entries[0].begin, entries[-1].end
         try:
             if len(entries) == 1:
-                hasher = Hasher()
-                for data in self._blocks(file, begin, end):
-                    hasher.update(data)
-                self._compare(entries[0], hasher.digest())
+                self._one(file, entries[0])
                 return
             data = memoryview(np.empty(end - begin, np.uint8))
             file.read_into(begin, data)
@@ -135,19 +132,30 @@ class FileCheck:
             return
         self._done(len(data))
         for entry in entries:
-            self._compare(entry, digest_of(data[entry.begin - begin : entry.end - begin]))
+            check = BlockCheck(entry, self._path)
+            check.update(0, data[entry.begin - begin : entry.end - begin])
+            self._note(check)
 
-    def _compare(self, entry: TensorEntry, digest: bytes) -> None:
-        try:
-            check_tensor(entry, digest, self._path)
-        except DamagedCheckpointError as error:
-            self._add(error)
+    def _one(self, file: ReadableFile, entry: TensorEntry) -> None:
+        check = BlockCheck(entry, self._path)
+        if entry.begin == entry.end:
+            check.update(0, memoryview(b""))
+        offset = 0
+        for data in self._pieces(file, entry.begin, entry.end):
+            check.update(offset, data)
+            offset += len(data)
+        self._note(check)
 
-    def _blocks(self, file: ReadableFile, begin: int, end: int) -> Iterator[memoryview]:
+    def _note(self, check: BlockCheck) -> None:
+        """One fault for a tensor, however many of its blocks are wrong."""
+        if check.wrong:
+            self._add(check.error())
+
+    def _pieces(self, file: ReadableFile, begin: int, end: int) -> Iterator[memoryview]:
         """The bytes of a range, in pieces that are valid until the next one."""
-        block = memoryview(np.empty(min(_BLOCK_BYTES, end - begin), np.uint8))
+        piece = memoryview(np.empty(min(_PIECE_BYTES, end - begin), np.uint8))
         while begin < end:
-            data = block[: end - begin]
+            data = piece[: end - begin]
             file.read_into(begin, data)
             yield data
             self._done(len(data))
@@ -159,10 +167,10 @@ class FileCheck:
 
 
 def _groups(entries: Sequence[TensorEntry]) -> Iterator[list[TensorEntry]]:
-    """Tensors in the order of their bytes, as many together as a block holds."""
+    """Tensors in the order of their bytes, as many together as a piece holds."""
     group: list[TensorEntry] = []
     for entry in entries:
-        if group and entry.end - group[0].begin > _BLOCK_BYTES:
+        if group and entry.end - group[0].begin > _PIECE_BYTES:
             yield group
             group = []
         group.append(entry)

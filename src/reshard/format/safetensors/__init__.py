@@ -1,14 +1,17 @@
 """safetensors files: the header, reading it with every offset checked, and writing a file without copying its tensors."""
 
-from reshard.format.safetensors.header import Header, PlannedHeader, TensorEntry, check_tensor, parse_header, plan_header
+from reshard.format.safetensors.block_check import BlockCheck, check_bytes, count_whole
+from reshard.format.safetensors.header import Header, PlannedHeader, TensorEntry, parse_header, plan_header
 from reshard.format.safetensors.reader import read_header, read_start
 from reshard.format.safetensors.writer import write_tensors
 
 __all__ = [
+    "BlockCheck",
     "Header",
     "PlannedHeader",
     "TensorEntry",
-    "check_tensor",
+    "check_bytes",
+    "count_whole",
     "parse_header",
     "plan_header",
     "read_header",

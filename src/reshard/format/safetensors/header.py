@@ -3,8 +3,9 @@
 A file is 8 bytes (the length of the header's text, little-endian), the text (JSON, padded with spaces to a multiple of 8), and the tensors'
 bytes without gaps. Source: the documentation and the reference implementation of huggingface/safetensors.
 
-What this project adds lies in the free text of the header: the digests of all tensors, one after the other, in the order in which the
-header names the tensors, which is the order of their bytes. Their length is known before them, and so is where the data begins.
+What this project adds lies in the free text of the header: the digests of all row blocks (`format.row_blocks`) of all tensors, one after
+the other, in the order in which the header names the tensors, which is the order of their bytes. Their length is known before them, and so
+is where the data begins.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ import msgspec
 
 from reshard.errors import CaptureError, DataFileError, UsageError
 from reshard.format import json_text
-from reshard.format.digest import DIGEST_DIGITS, DIGEST_NAME, digest_of, parse_digests
+from reshard.format.digest import DIGEST_BYTES, DIGEST_DIGITS, DIGEST_NAME, digest_of, parse_digests
+from reshard.format.row_blocks import LEAST_BYTES, row_blocks_of
 from reshard.geometry import DType
 from reshard.geometry.dtypes import by_safetensors
 
@@ -49,7 +51,7 @@ class TensorEntry(NamedTuple):
         shape: its shape.
         begin: where its bytes begin, from the start of the file.
         end: where they end, exclusive.
-        digest: of these bytes, as the header says; None when it doesn't.
+        digests: of the row blocks of these bytes, one after the other, as the header says; empty when it doesn't.
     """
 
     name: str
@@ -57,7 +59,7 @@ class TensorEntry(NamedTuple):
     shape: tuple[int, ...]
     begin: int
     end: int
-    digest: bytes | None = None
+    digests: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ class PlannedHeader:
         file_size: the bytes of the whole file.
         blank: the bytes in front of the data, with zeros in the place of every digit of a digest.
         digests_at: where the digests begin in them; None for a file without.
+        digests: how many there are.
     """
 
     entries: Mapping[str, TensorEntry]
@@ -96,41 +99,20 @@ class PlannedHeader:
     file_size: int
     blank: bytes
     digests_at: int | None
+    digests: int
 
     def encode(self, digests: Sequence[bytes]) -> bytes:
         """The bytes in front of the data.
 
         Args:
-            digests: of every tensor, in order; none for a file without.
+            digests: of every row block of every tensor, in order; none for a file without.
         """
         at = self.digests_at
         if at is None:
             return self.blank
         digits = b"".join(digests).hex().encode()
-        assert len(digits) == len(self.entries) * DIGEST_DIGITS
+        assert len(digits) == self.digests * DIGEST_DIGITS
         return self.blank[:at] + digits + self.blank[at + len(digits) :]
-
-
-def check_tensor(entry: TensorEntry, digest: bytes, file: str) -> None:
-    """See that the bytes that were read of a tensor are those that were written; nothing where the header has no digest.
-
-    Args:
-        entry: the tensor.
-        digest: of all its bytes.
-        file: for the error.
-
-    Raises:
-        DataFileError: they aren't.
-    """
-    if entry.digest is not None and entry.digest != digest:
-        raise DataFileError(
-            "the bytes of a tensor are not as they were saved",
-            file=file,
-            tensor=entry.name,
-            found=f"the digest {digest.hex()}",
-            expected=f"{entry.digest.hex()}, as the file's header says",
-            fix=_DAMAGED,
-        )
 
 
 def plan_header(
@@ -141,7 +123,7 @@ def plan_header(
     Args:
         tensors: name, element type and shape of each.
         metadata: free text by key.
-        digests: whether it has the tensors' digests.
+        digests: whether it has the digests of their row blocks.
 
     Raises:
         CaptureError: two tensors of one name, a name that can't be written, or more tensors than a header can hold.
@@ -157,7 +139,8 @@ def plan_header(
         raise CaptureError(
             "a file can't hold two tensors of one name, nor one named __metadata__", found=_repeated([t[0] for t in ordered]) or _METADATA
         )
-    text = _text(relative, {**metadata, DIGEST_NAME: "0" * (DIGEST_DIGITS * len(relative))} if digests else metadata)
+    number = sum(_digests_of(entry) for entry in relative.values()) if digests else 0
+    text = _text(relative, {**metadata, DIGEST_NAME: "0" * (DIGEST_DIGITS * number)} if digests else metadata)
     nbytes = 8 + len(text)
     if nbytes > MAX_TEXT_BYTES:
         raise CaptureError(
@@ -170,7 +153,11 @@ def plan_header(
     blank = len(text).to_bytes(8, "little") + text
     # Found at the first place that can be the key's: the metadata comes first, and in text before it every quote is escaped.
     at = blank.index(f'"{DIGEST_NAME}":"'.encode()) + len(DIGEST_NAME) + 4 if digests else None
-    return PlannedHeader(entries, nbytes, nbytes + position, blank, at)
+    return PlannedHeader(entries, nbytes, nbytes + position, blank, at, number)
+
+
+def _digests_of(entry: TensorEntry) -> int:
+    return 1 if entry.end - entry.begin <= LEAST_BYTES else row_blocks_of(entry.shape, entry.dtype.itemsize).number
 
 
 def _text(entries: Mapping[str, TensorEntry], metadata: Mapping[str, str]) -> bytes:
@@ -230,9 +217,10 @@ def parse_header(start: bytes, file_size: int, file: str) -> Header:
     if _METADATA in raw:
         metadata = json_text.decode(bytes(raw.pop(_METADATA)), _METADATA_DECODER, file, error=DataFileError)
         colons += len(metadata) - 3
-    known: dict[tuple[str, tuple[int, ...]], tuple[DType, int]] = {}
-    digests = _digests(metadata.pop(DIGEST_NAME, None), len(raw), file)
-    entries = [_entry(name, item, nbytes, file, known, digest) for (name, item), digest in zip(raw.items(), digests, strict=True)]
+    known: dict[tuple[str, tuple[int, ...]], _Alike] = {}
+    digests = _Digests(metadata.pop(DIGEST_NAME, None), file)
+    entries = [_entry(name, item, nbytes, file, known, digests) for name, item in raw.items()]
+    digests.check_end(len(entries))
     json_text.check_duplicate_keys(text, colons, file, error=DataFileError)
     entries.sort(key=lambda entry: (entry.begin, entry.end))
     position = nbytes
@@ -254,20 +242,46 @@ def parse_header(start: bytes, file_size: int, file: str) -> Header:
     return Header({entry.name: entry for entry in entries}, metadata, nbytes, file_size, digest_of(start))
 
 
-def _digests(text: str | None, count: int, file: str) -> Sequence[bytes | None]:
-    if text is None:
-        return [None] * count
-    digests = parse_digests(text, count)
-    if digests is None:
-        raise DataFileError(
+class _Digests:
+    """The digests of a header, of which each tensor takes its own."""
+
+    def __init__(self, text: str | None, file: str) -> None:
+        self._file = file
+        self._text = text
+        found = b"" if text is None else parse_digests(text)
+        if found is None:
+            raise self._wrong("so many times 32 hexadecimal digits")
+        self._all = found
+        self._taken = 0
+
+    def take(self, number: int) -> bytes:
+        """The next ones."""
+        begin = self._taken
+        self._taken = end = begin + number * DIGEST_BYTES
+        return self._all[begin:end]
+
+    def check_end(self, tensors: int) -> None:
+        """See that there were as many as the tensors took."""
+        if self._text is not None and self._taken != len(self._all):
+            raise self._wrong(f"{2 * self._taken} hexadecimal digits for the row blocks of {tensors} tensors")
+
+    def _wrong(self, expected: str) -> DataFileError:
+        return DataFileError(
             "the digests in the header can't be understood",
-            file=file,
+            file=self._file,
             field=DIGEST_NAME,
-            found=f"{len(text)} characters",
-            expected=f"{DIGEST_DIGITS} hexadecimal digits for each of {count} tensors",
+            found=f"{len(self._text or '')} characters",
+            expected=expected,
             fix=_DAMAGED,
         )
-    return digests
+
+
+class _Alike(NamedTuple):
+    """What tensors of one type and shape have in common: the type, their bytes, and how many row blocks they have."""
+
+    dtype: DType
+    nbytes: int
+    blocks: int
 
 
 def _entry(
@@ -275,17 +289,17 @@ def _entry(
     raw: msgspec.Raw,
     nbytes: int,
     file: str,
-    known: dict[tuple[str, tuple[int, ...]], tuple[DType, int]],
-    digest: bytes | None,
+    known: dict[tuple[str, tuple[int, ...]], _Alike],
+    digests: _Digests,
 ) -> TensorEntry:
-    """One tensor's entry. `known` has the types and sizes in bytes of what was seen before: many tensors are alike."""
+    """One tensor's entry. `known` has what was seen before: many tensors are alike."""
     try:
         item = _ENTRY_DECODER.decode(raw)
         begin, end = item.data_offsets
         shape = tuple(item.shape)
         alike = known.get((item.dtype, shape))
         if alike is not None and begin >= 0 and end - begin == alike[1]:
-            return TensorEntry(name, alike[0], shape, begin + nbytes, end + nbytes, digest)
+            return TensorEntry(name, alike[0], shape, begin + nbytes, end + nbytes, digests.take(alike[2]))
         dtype = by_safetensors(item.dtype)
     except (msgspec.MsgspecError, RecursionError) as cause:
         raise DataFileError(
@@ -312,5 +326,5 @@ def _entry(
             expected=f"{dtype.itemsize * prod(shape)} bytes for {dtype} of shape {shape}",
             fix=_DAMAGED,
         )
-    known[item.dtype, shape] = (dtype, end - begin)
-    return TensorEntry(name, dtype, shape, begin + nbytes, end + nbytes, digest)
+    alike = known[item.dtype, shape] = _Alike(dtype, end - begin, row_blocks_of(shape, dtype.itemsize).number)
+    return TensorEntry(name, dtype, shape, begin + nbytes, end + nbytes, digests.take(alike.blocks))

@@ -1,4 +1,4 @@
-"""Write a safetensors file straight out of the tensors' memory, and hash it on the way."""
+"""Write a safetensors file straight out of the tensors' memory, and hash its row blocks on the way."""
 
 from __future__ import annotations
 
@@ -9,30 +9,31 @@ import numpy as np
 
 from reshard.errors import CaptureError
 from reshard.format.digest import Hasher, digest_of
+from reshard.format.row_blocks import LEAST_BYTES, row_blocks_of
 from reshard.format.safetensors.header import PlannedHeader, TensorEntry
 from reshard.format.seal import SealedFile
 from reshard.storage import Storage, WritableFile
 
 # What is hashed and then written: small enough that a core's cache still has it, large enough that the cost per call vanishes.
-BLOCK_BYTES = 2 << 20
+PIECE_BYTES = 2 << 20
 
 # From this size on contiguous memory is written from where it lies; below, a call per tensor costs more than gathering many for one.
 _DIRECT_BYTES = 64 << 10
 
 
 def write_tensors(
-    storage: Storage, path: str, header: PlannedHeader, arrays: Iterable[tuple[str, np.ndarray]], *, block_bytes: int = BLOCK_BYTES
+    storage: Storage, path: str, header: PlannedHeader, arrays: Iterable[tuple[str, np.ndarray]], *, piece_bytes: int = PIECE_BYTES
 ) -> SealedFile:
-    """Write a new file: the data in blocks, each hashed before it is written, then the header, then make it durable.
+    """Write a new file: the data in pieces, each hashed before it is written, then the header, then make it durable.
 
-    Contiguous memory is written from where it lies; small or strided tensors are gathered in one block of `block_bytes`.
+    Contiguous memory is written from where it lies; small or strided tensors are gathered in one piece of `piece_bytes`.
 
     Args:
         storage: where to.
         path: of the new file.
         header: as `plan_header` made it.
         arrays: the values of every entry by name, in the order of `header.entries`; of the entry's shape and element type, any strides.
-        block_bytes: bytes per block, and the most memory that is used beside the tensors'.
+        piece_bytes: bytes per piece, and the most memory that is used beside the tensors'.
 
     Returns:
         What the checkpoint's seal says of the file.
@@ -42,7 +43,7 @@ def write_tensors(
         StorageError: the storage refuses.
     """
     with storage.create(path, header.file_size) as file:
-        stream = _Stream(file, header.nbytes, block_bytes, hashed=header.digests_at is not None)
+        stream = _Stream(file, header.nbytes, piece_bytes, hashed=header.digests_at is not None)
         entries = iter(header.entries.values())
         for name, array in arrays:
             entry = next(entries, None)
@@ -80,36 +81,37 @@ class _Stream:
     """The data of a file, one tensor after the other.
 
     Attributes:
-        digests: of the tensors that are written; of those that wait only after `flush`.
+        digests: of the row blocks of the tensors that are written; of those that wait only after `flush`.
     """
 
-    def __init__(self, file: WritableFile, begin: int, block_bytes: int, *, hashed: bool) -> None:
+    def __init__(self, file: WritableFile, begin: int, piece_bytes: int, *, hashed: bool) -> None:
         self.digests: list[bytes] = []
         self._file = file
         self._position = begin
         # At least one element of the widest type.
-        self._block_bytes = max(block_bytes, 16)
+        self._piece_bytes = max(piece_bytes, 16)
         self._hashed = hashed
         self._waiting: list[np.ndarray] = []
         self._waiting_bytes = 0
         self._stage = np.empty(0, np.uint8)
 
     def write(self, array: np.ndarray, nbytes: int) -> None:
-        """Write a tensor, or keep it (its values must stay) until a block is full."""
-        if nbytes <= min(_DIRECT_BYTES, self._block_bytes):
-            if self._waiting_bytes + nbytes > self._block_bytes:
+        """Write a tensor, or keep it (its values must stay) until a piece is full."""
+        if nbytes <= min(_DIRECT_BYTES, self._piece_bytes):
+            if self._waiting_bytes + nbytes > self._piece_bytes:
                 self.flush()
             self._waiting.append(array if array.flags.c_contiguous else np.ascontiguousarray(array))
             self._waiting_bytes += nbytes
             return
         self.flush()
-        hasher = Hasher()
-        for piece in _pieces(array, self._block_bytes):
+        hasher = _BlockHasher(row_blocks_of(array.shape, array.itemsize).nbytes, self.digests) if self._hashed else None
+        for piece in _pieces(array, self._piece_bytes):
             data = self._bytes_of(piece)
-            if self._hashed:
+            if hasher is not None:
                 hasher.update(data)
             self._put(data)
-        self.digests.append(hasher.digest())
+        if hasher is not None:
+            hasher.close()
 
     def flush(self) -> None:
         """Write what waits."""
@@ -121,7 +123,11 @@ class _Stream:
             at = 0
             for array in self._waiting:
                 end = at + array.nbytes
-                self.digests.append(digest_of(data[at:end]))
+                if array.nbytes <= LEAST_BYTES:
+                    self.digests.append(digest_of(data[at:end]))
+                else:
+                    step = row_blocks_of(array.shape, array.itemsize).nbytes
+                    self.digests += [digest_of(data[begin : min(begin + step, end)]) for begin in range(at, end, step)]
                 at = end
         self._put(data)
         self._waiting.clear()
@@ -133,15 +139,49 @@ class _Stream:
             self._position += data.nbytes
 
     def _bytes_of(self, piece: np.ndarray) -> memoryview:
-        """A block's bytes where they lie, or gathered."""
+        """A piece's bytes where they lie, or gathered."""
         if piece.flags.c_contiguous:
             return memoryview(piece.reshape(-1).view(np.uint8))
         if not self._stage.nbytes:
-            self._stage = np.empty(self._block_bytes, np.uint8)
+            self._stage = np.empty(self._piece_bytes, np.uint8)
         target = self._stage[: piece.nbytes]
-        # A block begins where memory for any element type does.
+        # A piece begins where memory for any element type does.
         target.view(piece.dtype).reshape(piece.shape)[...] = piece
         return memoryview(target)
+
+
+class _BlockHasher:
+    """Hashes the row blocks of a tensor, whose bytes come in order."""
+
+    def __init__(self, block_bytes: int, digests: list[bytes]) -> None:
+        self._block_bytes = block_bytes
+        self._digests = digests
+        self._begun: Hasher | None = None
+        self._missing = 0  # bytes of the block that has begun
+
+    def update(self, data: memoryview) -> None:
+        """The next bytes."""
+        at = 0
+        while at < len(data):
+            left = len(data) - at
+            if self._begun is None:
+                if left >= self._block_bytes:
+                    self._digests.append(digest_of(data[at : at + self._block_bytes]))
+                    at += self._block_bytes
+                    continue
+                self._begun, self._missing = Hasher(), self._block_bytes
+            taken = min(left, self._missing)
+            self._begun.update(data[at : at + taken])
+            self._missing -= taken
+            at += taken
+            if not self._missing:
+                self.close()
+
+    def close(self) -> None:
+        """That was the last of a block."""
+        if self._begun is not None:
+            self._digests.append(self._begun.digest())
+            self._begun = None
 
 
 def _pieces(array: np.ndarray, limit: int) -> Iterator[np.ndarray]:
