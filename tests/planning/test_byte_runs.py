@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reshard.geometry import Region
-from reshard.planning.byte_runs import plan_blocks, strides_of
+from reshard.planning.byte_runs import plan_blocks, row_places, strides_of
 
 
 @st.composite
@@ -59,3 +59,18 @@ def test_a_gap_is_crossed_only_when_it_is_small(gap_bytes: int, runs: int, read:
 def test_strides() -> None:
     assert strides_of((2, 3, 5), 4) == (60, 20, 4)
     assert strides_of((), 4) == ()
+
+
+@given(boxes(), st.sampled_from([1, 2, 4, 8]))
+def test_rows_are_the_box_in_its_own_order(case: tuple[tuple[int, ...], Region], itemsize: int) -> None:
+    shape, box = case
+    array = np.arange(math.prod(shape) * itemsize, dtype=np.uint16).reshape(*shape, itemsize)  # one number per byte
+    nbytes, places = row_places(box, shape, itemsize)
+    found = [array.reshape(-1)[place : place + nbytes] for place in places]
+    assert np.array_equal(np.concatenate([np.empty(0, np.uint16), *found]), array[box.slices].reshape(-1))
+
+
+def test_rows_are_as_long_as_they_can_be() -> None:
+    assert row_places(Region((0, 1, 0), (2, 2, 5)), (2, 4, 5), 4) == (40, pytest.approx([20, 100]))
+    assert row_places(Region((1, 0, 0), (2, 4, 5)), (4, 4, 5), 4)[0] == 160
+    assert row_places(Region((0, 0, 1), (2, 4, 2)), (2, 4, 5), 4)[0] == 8

@@ -16,7 +16,7 @@ import numpy as np
 from reshard.format.safetensors import BlockCheck, TensorEntry
 from reshard.geometry import Region
 from reshard.loading.budget import MEMORY_BUDGET
-from reshard.planning.byte_runs import plan_blocks, strides_of
+from reshard.planning.byte_runs import plan_blocks, row_places, strides_of
 from reshard.planning.read_plan import ReadPlan, Transfer
 from reshard.sources.native import Headers
 from reshard.state import Memory, State
@@ -39,6 +39,10 @@ PART_BYTES = 16 << 20
 
 # Runs of a call, gaps not counted: systems take 1,024 pieces of memory in one.
 MOST_RUNS = 512
+
+# The shortest rows of a shard that are read each into its own place. For the kernel a place costs what the copy of some KiB costs: shorter
+# rows are read together and copied on.
+ROW_BYTES = 4096
 
 # Reads in flight per rank. A local disk or a parallel file system wants several; more than the cores that copy is no use on any.
 READERS = min(4, os.cpu_count() or 1)
@@ -172,6 +176,7 @@ class _FileReader:
         begins: list[int] = []
         sizes: list[int] = []
         addresses: list[int] = []
+        rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         # Small runs that are none there, or that the host can't address.
         staged: list[_Run] = []
         for transfer, entry in located:
@@ -186,12 +191,27 @@ class _FileReader:
                     sizes.append(movement.nbytes)
                     addresses.append(address + movement.target_offset)
                     continue
-            if movement.is_run and movement.nbytes <= self._sizes.block // 2:
+            if movement.is_run and (found := self._rows(transfer, entry)) is not None:
+                rows.append(found)
+            elif movement.is_run and movement.nbytes <= self._sizes.block // 2:
                 staged.append(_Run(entry.begin + movement.offset, movement.nbytes, transfer))
             else:
                 yield from self._strided(transfer, entry.begin)
         yield from self._batched(sorted(staged, key=_begin_of))
-        yield from self._scattered(*_cut(np.array(begins, np.int64), np.array(sizes, np.int64), np.array(addresses, np.int64)))
+        runs = (np.array(begins, np.int64), np.array(sizes, np.int64), np.array(addresses, np.int64))
+        if rows:
+            runs = tuple(np.concatenate(columns) for columns in zip(runs, *rows, strict=True))
+        yield from self._scattered(*_cut(*runs))
+
+    def _rows(self, transfer: Transfer, entry: TensorEntry) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+        """A run of the file as the rows of a box of a shard: begins, sizes and addresses; None when they are short, or not addressed."""
+        movement = transfer.movement
+        address = self._memory(transfer).address
+        nbytes, places = row_places(movement.target, movement.shard_shape, movement.dtype.itemsize)
+        if address is None or nbytes < ROW_BYTES:
+            return None
+        begins = entry.begin + movement.offset + nbytes * np.arange(len(places))
+        return begins, np.full(len(places), nbytes), address + places
 
     def _scattered(self, begins: np.ndarray, sizes: np.ndarray, addresses: np.ndarray) -> Iterator[Callable[[], int]]:
         """Runs that lie close to each other in the file are read by one call, each into its own place."""
@@ -281,7 +301,8 @@ class _FileReader:
         strides = strides_of(movement.chunk_shape, itemsize)
         memory = self._memory(transfer)
         sizes = self._sizes
-        for block in plan_blocks(movement.chunk_shape, movement.source, itemsize, block_bytes=sizes.window, gap_bytes=GAP_BYTES):
+        longest = sizes.block if movement.is_run else sizes.window
+        for block in plan_blocks(movement.chunk_shape, movement.source, itemsize, block_bytes=longest, gap_bytes=GAP_BYTES):
 
             def work(region: Region = block.region, offset: int = block.offset, nbytes: int = block.nbytes) -> int:
                 needed = region.size * itemsize

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
+
+import numpy as np
 
 from reshard.geometry import Region
 
@@ -47,6 +50,22 @@ def run_offset(box: Region, shape: tuple[int, ...], itemsize: int) -> int | None
     if not is_one_run(box.shape, shape):
         return None
     return sum(offset * stride for offset, stride in zip(box.offset, strides_of(shape, itemsize), strict=True))
+
+
+def row_places(box: Region, shape: tuple[int, ...], itemsize: int) -> tuple[int, np.ndarray]:
+    """A box of a C-ordered array as runs of bytes: how long each is, and where each begins, from the array's first byte.
+
+    They are in the box's own order, and all of one length: the dimensions that the box has whole, and the one before them, are one run.
+    """
+    strides = strides_of(shape, itemsize)
+    inner = len(shape)
+    while inner and (inner == len(shape) or box.shape[inner] == shape[inner]):
+        inner -= 1
+    places = np.zeros(1, np.int64)
+    for offset, extent, stride in zip(box.offset[:inner], box.shape[:inner], strides[:inner], strict=True):
+        places = (places[:, None] + (offset + np.arange(extent)) * stride).reshape(-1)
+    start = sum(offset * stride for offset, stride in zip(box.offset[inner:], strides[inner:], strict=True))
+    return itemsize * prod(box.shape[inner:]), places + start
 
 
 def plan_blocks(shape: tuple[int, ...], region: Region, itemsize: int, *, block_bytes: int, gap_bytes: int) -> Iterator[Block]:

@@ -155,12 +155,13 @@ class _PosixReadable(_Descriptor):
                     found=f"{size} bytes",
                     expected=f"{nbytes} bytes from offset {offset}",
                 )
-            # All pages in one call: one fault per page costs more than the copy.
-            flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
             try:
-                window = mmap.mmap(self._descriptor, offset - begin + nbytes, flags=flags, prot=mmap.PROT_READ, offset=begin)
+                window = mmap.mmap(self._descriptor, offset - begin + nbytes, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ, offset=begin)
             except OSError:
                 return None  # some file systems can't map
+            # What isn't in memory yet is asked for at once. To have all pages mapped now, too, costs more than the faults do, of which
+            # each maps the pages around it.
+            window.madvise(mmap.MADV_WILLNEED)
         # The mapping goes with the last view of it.
         return memoryview(window)[offset - begin :]
 
