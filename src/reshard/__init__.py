@@ -6,6 +6,7 @@ from reshard.format.common import CommonInfo
 from reshard.loading.report import RestoreReport
 from reshard.loading.strictness import Strictness
 from reshard.manager import CheckpointManager
+from reshard.saving.policies import Committed, KeepAny, KeepBest, KeepEvery, KeepFor, KeepNewest, KeepPolicy
 from reshard.saving.saver import SaveReport
 from reshard.shortcuts import load, save
 from reshard.verification import Fault, Verification, verify
@@ -14,8 +15,15 @@ from reshard.version import __version__
 __all__ = [
     "Checkpoint",
     "CheckpointManager",
+    "Committed",
     "CommonInfo",
     "Fault",
+    "KeepAny",
+    "KeepBest",
+    "KeepEvery",
+    "KeepFor",
+    "KeepNewest",
+    "KeepPolicy",
     "ReshardError",
     "RestoreReport",
     "SaveReport",

@@ -16,6 +16,7 @@ from reshard.catalog import Catalog, Chunk, StoredTensor
 from reshard.errors import UsageError
 from reshard.format.common import CommonInfo, read_common
 from reshard.format.extra import groups_of, values_in
+from reshard.format.metrics import read_metrics
 from reshard.format.names import COMMON_FILE, EXTRA_DIRECTORY, GLOBAL_EXTRA_FILE, tensor_name
 from reshard.format.safetensors import BlockCheck, TensorEntry
 from reshard.format.seal import Seal
@@ -73,6 +74,11 @@ class Checkpoint:
     def values(self) -> Mapping[str, Any]:
         """The global values that were saved beside the tensors (scheduler, data position, extras); empty when there are none."""
         return values_in(self._extra, self._extra_file)
+
+    @cached_property
+    def metrics(self) -> Mapping[str, float]:
+        """The numbers that were saved with it, by name; empty when there are none."""
+        return read_metrics(self._storage, self.directory, self.seal)
 
     @property
     def groups(self) -> tuple[ParameterGroup, ...]:

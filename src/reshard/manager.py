@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from types import TracebackType
+from types import EllipsisType, TracebackType
 from typing import Any, Literal, overload
 
 import msgspec
@@ -24,6 +24,7 @@ from reshard.loading.opened import Opened, open_checkpoint, report_of, restore_p
 from reshard.loading.report import RestoreReport
 from reshard.loading.selection import select
 from reshard.loading.strictness import Strictness
+from reshard.saving.policies import KeepPolicy
 from reshard.saving.saver import SaveOptions, Saver, SaveReport
 from reshard.sources.relay import Relayed, read_for_all
 from reshard.sources.resolve import Resolved, latest, resolve
@@ -44,7 +45,9 @@ class CheckpointManager:
     Args:
         directory: the checkpoint root: it holds the iterations and the tracker.
         prefix: the first part of data files' names; None for none.
-        keep_checkpoint_max: how many committed checkpoints stay on disk, counted over restarts; None keeps all.
+        keep_checkpoint_max: how many of the newest committed checkpoints stay on disk, counted over restarts; None for no such rule. Not
+            given it is 5, or None where `keep` is given.
+        keep: a policy, such as `KeepNewest(5) | KeepEvery(1000)`; what it or `keep_checkpoint_max` keeps stays, without both everything.
         async_save: not in this version.
         remove_redundancy: not in this version.
         save_optimizer: whether optimizer state is saved.
@@ -63,7 +66,8 @@ class CheckpointManager:
         directory: str | os.PathLike[str],
         *,
         prefix: str | None = "CKP",
-        keep_checkpoint_max: int | None = 5,
+        keep_checkpoint_max: int | EllipsisType | None = ...,
+        keep: KeepPolicy | None = None,
         async_save: bool = False,
         remove_redundancy: bool = False,
         save_optimizer: bool = True,
@@ -78,8 +82,10 @@ class CheckpointManager:
                     f"{name} is not in this version of reshard", field=name, found=given, expected=False, fix=f"leave {name} out"
                 )
         # Before anything that would have to be given back.
+        if isinstance(keep_checkpoint_max, EllipsisType):
+            keep_checkpoint_max = 5 if keep is None else None
         options = SaveOptions(
-            prefix=prefix, keep_checkpoint_max=keep_checkpoint_max, save_optimizer=save_optimizer, lock_timeout=lock_timeout
+            prefix=prefix, keep_checkpoint_max=keep_checkpoint_max, keep=keep, save_optimizer=save_optimizer, lock_timeout=lock_timeout
         )
         self.directory = os.path.abspath(os.fspath(directory))
         self._storage: Storage = storage if storage is not None else PosixStorage()
@@ -104,6 +110,7 @@ class CheckpointManager:
         dataloader: Any = None,
         extra: Any = None,
         common: CommonInfo | None = None,
+        metrics: Mapping[str, Any] | None = None,
     ) -> SaveReport:
         """Save the run as an iteration. When it returns, the checkpoint is committed and durable; when it raises, nothing was.
 
@@ -115,6 +122,8 @@ class CheckpointManager:
             dataloader: has `state_dict`, or is a value; the same on every rank.
             extra: values of JSON with arrays, and objects that have `state_dict`; the same on every rank.
             common: the training information of the iteration; by default only the step counts.
+            metrics: numbers by name, such as `{"loss": 1.2}`, for `KeepBest` and `reshard ls`; rank 0's are stored. Where `common` says
+                nothing of the checkpoint's health, a `loss` does: one that is not finite makes it unhealthy.
 
         Raises:
             SaveError: on every rank the same, naming each failed rank and its cause.
@@ -140,7 +149,7 @@ class CheckpointManager:
         stated = common if common is not None else CommonInfo(step_num=step, global_step=step)
         with collector_paused():
             state, error = attempt(capture)
-            return self._saver.save(step, state if state is not None else State(), stated, error)
+            return self._saver.save(step, state if state is not None else State(), stated, error, metrics)
 
     @overload
     def load(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, overload
 
 from reshard.comm import Communicator
@@ -26,6 +26,7 @@ def save(
     dataloader: Any = None,
     extra: Any = None,
     common: CommonInfo | None = None,
+    metrics: Mapping[str, Any] | None = None,
     prefix: str | None = "CKP",
     save_optimizer: bool = True,
     communicator: Communicator | None = None,
@@ -35,13 +36,14 @@ def save(
 
     Args:
         directory: the checkpoint root.
-        step: as in `CheckpointManager.save`, and so are `model` to `common`.
+        step: as in `CheckpointManager.save`, and so are `model` to `metrics`.
         model: see there.
         optimizer: see there.
         scheduler: see there.
         dataloader: see there.
         extra: see there.
         common: see there.
+        metrics: see there.
         prefix: as in `CheckpointManager`, and so are the others.
         save_optimizer: see there.
         communicator: see there.
@@ -53,7 +55,16 @@ def save(
     with CheckpointManager(
         directory, prefix=prefix, keep_checkpoint_max=None, save_optimizer=save_optimizer, communicator=communicator, storage=storage
     ) as manager:
-        return manager.save(step, model=model, optimizer=optimizer, scheduler=scheduler, dataloader=dataloader, extra=extra, common=common)
+        return manager.save(
+            step,
+            model=model,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            dataloader=dataloader,
+            extra=extra,
+            common=common,
+            metrics=metrics,
+        )
 
 
 @overload

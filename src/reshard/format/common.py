@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import operator
-from dataclasses import asdict, dataclass
-from typing import Annotated
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Annotated, Any
 
 import msgspec
 
@@ -40,6 +42,17 @@ class CommonInfo:
     global_batch_size: int | None = None
     consumed_samples: int | None = None
     ckpt_status: int | None = None
+
+
+def is_unhealthy(info: CommonInfo | None) -> bool:
+    """Whether a checkpoint is known to be one that a run better not resumes from. One of which nothing is known isn't."""
+    return info is not None and info.ckpt_status is not None and info.ckpt_status != 0
+
+
+def with_health(info: CommonInfo, metrics: Mapping[str, Any] | None) -> CommonInfo:
+    """The training information with its health: where it doesn't say, the metric `loss` does, when there is one. Finite is healthy."""
+    loss = None if info.ckpt_status is not None or metrics is None else metrics.get("loss")
+    return info if loss is None else replace(info, ckpt_status=0 if math.isfinite(float(loss)) else 1)
 
 
 _Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]

@@ -3,33 +3,36 @@
 from __future__ import annotations
 
 import logging
-import operator
 import posixpath
 import secrets
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 import msgspec
 
 from reshard.comm import Communicator
 from reshard.comm.together import attempt, settle
-from reshard.errors import MetadataError, ReshardError, SaveError, UsageError
-from reshard.format.common import CommonInfo, decode_common, encode_common
+from reshard.errors import ReshardError, SaveError, UsageError
+from reshard.format.common import CommonInfo, with_health
 from reshard.format.extra import global_tree, write_extra
 from reshard.format.index import INDEX_FILE
+from reshard.format.metrics import METRICS_FILE, encode_metrics
 from reshard.format.names import COMMON_FILE, EXTRA_DIRECTORY, GLOBAL_EXTRA_FILE, METADATA_FILE, data_file_name, iteration_name
 from reshard.format.seal import SEAL_FILE, SealedFile, encode_seal
 from reshard.saving.commit import Undo, check_presence, publish
+from reshard.saving.given import check_step, counted_steps, encode_checked
 from reshard.saving.groups import GroupOptions, encode_options, merge_groups
 from reshard.saving.opening import Opening, agree_on_opening
 from reshard.saving.outcome import UNCHANGED, Failure, Outcome, Verdict, describe_failure, failure_of_ranks
+from reshard.saving.policies import KeepPolicy, policy_of
 from reshard.saving.rank_files import check_space, write_rank
 from reshard.saving.retention import retire
 from reshard.saving.root import LOCK_FILE, discard, is_leftover_of, open_root, saving_name
 from reshard.saving.structure import RankPlan, Structures
-from reshard.state import GLOBAL_STEP, Kind, State
+from reshard.state import Kind, State
 from reshard.storage import Lock, Storage
 from reshard.storage.storage import join
 
@@ -42,7 +45,8 @@ class SaveOptions:
 
     Attributes:
         prefix: the first part of data files' names; None for none.
-        keep_checkpoint_max: how many committed checkpoints stay on disk, whoever wrote them; None keeps all.
+        keep_checkpoint_max: how many committed checkpoints stay on disk, whoever wrote them; None for no such rule.
+        keep: a policy of retention; what it keeps stays besides. Without it and `keep_checkpoint_max` all stay.
         save_optimizer: whether optimizer tensors are saved.
         remove_redundancy: whether of equal regions on several ranks only one is written; not in this version.
         lock_timeout: seconds to wait for a root that another process holds.
@@ -53,6 +57,7 @@ class SaveOptions:
 
     prefix: str | None = "CKP"
     keep_checkpoint_max: int | None = 5
+    keep: KeepPolicy | None = None
     save_optimizer: bool = True
     remove_redundancy: bool = False
     lock_timeout: float = 10.0
@@ -64,6 +69,8 @@ class SaveOptions:
             raise UsageError(
                 "at least one checkpoint must be kept", field="keep_checkpoint_max", found=keep, expected="1 or more, or None to keep all"
             )
+        if self.keep is not None and not isinstance(self.keep, KeepPolicy):
+            raise UsageError("not a policy of retention", field="keep", found=repr(self.keep), expected="such as reshard.KeepEvery(1000)")
         if self.remove_redundancy:
             raise UsageError("remove_redundancy is not in this version of reshard", field="remove_redundancy", found=True, expected=False)
         if not self.lock_timeout >= 0:
@@ -98,6 +105,7 @@ class _Prepared:
     options: list[GroupOptions]
     common: bytes
     global_step: int | None
+    metrics: bytes | None
 
 
 class Saver:
@@ -151,7 +159,14 @@ class Saver:
         """Keep an iteration (the one that the run was loaded from) until a newer one is committed. Not collective."""
         self._protected = step
 
-    def save(self, step: SupportsIndex, state: State, common: CommonInfo, error: ReshardError | None = None) -> SaveReport:
+    def save(
+        self,
+        step: SupportsIndex,
+        state: State,
+        common: CommonInfo,
+        error: ReshardError | None = None,
+        metrics: Mapping[str, Any] | None = None,
+    ) -> SaveReport:
         """Save the states of all ranks as an iteration. Collective.
 
         When it returns, the checkpoint is committed and durable. When it raises, on every rank the same, nothing was committed and what
@@ -162,6 +177,7 @@ class Saver:
             state: what this rank holds.
             common: the training information of the iteration; rank 0's is stored.
             error: what already failed on this rank (it couldn't capture its state): then nothing is saved, and every rank hears of it.
+            metrics: numbers by name; rank 0's are stored.
 
         Raises:
             SaveError: names each rank that failed, and why.
@@ -178,7 +194,7 @@ class Saver:
         self._was_broken_off = True
         prepared: _Prepared | None = None
         if error is None:
-            prepared, error = attempt(lambda: self._prepare(step, state, common))
+            prepared, error = attempt(lambda: self._prepare(step, state, common, metrics))
         files: dict[str, SealedFile] = {}
         if self._agree(prepared) and prepared is not None:
             part = prepared
@@ -244,10 +260,11 @@ class Saver:
     def _temporary(self, step: int) -> str:
         return join(self.root, saving_name(step, self._mark))
 
-    def _prepare(self, step: SupportsIndex, state: State, common: CommonInfo) -> _Prepared:
-        number = _check_step(step)
-        encoded = _check_common(common)
-        return _Prepared(number, self._structures.plan(state), encode_options(state.groups), encoded, _counted_steps(state))
+    def _prepare(self, step: SupportsIndex, state: State, common: CommonInfo, metrics: Mapping[str, Any] | None) -> _Prepared:
+        number = check_step(step)
+        numbers = None if metrics is None else encode_metrics(metrics)
+        encoded = encode_checked(with_health(common, metrics))
+        return _Prepared(number, self._structures.plan(state), encode_options(state.groups), encoded, counted_steps(state), numbers)
 
     def _agree(self, prepared: _Prepared | None) -> bool:
         """The first time, tell each other the structures; whether every rank has one, so that writing makes sense."""
@@ -336,7 +353,10 @@ class Saver:
         files = {name: file for outcome in outcomes for name, file in outcome.files.items()}
         name = join(EXTRA_DIRECTORY, GLOBAL_EXTRA_FILE)
         files[name] = write_extra(storage, join(temporary, name), global_tree(state.values, groups))
-        for name, data in ((COMMON_FILE, prepared.common), (METADATA_FILE, metadata), (join(EXTRA_DIRECTORY, INDEX_FILE), index)):
+        small = {COMMON_FILE: prepared.common, METADATA_FILE: metadata, join(EXTRA_DIRECTORY, INDEX_FILE): index}
+        if prepared.metrics is not None:
+            small[join(EXTRA_DIRECTORY, METRICS_FILE)] = prepared.metrics
+        for name, data in small.items():
             storage.write_bytes(join(temporary, name), data)
             files[name] = SealedFile.whole(data)
         storage.write_bytes(join(temporary, SEAL_FILE), encode_seal(files))
@@ -344,34 +364,11 @@ class Saver:
         storage.sync_directory(temporary)
 
     def _retire(self, step: int) -> tuple[int, ...]:
-        keep = self.options.keep_checkpoint_max
-        if keep is None:
+        policy = policy_of(self.options.keep_checkpoint_max, self.options.keep)
+        if policy is None:
             return ()
         spare = {self._protected} if self._protected is not None and self._protected >= step else set()
-        removed, _ = attempt(lambda: retire(self._storage, self.root, keep, step, spare, self._mark))
+        removed, error = attempt(lambda: retire(self._storage, self.root, policy, step, spare, self._mark))
+        if error is not None:
+            _logger.warning("can't tell which old checkpoints of %s may go; all stay: %s", self.root, error)
         return removed or ()
-
-
-def _counted_steps(state: State) -> int | None:
-    tensor = state.tensors.get(GLOBAL_STEP)
-    held = [] if tensor is None else [shard for shard in tensor.shards if not shard.region.is_empty]
-    return int(held[0].memory.read().reshape(-1)[0]) if held else None
-
-
-def _check_step(step: SupportsIndex) -> int:
-    try:
-        number = operator.index(step)
-    except TypeError as cause:
-        raise UsageError("the number of an iteration is an integer", field="step", found=repr(step)) from cause
-    iteration_name(number)
-    return number
-
-
-def _check_common(common: CommonInfo) -> bytes:
-    """The encoded training information, seen to be readable again."""
-    try:
-        encoded = encode_common(common)
-        decode_common(encoded, COMMON_FILE)
-    except (TypeError, ValueError, MetadataError) as cause:
-        raise UsageError("training information that common.json can't hold", field="common", found=str(cause)) from cause
-    return encoded
