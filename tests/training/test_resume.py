@@ -137,6 +137,20 @@ def test_the_last_step_is_saved_once(tmp_path: Path) -> None:
     assert saves == [4]
 
 
+def test_what_is_kept_besides_the_newest(tmp_path: Path) -> None:
+    keep = {"keep_checkpoint_max": 1, "keep_checkpoint_every": 4, "keep_checkpoint_best": {"metric": "loss"}}
+    run(tmp_path, steps=7, monitor={"save_checkpoint_steps": 1, **keep})
+    losses_of = losses(tmp_path)
+    best = min(losses_of, key=lambda step: (losses_of[step], -step))
+    left = {int(path.name.removeprefix("iteration_")) for path in (tmp_path / "checkpoint").glob("iteration_*")}
+    assert left == {4, best, 7}
+    metrics = reshard.Checkpoint(tmp_path / "checkpoint" / f"iteration_{best:08d}").metrics
+    assert metrics["loss"] == losses_of[best]
+    assert metrics.keys() == {"loss", "grad_norm"}
+    run(tmp_path, steps=8, resume="auto", monitor={"save_checkpoint_steps": 1, "keep_checkpoint_max": 1, "keep_checkpoint_days": 1})
+    assert len(list((tmp_path / "checkpoint").glob("iteration_*"))) == len(left) + 1, "all are of today"
+
+
 def test_null_never_saves(tmp_path: Path) -> None:
     run(tmp_path, steps=2, monitor={"save_checkpoint_steps": None})
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]

@@ -142,6 +142,14 @@ class DatasetSettings(Section):
     seq_length: Positive = Field(default=128, description="tokens of a sample")
 
 
+class KeepBestSettings(Section):
+    """`keep_checkpoint_best`: which checkpoints are kept for a metric."""
+
+    metric: Literal["loss", "grad_norm"] = Field(default="loss", description="the metric: of the step that was saved")
+    count: Positive = Field(default=1, description="how many are kept")
+    mode: Literal["min", "max"] = Field(default="min", description="whether the least values are the best, or the greatest")
+
+
 class CheckpointMonitor(Section):
     """`callbacks: - type: CheckpointMonitor`: saves while training."""
 
@@ -150,8 +158,15 @@ class CheckpointMonitor(Section):
     directory: str | None = Field(default=None, description="the checkpoint root; null: {output_dir}/checkpoint")
     save_checkpoint_steps: Positive | None = Field(default=1, description="steps between two saves; null: nothing is ever saved")
     keep_checkpoint_max: Positive = Field(
-        default=5, description="checkpoints that are kept; the oldest is removed after a newer one was committed"
+        default=5, description="newest checkpoints that are kept; the oldest is removed after a newer one was committed"
     )
+    keep_checkpoint_every: Positive | None = Field(
+        default=None, description="besides, every checkpoint whose step is a multiple of this is kept"
+    )
+    keep_checkpoint_days: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="besides, every checkpoint is kept that is no older than so many days"
+    )
+    keep_checkpoint_best: KeepBestSettings | None = Field(default=None, description="besides, the best by a metric are kept")
     async_save: bool = Field(default=False, description="whether saving runs in the background")
     checkpoint_format: str = Field(default="safetensors", description="the only format of Checkpoint 2.0; others are converted to it")
     remove_redundancy: bool = Field(default=False, description="whether replicas are stored once")
@@ -221,7 +236,7 @@ class RunConfig(Section):
 def describe_fields(section: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
     """Every field as (dotted name, type, default, meaning), sections before their fields."""
     for name, field in section.model_fields.items():
-        nested = list(_sections(field.annotation))
+        nested = list(sections_in(field.annotation))
         default = "required" if field.is_required() else "" if nested else repr(field.get_default(call_default_factory=True))
         yield f"{prefix}{name}", _type_name(field.annotation), default, field.description or ""
         for kind in nested:
@@ -229,11 +244,12 @@ def describe_fields(section: type[BaseModel] = RunConfig, prefix: str = "") -> I
             yield from describe_fields(kind, f"{prefix}{name}{mark}.")
 
 
-def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
+def sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The kinds of sections that a field may hold."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for part in getattr(annotation, "__args__", ()):
-        yield from _sections(part)
+        yield from sections_in(part)
 
 
 def _type_name(annotation: Any) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from reshard.config.document import Document, FieldPath, apply_overrides, dotted, read_document
-from reshard.config.fields import CheckpointMonitor, LossMonitor, RunConfig
+from reshard.config.fields import CheckpointMonitor, LossMonitor, RunConfig, sections_in
 from reshard.config.model_check import check_model
 from reshard.errors import ConfigError
 
@@ -137,10 +137,10 @@ def _place(location: Sequence[int | str]) -> tuple[FieldPath, type[BaseModel]]:
             section = _CALLBACKS[str(part)]
             continue
         path.append(part)
-        if len(path) == 1 and depth < len(location) - 1 and part in RunConfig.model_fields:
-            annotation = RunConfig.model_fields[str(part)].annotation
-            if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-                section = annotation
+        if depth < len(location) - 1 and part in section.model_fields:
+            # Of several kinds, as callbacks are, the next part says which.
+            nested = list(sections_in(section.model_fields[str(part)].annotation))
+            section = nested[0] if len(nested) == 1 else section
     return tuple(path), section
 
 

@@ -70,7 +70,8 @@ class CheckpointCallback:
 
     def _save(self, metrics: StepMetrics) -> None:
         self._progress.saving(metrics.step)
-        report = self._manager.save(metrics.step, **self._parts, common=self._common(metrics))
+        numbers = {"loss": metrics.loss, "grad_norm": metrics.grad_norm}
+        report = self._manager.save(metrics.step, **self._parts, common=self._common(metrics), metrics=numbers)
         self._saved = metrics.step
         self._progress.saved(metrics.step, report.seconds, report.nbytes)
         if self._metrics is not None:

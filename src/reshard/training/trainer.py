@@ -9,11 +9,12 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from reshard.config.fields import LossMonitor, RunConfig
+from reshard.config.fields import CheckpointMonitor, LossMonitor, RunConfig
 from reshard.config.sizes import batch_sizes
 from reshard.config.validation import Configuration
 from reshard.loading.report import RestoreReport
 from reshard.manager import CheckpointManager
+from reshard.saving.policies import KeepAny, KeepBest, KeepEvery, KeepFor, KeepPolicy
 from reshard.sources.resolve import list_iterations
 from reshard.storage.posix import PosixStorage
 from reshard.training.callbacks import CheckpointCallback, MetricsCallback, all_callbacks
@@ -227,7 +228,21 @@ def _manager(run: RunConfig) -> Iterator[CheckpointManager | None]:
         directory,
         prefix=monitor.prefix,
         keep_checkpoint_max=monitor.keep_checkpoint_max,
+        keep=_keep(monitor),
         save_optimizer=monitor.save_optimizer,
         read_only=monitor.save_checkpoint_steps is None,
     ) as manager:
         yield manager
+
+
+def _keep(monitor: CheckpointMonitor) -> KeepPolicy | None:
+    """What is kept besides the newest."""
+    policies: list[KeepPolicy] = []
+    if monitor.keep_checkpoint_every is not None:
+        policies.append(KeepEvery(monitor.keep_checkpoint_every))
+    if monitor.keep_checkpoint_days is not None:
+        policies.append(KeepFor(days=monitor.keep_checkpoint_days))
+    best = monitor.keep_checkpoint_best
+    if best is not None:
+        policies.append(KeepBest(best.metric, best.count, best.mode))
+    return KeepAny(tuple(policies)) if policies else None
