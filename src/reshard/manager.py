@@ -304,6 +304,7 @@ class CheckpointManager:
                 opened.catalog,
                 common=opened.common,
                 storage=self._storage,
+                seal=relayed.seal,
                 strictness=strictness,
                 kinds=kinds,
                 has_random=opened.rank_values is not None and "random" in opened.rank_values,

@@ -10,7 +10,7 @@ from reshard.catalog import Catalog
 from reshard.comm import Communicator
 from reshard.errors import MetadataError
 from reshard.format.common import CommonInfo, read_common
-from reshard.format.extra import groups_of, rank_values_in, read_extra, values_in
+from reshard.format.extra import groups_of, rank_values_in, values_in
 from reshard.format.index import decode_index
 from reshard.format.names import COMMON_FILE, EXTRA_DIRECTORY, GLOBAL_EXTRA_FILE, rank_extra_file, tensor_name
 from reshard.frameworks.adapter import Adapter, Destination
@@ -19,6 +19,7 @@ from reshard.loading.loader import TensorsLoaded
 from reshard.loading.report import RestoreReport
 from reshard.loading.selection import Selection
 from reshard.planning.agreement import RankDescription, describe, place_of
+from reshard.sources.native import read_own_extra
 from reshard.sources.relay import Relayed
 from reshard.sources.resolve import Resolved
 from reshard.state import ParameterGroup
@@ -88,14 +89,15 @@ def open_checkpoint(
     small = relayed.storage(storage)
     common = read_common(small, join(directory, COMMON_FILE))
     global_file = join(directory, EXTRA_DIRECTORY, GLOBAL_EXTRA_FILE)
-    tree = read_extra(small, global_file)
+    tree = read_own_extra(small, directory, GLOBAL_EXTRA_FILE, relayed.seal)
     groups = groups_of(tree, global_file)
     destination = adapter.prepare(model, optimizer, selection.catalog(catalog), selection.groups(groups))
     description = describe(destination.state, comm.rank)
     mine = None
     if restore_random:
-        rank_file = join(directory, EXTRA_DIRECTORY, rank_extra_file(comm.rank))
-        mine = rank_values_in(read_extra(storage, rank_file), comm.world_size, place_of(description), rank_file)
+        name = rank_extra_file(comm.rank)
+        saved = read_own_extra(storage, directory, name, relayed.seal)
+        mine = rank_values_in(saved, comm.world_size, place_of(description), join(directory, EXTRA_DIRECTORY, name))
     return Opened(adapter, catalog, common, values_in(tree, global_file), groups, destination, description, mine, selection)
 
 
