@@ -49,7 +49,8 @@ class CheckpointManager:
             given it is 5, or None where `keep` is given.
         keep: a policy, such as `KeepNewest(5) | KeepEvery(1000)`; what it or `keep_checkpoint_max` keeps stays, without both everything.
         async_save: not in this version.
-        remove_redundancy: not in this version.
+        remove_redundancy: whether of equal regions that several ranks hold only one is written, by one of them: evenly by bytes, model and
+            optimizer together. A checkpoint is then as large as the state itself, however many replicas there are.
         save_optimizer: whether optimizer state is saved.
         communicator: how the ranks talk; chosen by the framework that is in use when it isn't given.
         storage: where the root lies; the file system when it isn't given.
@@ -76,16 +77,20 @@ class CheckpointManager:
         read_only: bool = False,
         lock_timeout: float = 10.0,
     ) -> None:
-        for name, given in (("async_save", async_save), ("remove_redundancy", remove_redundancy)):
-            if given:
-                raise UsageError(
-                    f"{name} is not in this version of reshard", field=name, found=given, expected=False, fix=f"leave {name} out"
-                )
+        if async_save:
+            raise UsageError(
+                "async_save is not in this version of reshard", field="async_save", found=True, expected=False, fix="leave async_save out"
+            )
         # Before anything that would have to be given back.
         if isinstance(keep_checkpoint_max, EllipsisType):
             keep_checkpoint_max = 5 if keep is None else None
         options = SaveOptions(
-            prefix=prefix, keep_checkpoint_max=keep_checkpoint_max, keep=keep, save_optimizer=save_optimizer, lock_timeout=lock_timeout
+            prefix=prefix,
+            keep_checkpoint_max=keep_checkpoint_max,
+            keep=keep,
+            save_optimizer=save_optimizer,
+            remove_redundancy=remove_redundancy,
+            lock_timeout=lock_timeout,
         )
         self.directory = os.path.abspath(os.fspath(directory))
         self._storage: Storage = storage if storage is not None else PosixStorage()

@@ -28,6 +28,7 @@ def save(
     common: CommonInfo | None = None,
     metrics: Mapping[str, Any] | None = None,
     prefix: str | None = "CKP",
+    remove_redundancy: bool = False,
     save_optimizer: bool = True,
     communicator: Communicator | None = None,
     storage: Storage | None = None,
@@ -45,6 +46,7 @@ def save(
         common: see there.
         metrics: see there.
         prefix: as in `CheckpointManager`, and so are the others.
+        remove_redundancy: see there.
         save_optimizer: see there.
         communicator: see there.
         storage: see there.
@@ -53,7 +55,13 @@ def save(
         ReshardError: as `CheckpointManager` and its `save`.
     """
     with CheckpointManager(
-        directory, prefix=prefix, keep_checkpoint_max=None, save_optimizer=save_optimizer, communicator=communicator, storage=storage
+        directory,
+        prefix=prefix,
+        keep_checkpoint_max=None,
+        remove_redundancy=remove_redundancy,
+        save_optimizer=save_optimizer,
+        communicator=communicator,
+        storage=storage,
     ) as manager:
         return manager.save(
             step,

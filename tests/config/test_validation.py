@@ -169,7 +169,6 @@ def test_the_error_counts_the_others(tmp_path: Path) -> None:
     ("fields", "name"),
     [
         ({"callbacks": [MONITOR | {"async_save": True}]}, "callbacks[0].async_save"),
-        ({"callbacks": [MONITOR | {"remove_redundancy": True}]}, "callbacks[0].remove_redundancy"),
         ({"pretrained_model_dir": "qwen3"}, "pretrained_model_dir"),
     ],
 )

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 import reshard
 from reshard.comm import Communicator
 from reshard.format.names import tensor_name
+from reshard.format.safetensors import read_header
 from reshard.geometry import Layout, Mesh, Region
 from reshard.geometry import dtypes as element_types
 from reshard.geometry.dtypes import by_numpy
@@ -90,7 +91,7 @@ def restrided(tensor: ShardedTensor, order: str) -> ShardedTensor:
 class Case:
     """A state, who saves it and who loads it.
 
-    `order` is how memory lies, `is_tiny` whether everything that is cut is cut small.
+    `order` is how memory lies, `is_tiny` whether everything that is cut is cut small, `is_sole` whether each region is written once.
     """
 
     arrays: dict[TensorKey, np.ndarray]
@@ -98,6 +99,7 @@ class Case:
     loader: Job
     order: str
     is_tiny: bool
+    is_sole: bool
 
 
 def factorings(number: int, parts: int) -> list[tuple[int, ...]]:
@@ -194,6 +196,7 @@ def cases(draw: st.DrawFn) -> Case:
         draw(jobs(arrays, loads=True)),
         draw(st.sampled_from(["C", "C", "F", "stepped"])),
         draw(st.booleans()),
+        draw(st.booleans()),
     )
 
 
@@ -216,9 +219,29 @@ def save(case: Case, storage: MemoryStorage) -> None:
             optimizer=parts(state, Kind.OPTIMIZER),
             extra=EXTRA,
             common=reshard.CommonInfo(global_step=7),
+            remove_redundancy=case.is_sole,
         )
 
     run_ranks(case.saver.world, work)
+    if case.is_sole:
+        check_written_once(storage)
+
+
+def check_written_once(storage: MemoryStorage) -> None:
+    """Each region is in one file, of one of its holders, and files hold nothing else."""
+    checkpoint = reshard.Checkpoint("/root", storage)
+    promised: dict[str, set[str]] = {}
+    for name in checkpoint:
+        for chunk in checkpoint[name].chunks:
+            (place,) = chunk.places
+            assert place.rank in chunk.holders
+            assert place.name not in promised.setdefault(place.file, set())
+            promised[place.file].add(place.name)
+    assert promised == {
+        entry.name: set(read_header(storage, f"{checkpoint.directory}/{entry.name}").entries)
+        for entry in storage.list(checkpoint.directory)
+        if entry.name.endswith(".safetensors")
+    }
 
 
 def load(case: Case, storage: MemoryStorage, *, balanced: bool) -> None:

@@ -180,7 +180,6 @@ def test_a_run_without_optimizer_writes_no_optimizer_files(tmp_path):
         {"prefix": ""},
         {"lock_timeout": -1},
         {"lock_timeout": float("nan")},
-        {"remove_redundancy": True},
     ],
 )
 def test_options_that_can_not_be(options):

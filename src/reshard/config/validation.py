@@ -222,7 +222,6 @@ def _check_later_features(run: RunConfig, document: Document) -> None:
     for index, callback in enumerate(run.callbacks):
         if isinstance(callback, CheckpointMonitor):
             later.append((("callbacks", index, "async_save"), callback.async_save, "False: saves are synchronous"))
-            later.append((("callbacks", index, "remove_redundancy"), callback.remove_redundancy, "False: every rank writes what it holds"))
     later.append((("pretrained_model_dir",), run.pretrained_model_dir, "nothing; load_checkpoint takes Checkpoint 2.0 checkpoints"))
     for path, given, expected in later:
         if given:

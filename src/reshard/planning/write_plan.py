@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,7 @@ from reshard.geometry.cover import cover_fault
 from reshard.geometry.tensor_map import slices_of
 from reshard.planning.agreement import Holding, RankDescription, TensorDescription
 from reshard.planning.holders import Holders, find_holders
+from reshard.planning.writers import Lot, runs_of, share_lots
 from reshard.state import Kind, TensorKey
 
 
@@ -91,7 +93,46 @@ def plan_rank_files(description: RankDescription, world_size: int, prefix: str |
     return tuple(plans)
 
 
-def plan_catalog(descriptions: Sequence[RankDescription], prefix: str | None, save_optimizer: bool, directory: str) -> Catalog:
+def plan_sole_files(description: RankDescription, catalog: Catalog) -> tuple[FilePlan, ...]:
+    """The files of one rank when redundancy is removed: what the catalog says that it writes. There may be none.
+
+    Args:
+        description: what the rank holds.
+        catalog: of the whole job, planned with `remove_redundancy`.
+    """
+    rank = description.rank
+    own: dict[int, dict[Region, Site]] = {}  # by arrangement
+    names: dict[Kind, str] = {}
+    entries: dict[Kind, list[WriteEntry]] = {}
+    for tensor in description.tensors:
+        stored = catalog.tensors.get(tensor.key)
+        if stored is None:
+            continue
+        arrangement = stored.arrangement
+        sites = own.get(id(arrangement))
+        if sites is None:
+            sites = own[id(arrangement)] = {
+                piece.region: site for piece in arrangement.pieces for site in piece.sites if site.rank == rank
+            }
+        if not sites:
+            continue
+        kind = tensor.key.kind
+        for name, index, region in _stored_parts(tensor, stored.name):
+            site = sites.get(region)
+            if site is not None and name == stored.name + site.suffix:
+                names[kind] = site.file
+                entries.setdefault(kind, []).append(WriteEntry(name, tensor.key, index, tensor.dtype, region.shape))
+    return tuple(FilePlan(names[kind], kind, tuple(entries[kind])) for kind in Kind if kind in entries)
+
+
+def plan_catalog(
+    descriptions: Sequence[RankDescription],
+    prefix: str | None,
+    save_optimizer: bool,
+    directory: str,
+    *,
+    remove_redundancy: bool = False,
+) -> Catalog:
     """What the checkpoint holds when every rank has written its files.
 
     Tensors come rank by rank, a rank's model tensors first, each where it appears first. A layout that splits evenly is kept: the first
@@ -103,6 +144,8 @@ def plan_catalog(descriptions: Sequence[RankDescription], prefix: str | None, sa
         prefix: as in `plan_rank_files`.
         save_optimizer: as in `plan_rank_files`.
         directory: where the files will lie.
+        remove_redundancy: whether each region is written once, by one of its holders; else all holders write it. Then only ranks that
+            write have files, which are counted by kind, in the order of the ranks.
 
     Raises:
         CaptureError: the ranks' parts of a tensor don't make up the whole, or a part is not where its layout says.
@@ -111,25 +154,38 @@ def plan_catalog(descriptions: Sequence[RankDescription], prefix: str | None, sa
     holders = {key: held for key, held in find_holders(descriptions).items() if save_optimizer or key.kind is not Kind.OPTIMIZER}
     kinds = {kind: order for order, kind in enumerate(Kind)}
     keys = sorted(holders, key=lambda key: (int(holders[key].ranks[0]), kinds[key.kind]))
-    sites = _Sites(prefix, len(descriptions))
     # Most tensors lie like many others.
-    known: dict[tuple[Kind, int], Arrangement] = {}
-    tensors = {}
+    alike: dict[tuple[Kind, int], list[TensorKey]] = {}
     for key in keys:
-        held = holders[key]
-        arrangement = known.get((key.kind, id(held)))
-        if arrangement is None:
-            arrangement = known[key.kind, id(held)] = _arrange(key, held, sites)
-        tensors[key] = StoredTensor(key, tensor_name(key), arrangement)
-    return Catalog(directory, tensors)
+        alike.setdefault((key.kind, id(holders[key])), []).append(key)
+    lying = [_lie(same, holders[same[0]]) for same in alike.values()]
+    world_size = len(descriptions)
+    if remove_redundancy:
+        written = _written_once(lying, world_size)
+        sites = _Sites(prefix, *_count_files(written))
+    else:
+        written = [(kin.keys, kin, [part.places for part in kin.parts]) for kin in lying]
+        sites = _Sites(prefix, {kind: range(world_size) for kind in Kind}, dict.fromkeys(Kind, world_size))
+    arrangements: dict[TensorKey, Arrangement] = {}
+    for same, kin, places in written:
+        arrangement = _arrange(kin, places, sites)
+        arrangements.update(dict.fromkeys(same, arrangement))
+    return Catalog(directory, {key: StoredTensor(key, tensor_name(key), arrangements[key]) for key in keys})
 
 
 class _Sites:
-    """The sites of chunks, each made once."""
+    """The sites of chunks, each made once.
 
-    def __init__(self, prefix: str | None, world_size: int) -> None:
+    Args:
+        prefix: of file names.
+        numbers: of each kind of file the number in its name, by rank.
+        totals: of each kind of file how many there are.
+    """
+
+    def __init__(self, prefix: str | None, numbers: Mapping[Kind, Mapping[int, int] | range], totals: Mapping[Kind, int]) -> None:
         self._prefix = prefix
-        self._world_size = world_size
+        self._numbers = numbers
+        self._totals = totals
         self._sites: dict[tuple[Kind, int, str], Site] = {}
         self._groups: dict[tuple[Kind, tuple[tuple[int, str], ...]], tuple[Site, ...]] = {}
 
@@ -143,8 +199,8 @@ class _Sites:
     def _site(self, kind: Kind, rank: int, suffix: str) -> Site:
         site = self._sites.get((kind, rank, suffix))
         if site is None:
-            site = Site(data_file_name(self._prefix, kind, rank, self._world_size), rank, suffix)
-            self._sites[kind, rank, suffix] = site
+            name = data_file_name(self._prefix, kind, self._numbers[kind][rank], self._totals[kind])
+            site = self._sites[kind, rank, suffix] = Site(name, rank, suffix)
         return site
 
 
@@ -154,11 +210,15 @@ _Held = Sequence[tuple[Holding, tuple[int, ...]]]
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """A chunk without the tensor's name: its region, which ranks write it under which suffix, which hold it."""
+    """A chunk without the tensor's name: its region, which ranks could write it under which suffix, sorted by rank, and which hold it."""
 
     region: Region
     places: tuple[tuple[int, str], ...]
     holders: tuple[int, ...]
+
+    def place(self, rank: int) -> tuple[int, str]:
+        """Where one of the holders would write it."""
+        return self.places[bisect_left(self.places, (rank,))]
 
 
 def _stored_parts(tensor: TensorDescription | Holding, name: str) -> Iterator[tuple[str, int, Region]]:
@@ -188,17 +248,58 @@ def _name_taken(entries: Sequence[WriteEntry], rank: int) -> CaptureError:
     )
 
 
-def _arrange(key: TensorKey, holders: Holders, sites: _Sites) -> Arrangement:
+@dataclass(frozen=True, slots=True)
+class _Kin:
+    """Tensors that lie alike, and how: an arrangement before it is known who writes what."""
+
+    keys: list[TensorKey]
+    dtype: DType
+    shape: tuple[int, ...]
+    layout: Layout | None
+    parts: list[_Part]
+
+
+# Some of the tensors that lie alike, and of each part the ranks that write it with the suffixes of its names.
+_Written = tuple[Sequence[TensorKey], _Kin, Sequence[tuple[tuple[int, str], ...]]]
+
+
+def _lie(keys: list[TensorKey], holders: Holders) -> _Kin:
     held = holders.different()
     first = held[0][0]
-    shape = first.global_shape
     parts = _collect(held)
     layout = None
-    if 0 not in shape:
-        _check_places(key, held)
-        layout, parts = _lay_out(key, held, parts)
-    pieces = tuple(Piece(part.region, sites.of(key.kind, part.places), part.holders) for part in parts)
-    return Arrangement(first.dtype, shape, layout, pieces)
+    if 0 not in first.global_shape:
+        _check_places(keys[0], held)
+        layout, parts = _lay_out(keys[0], held, parts)
+    return _Kin(keys, first.dtype, first.global_shape, layout, parts)
+
+
+def _arrange(kin: _Kin, places: Iterable[tuple[tuple[int, str], ...]], sites: _Sites) -> Arrangement:
+    kind = kin.keys[0].kind
+    pieces = tuple(Piece(part.region, sites.of(kind, where), part.holders) for part, where in zip(kin.parts, places, strict=True))
+    return Arrangement(kin.dtype, kin.shape, kin.layout, pieces)
+
+
+def _written_once(lying: Sequence[_Kin], world_size: int) -> list[_Written]:
+    """Each part of each tensor by one of its holders."""
+    lots = [Lot(len(kin.keys), part.region.size * kin.dtype.itemsize, part.holders) for kin in lying for part in kin.parts]
+    shares = iter(share_lots(lots, world_size))
+    written: list[_Written] = []
+    for kin in lying:
+        own = [next(shares) for _ in kin.parts]
+        for first, end, writers in runs_of(own, len(kin.keys)):
+            places = [(part.place(writer),) for part, writer in zip(kin.parts, writers, strict=True)]
+            written.append((kin.keys[first:end], kin, places))
+    return written
+
+
+def _count_files(written: Iterable[_Written]) -> tuple[dict[Kind, dict[int, int]], dict[Kind, int]]:
+    """Of each kind the ranks that write any, numbered in their order, and how many they are."""
+    ranks: dict[Kind, set[int]] = {kind: set() for kind in Kind}
+    for same, _, places in written:
+        ranks[same[0].kind].update(rank for where in places for rank, _ in where)
+    numbers = {kind: {rank: number for number, rank in enumerate(sorted(found))} for kind, found in ranks.items()}
+    return numbers, {kind: len(found) for kind, found in ranks.items()}
 
 
 def _lay_out(key: TensorKey, held: _Held, parts: list[_Part]) -> tuple[Layout | None, list[_Part]]:

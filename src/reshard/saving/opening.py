@@ -16,11 +16,13 @@ class Opening(msgspec.Struct, array_like=True):
         token: rank 0's, for temporary names; empty on the others.
         prefix: as in `SaveOptions`; rank 0 derives every rank's file names from its own.
         save_optimizer: likewise.
+        remove_redundancy: likewise.
     """
 
     token: str
     prefix: str | None
     save_optimizer: bool
+    remove_redundancy: bool
 
 
 def agree_on_opening(told: Sequence[Opening]) -> Opening:
@@ -31,7 +33,7 @@ def agree_on_opening(told: Sequence[Opening]) -> Opening:
     """
     first = told[0]
     for rank, other in enumerate(told):
-        for field in ("prefix", "save_optimizer"):
+        for field in ("prefix", "save_optimizer", "remove_redundancy"):
             if getattr(other, field) != getattr(first, field):
                 raise UsageError(
                     "the ranks were given different options for saving",

@@ -48,7 +48,7 @@ class SaveOptions:
         keep_checkpoint_max: how many committed checkpoints stay on disk, whoever wrote them; None for no such rule.
         keep: a policy of retention; what it keeps stays besides. Without it and `keep_checkpoint_max` all stay.
         save_optimizer: whether optimizer tensors are saved.
-        remove_redundancy: whether of equal regions on several ranks only one is written; not in this version.
+        remove_redundancy: whether of equal regions on several ranks only one is written.
         lock_timeout: seconds to wait for a root that another process holds.
 
     Raises:
@@ -71,8 +71,6 @@ class SaveOptions:
             )
         if self.keep is not None and not isinstance(self.keep, KeepPolicy):
             raise UsageError("not a policy of retention", field="keep", found=repr(self.keep), expected="such as reshard.KeepEvery(1000)")
-        if self.remove_redundancy:
-            raise UsageError("remove_redundancy is not in this version of reshard", field="remove_redundancy", found=True, expected=False)
         if not self.lock_timeout >= 0:
             raise UsageError("a waiting time is not negative", field="lock_timeout", found=self.lock_timeout, expected="seconds, 0 or more")
 
@@ -137,7 +135,8 @@ class Saver:
         self._comm = comm
         self._protected = protect
         self._sequence = 0
-        self._structures = Structures(comm.rank, comm.world_size, self.options.prefix, self.options.save_optimizer)
+        given = self.options
+        self._structures = Structures(comm.rank, comm.world_size, given.prefix, given.save_optimizer, given.remove_redundancy)
         self._lock: Lock | None = None
         self._is_open = True
         self._was_broken_off = False
@@ -148,7 +147,7 @@ class Saver:
 
         try:
             token, error = attempt(open_here) if comm.rank == 0 else ("", None)
-            mine = Opening(token or "", self.options.prefix, self.options.save_optimizer)
+            mine = Opening(token or "", given.prefix, given.save_optimizer, given.remove_redundancy)
             told = settle(comm, error, msgspec.msgpack.encode(mine), what="this run can't save there")
             self._token = agree_on_opening([msgspec.msgpack.decode(data, type=Opening) for data in told]).token
         except BaseException:
@@ -195,12 +194,16 @@ class Saver:
         prepared: _Prepared | None = None
         if error is None:
             prepared, error = attempt(lambda: self._prepare(step, state, common, metrics))
-        files: dict[str, SealedFile] = {}
-        if self._agree(prepared) and prepared is not None:
-            part = prepared
-            written, error = attempt(lambda: self._write(part, state))
-            files = written if written is not None else files
-        outcomes = self._tell(prepared, error, files)
+        agreed = self._agree(prepared)
+        files, error = self._write_part(prepared, state, error) if agreed else ({}, error)
+        outcomes, is_outdated = self._tell(prepared, error, files)
+        if is_outdated and failure_of_ranks(outcomes) is None:
+            # A rank holds something else than at the save before, and others wrote their shares of what was. Now all know of it.
+            if self._comm.rank == 0 and prepared is not None:
+                discard(self._storage, self._temporary(prepared.step))
+            self._sequence += 1
+            files, error = self._write_part(prepared, state, error)
+            outcomes, _ = self._tell(prepared, error, files)
         mine: Verdict | None = None
         if self._comm.rank == 0:
             # Whatever happens here, the others hear a verdict.
@@ -276,24 +279,37 @@ class Saver:
         self._structures.learn(told)
         return True
 
+    def _write_part(
+        self, prepared: _Prepared | None, state: State, error: ReshardError | None
+    ) -> tuple[dict[str, SealedFile], ReshardError | None]:
+        """Write this rank's files, if it can: what the seal says of them, and what kept it from it."""
+        if prepared is None or not self._structures.is_known(prepared.plan):
+            return {}, error
+        files, error = attempt(lambda: self._write(prepared, state))
+        return files or {}, error
+
     def _write(self, prepared: _Prepared, state: State) -> dict[str, SealedFile]:
         temporary = self._temporary(prepared.step)
+        files = self._structures.files_to_write(prepared.plan)
         if self._comm.rank == 0:
             self._check_lock()
             # Whether the states fit together shows here, before rank 0 writes, unless another rank's has changed since the last save.
-            self._structures.metadata(join(self.root, iteration_name(prepared.step)))
+            self._structures.metadata()
         check_space(self._storage, self.root, temporary, self._structures.nbytes)
         return write_rank(
             self._storage,
             temporary,
-            self._structures.files_to_write(prepared.plan),
+            files,
             state,
             rank=self._comm.rank,
             world_size=self._comm.world_size,
             place=prepared.plan.place,
         )
 
-    def _tell(self, prepared: _Prepared | None, error: ReshardError | None, files: dict[str, SealedFile]) -> list[Outcome]:
+    def _tell(
+        self, prepared: _Prepared | None, error: ReshardError | None, files: dict[str, SealedFile]
+    ) -> tuple[list[Outcome], bool]:
+        """Collective: the outcomes of all ranks, and whether their files were planned from what some of them no longer hold."""
         outcome = Outcome(
             None if prepared is None else prepared.step,
             None if error is None else Failure.of(error),
@@ -304,9 +320,8 @@ class Saver:
         )
         gathered = self._comm.all_gather(msgspec.msgpack.encode(outcome))
         outcomes = [msgspec.msgpack.decode(data, type=Outcome) for data in gathered]
-        if self._structures.is_agreed:
-            self._structures.learn([outcome.news for outcome in outcomes])
-        return outcomes
+        is_outdated = self._structures.is_agreed and self._structures.learn([outcome.news for outcome in outcomes])
+        return outcomes, is_outdated
 
     def _judge(self, prepared: _Prepared | None, state: State, outcomes: list[Outcome]) -> Verdict:
         """Rank 0: commit, or clean up."""
@@ -348,7 +363,7 @@ class Saver:
         """Add to the ranks' files what is of the whole checkpoint, seal it, and make all names durable."""
         storage = self._storage
         check_presence(storage, temporary, {rank: outcome.files for rank, outcome in enumerate(outcomes)})
-        metadata, index = self._structures.metadata(join(self.root, iteration_name(prepared.step)))
+        metadata, index = self._structures.metadata()
         groups = merge_groups([outcome.options for outcome in outcomes], self._structures.members)
         files = {name: file for outcome in outcomes for name, file in outcome.files.items()}
         name = join(EXTRA_DIRECTORY, GLOBAL_EXTRA_FILE)

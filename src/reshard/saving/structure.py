@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import msgspec
 
+from reshard.catalog import Catalog
 from reshard.errors import CommunicationError, SaveError
 from reshard.format.digest import digest_of
 from reshard.format.index import encode_index
@@ -18,8 +19,11 @@ from reshard.format.safetensors import PlannedHeader, plan_header
 from reshard.planning.agreement import RankDescription, describe, digest, place_of
 from reshard.planning.holders import check_agreement
 from reshard.planning.telling import decode_all, encode
-from reshard.planning.write_plan import FilePlan, WriteEntry, plan_catalog, plan_rank_files
+from reshard.planning.write_plan import FilePlan, WriteEntry, plan_catalog, plan_rank_files, plan_sole_files
 from reshard.state import Kind, State
+
+# A data file with its header and its entries in the order of the file.
+PlannedFile = tuple[FilePlan, PlannedHeader, tuple[WriteEntry, ...]]
 
 # The contract's header metadata.
 _HEADER_METADATA = {"format": "ms"}
@@ -52,34 +56,45 @@ class RankPlan:
     Attributes:
         structure: what it follows from, encoded.
         digest: of the structure.
+        description: of the rank's tensors.
+        told: the description, as the other ranks are told of it.
         has_optimizer: whether the rank holds optimizer tensors.
-        files: the data files, each with its header and its entries in the order of the file.
+        files: the data files with all that the rank holds; empty when redundancy is removed: then they follow from what all ranks hold.
         place: the name of the rank's place in the strategy.
     """
 
     structure: bytes
     digest: bytes
+    description: RankDescription
+    told: bytes
     has_optimizer: bool
-    files: tuple[tuple[FilePlan, PlannedHeader, tuple[WriteEntry, ...]], ...]
+    files: tuple[PlannedFile, ...]
     place: str
-
-    @property
-    def nbytes(self) -> int:
-        """The bytes of the data files."""
-        return sum(header.file_size for _, header, _ in self.files)
 
 
 class Structures:
-    """What this rank knows of all ranks' structures."""
+    """What this rank knows of all ranks' structures.
 
-    def __init__(self, rank: int, world_size: int, prefix: str | None, save_optimizer: bool) -> None:
+    Args:
+        rank: this rank.
+        world_size: the number of ranks.
+        prefix: the first part of data files' names; None for none.
+        save_optimizer: whether optimizer tensors are saved.
+        remove_redundancy: whether each region is written once. One rank has nothing redundant.
+    """
+
+    def __init__(self, rank: int, world_size: int, prefix: str | None, save_optimizer: bool, remove_redundancy: bool = False) -> None:
         self._rank = rank
         self._world_size = world_size
         self._prefix = prefix
         self._save_optimizer = save_optimizer
+        self._removes = remove_redundancy and world_size > 1
         self._plan: RankPlan | None = None
         self._told: bytes | None = None
         self._ranks: list[RankStructure] = []
+        self._catalog: Catalog | None = None
+        self._sole: tuple[PlannedFile, ...] | None = None
+        self._sole_bytes = 0
         self._metadata: tuple[bytes, bytes] | None = None
 
     @property
@@ -89,8 +104,8 @@ class Structures:
 
     @property
     def nbytes(self) -> int:
-        """The bytes that all ranks write, roughly."""
-        return sum(structure.nbytes for structure in self._ranks)
+        """The bytes that all ranks write, roughly; where redundancy is removed, once the files are planned."""
+        return self._sole_bytes if self._removes else sum(structure.nbytes for structure in self._ranks)
 
     @property
     def members(self) -> list[list[tuple[list[str], list[str]]]]:
@@ -116,40 +131,66 @@ class Structures:
         has_optimizer = any(tensor.key.kind is Kind.OPTIMIZER for tensor in description.tensors)
         nbytes = description.nbytes + len(description.tensors) * _BYTES_PER_TENSOR + _BYTES_PER_RANK
         structure = msgspec.msgpack.encode(RankStructure(nbytes, has_optimizer, members, encoded))
-        files = []
-        for file in plan_rank_files(description, self._world_size, self._prefix, self._save_optimizer):
-            header = plan_header([(entry.name, entry.dtype, entry.shape) for entry in file.entries], _HEADER_METADATA)
-            by_name = {entry.name: entry for entry in file.entries}
-            files.append((file, header, tuple(by_name[entry] for entry in header.entries)))
-        return RankPlan(structure, name, has_optimizer, tuple(files), place_of(description))
+        # Whether names can stand beside each other doesn't depend on who writes what.
+        files = plan_rank_files(description, self._world_size, self._prefix, self._save_optimizer)
+        planned = () if self._removes else _with_headers(files)
+        return RankPlan(structure, name, description, encoded, has_optimizer, planned, place_of(description))
 
-    def files_to_write(self, plan: RankPlan) -> list[tuple[FilePlan, PlannedHeader, tuple[WriteEntry, ...]]]:
-        """The files of a plan, without that of the optimizer when no rank of the run has one."""
-        has_optimizer = plan.has_optimizer or any(structure.has_optimizer for structure in self._ranks)
-        return [file for file in plan.files if file[0].kind is not Kind.OPTIMIZER or has_optimizer]
+    def files_to_write(self, plan: RankPlan) -> tuple[PlannedFile, ...]:
+        """The data files of this rank, in a run whose ranks have told each other what they hold.
+
+        Where redundancy is kept these are all files of the plan, without that of the optimizer when no rank of the run has one.
+
+        Raises:
+            CaptureError: redundancy is removed, and the ranks' states don't fit together.
+            SaveError: likewise, and a rank's description can't be understood.
+        """
+        if not self._removes:
+            has_optimizer = plan.has_optimizer or any(structure.has_optimizer for structure in self._ranks)
+            return tuple(file for file in plan.files if file[0].kind is not Kind.OPTIMIZER or has_optimizer)
+        if self._sole is None:
+            catalog = self._catalog_of_all()
+            self._sole = _with_headers(plan_sole_files(plan.description, catalog))
+            stored = catalog.tensors.values()
+            pieces = sum(len(tensor.arrangement.pieces) for tensor in stored)
+            self._sole_bytes = sum(tensor.nbytes for tensor in stored) + pieces * _BYTES_PER_TENSOR + self._world_size * _BYTES_PER_RANK
+            if self._rank != 0:
+                self._catalog = None
+        return self._sole
+
+    def is_known(self, plan: RankPlan) -> bool:
+        """Whether the other ranks count on what this rank holds, so that it can write its share; always so where redundancy is kept."""
+        return not self._removes or self._ranks[self._rank].description == plan.told
 
     def news(self, plan: RankPlan) -> bytes | None:
         """What the others don't know yet of this rank, or None."""
         return None if self._told == plan.digest else plan.structure
 
-    def learn(self, told: Sequence[bytes | None]) -> None:
+    def learn(self, told: Sequence[bytes | None]) -> bool:
         """Take in what each rank told (None: nothing new). Every rank must call this with the same.
 
         Args:
             told: in rank order; the first time from every rank.
+
+        Returns:
+            Whether what was planned before is no longer what the ranks must write: redundancy is removed, and a rank holds something else.
+            The same on every rank.
         """
         structures = [None if data is None else msgspec.msgpack.decode(data, type=RankStructure) for data in told]
-        if not self._ranks:
+        before = self._ranks
+        if not before:
             self._ranks = [structure for structure in structures if structure is not None]
         else:
-            self._ranks = [new or old for new, old in zip(structures, self._ranks, strict=True)]
+            self._ranks = [new or old for new, old in zip(structures, before, strict=True)]
         mine = told[self._rank]
         if mine is not None and self._plan is not None:
             self._told = self._plan.digest
-        if any(data is not None for data in told):
-            self._metadata = None
+        if before and all(new.description == old.description for new, old in zip(self._ranks, before, strict=True)):
+            return False
+        self._catalog = self._sole = self._metadata = None
+        return self._removes and bool(before)
 
-    def metadata(self, directory: str) -> tuple[bytes, bytes]:
+    def metadata(self) -> tuple[bytes, bytes]:
         """`metadata.json` for what all ranks write, and its index.
 
         Raises:
@@ -157,13 +198,31 @@ class Structures:
             SaveError: a rank's description can't be understood.
         """
         if self._metadata is None:
+            catalog = self._catalog_of_all()
+            metadata = encode_metadata(catalog)
+            self._metadata = metadata, encode_index(replace(catalog, format_version=FORMAT_VERSION), digest_of(metadata))
+            self._catalog = None
+        return self._metadata
+
+    def _catalog_of_all(self) -> Catalog:
+        if self._catalog is None:
             try:
                 descriptions = decode_all([structure.description for structure in self._ranks])
             except CommunicationError as cause:
-                # Rank 0 alone reads them. As the error of a collective it would end rank 0, and the others would wait for it.
+                # As the error of a collective it would end this rank, and the others would wait for it.
                 raise SaveError(cause.what, found=cause.found, fix=cause.fix) from cause
             check_agreement(descriptions)
-            catalog = plan_catalog(descriptions, self._prefix, self._save_optimizer, directory)
-            metadata = encode_metadata(catalog)
-            self._metadata = metadata, encode_index(replace(catalog, format_version=FORMAT_VERSION), digest_of(metadata))
-        return self._metadata
+            # The directory is in none of the files that are made of it.
+            self._catalog = plan_catalog(
+                descriptions, self._prefix, self._save_optimizer, directory="", remove_redundancy=self._removes
+            )
+        return self._catalog
+
+
+def _with_headers(files: Sequence[FilePlan]) -> tuple[PlannedFile, ...]:
+    planned = []
+    for file in files:
+        header = plan_header([(entry.name, entry.dtype, entry.shape) for entry in file.entries], _HEADER_METADATA)
+        by_name = {entry.name: entry for entry in file.entries}
+        planned.append((file, header, tuple(by_name[entry] for entry in header.entries)))
+    return tuple(planned)
