@@ -29,12 +29,13 @@ from reshard.catalog import Catalog
 from reshard.format.index import decode_index, digest_of, encode_index
 from reshard.format.metadata import decode_metadata, encode_metadata
 from reshard.planning.exchange_plan import plan_exchange
+from reshard.planning.file_plan import plan_rank_files, plan_sole_files
 from reshard.planning.forecast import forecast_balanced, forecast_direct, match_tensors
 from reshard.planning.placement import Placement, lay_out
 from reshard.planning.read_plan import plan_reads
 from reshard.planning.strategy import parse_strategy
 from reshard.planning.telling import decode_all, encode
-from reshard.planning.write_plan import plan_catalog, plan_rank_files
+from reshard.planning.write_plan import plan_catalog
 
 T = TypeVar("T")
 
@@ -117,6 +118,12 @@ class _Bench:
         self.measure("what all ranks tell, understood by one", lambda: decode_all(told))
         catalog = self.measure("the save's catalog", lambda: plan_catalog(descriptions, "CKP", save_optimizer=True, directory="/job"))
         self.measure("the files of a rank that saves", lambda: plan_rank_files(descriptions[ranks // 2], ranks, "CKP", save_optimizer=True))
+        once = self.measure(
+            "the save's catalog, redundancy removed",
+            lambda: plan_catalog(descriptions, "CKP", save_optimizer=True, directory="/job", remove_redundancy=True),
+        )
+        self.measure("the files of a rank that saves, redundancy removed", lambda: plan_sole_files(descriptions[ranks // 2], once))
+        del once
         self.facts["chunks"] = sum(len(tensor.arrangement.pieces) for tensor in catalog.tensors.values())
         self._formats("the job's", catalog)
 

@@ -17,7 +17,8 @@ from reshard.format.metadata import decode_metadata, encode_metadata
 from reshard.geometry import Layout, Mesh, Region
 from reshard.geometry.dtypes import by_name
 from reshard.planning.agreement import Holding, RankDescription, TensorDescription
-from reshard.planning.write_plan import plan_catalog, plan_rank_files
+from reshard.planning.file_plan import plan_rank_files
+from reshard.planning.write_plan import plan_catalog
 from reshard.state import GLOBAL_STEP, Kind, TensorKey, model_key, slot_key
 
 FLOAT = by_name("float32")

@@ -23,8 +23,8 @@ from reshard.storage import PosixStorage
 from reshard.testing import run_ranks
 from tests import golden
 
-# Redundancy kept; what others hold is the same tensors under other layouts, whose metadata differs in storage alone.
 KEPT = ("dp2_tp2", "dp2_tp2_noopt", "dp2_tp2_bf16", "dp1_tp1_pp4")
+# Redundancy removed.
 REMOVED = ("dp2_tp2_rr", "dp2_tp2_optshard_rr", "dp2_tp2_pp2_rr")
 
 
@@ -69,7 +69,7 @@ def write_again(case: str, root: Path) -> Path:
     world = 1 + max(rank for tensor in catalog.tensors.values() for chunk in tensor.chunks for rank in chunk.holders)
     path = golden.iteration(case) / "common.json"
     common = decode_common(path.read_bytes(), str(path))
-    options = SaveOptions(prefix="qwen3", save_optimizer="noopt" not in case)
+    options = SaveOptions(prefix="qwen3", save_optimizer="noopt" not in case, remove_redundancy=case in REMOVED)
 
     def run(comm):
         with Saver(PosixStorage(), comm, str(root), options) as saver:
@@ -121,17 +121,25 @@ def test_files_hold_the_same_tensors_in_the_same_bytes(tmp_path, case):
 
 
 @pytest.mark.parametrize("case", REMOVED)
-def test_layouts_are_the_same_where_redundancy_was_removed(tmp_path, case):
+def test_what_the_contract_fixes_is_the_same_where_redundancy_is_removed(tmp_path, case):
+    """All but which holder writes a region: there both are free. Of what only one rank holds, all of it."""
     written, original = write_again(case, tmp_path / "root"), golden.iteration(case)
-    ours = without_additions(json.loads((written / "metadata.json").read_text()))["state_dict_metadata"]
-    theirs = json.loads((original / "metadata.json").read_text())["state_dict_metadata"]
-    assert keys_of(ours) == keys_of(theirs)
-    assert ours == theirs
-    groups = [
-        {key: entries[0]["rank_group"] for key, entries in json.loads((d / "metadata.json").read_text())["storage_data"].items()}
-        for d in (written, original)
-    ]
-    assert groups[0] == groups[1]
+    assert sorted(p.name for p in written.iterdir() if p.name not in ("extra", "seal.json")) == sorted(p.name for p in original.iterdir())
+    ours = without_additions(json.loads((written / "metadata.json").read_text()))
+    theirs = json.loads((original / "metadata.json").read_text())
+    assert keys_of(ours["state_dict_metadata"]) == keys_of(theirs["state_dict_metadata"])
+    assert ours["state_dict_metadata"] == theirs["state_dict_metadata"]
+    assert set(ours["storage_data"]) == set(theirs["storage_data"])
+    for key, entries in theirs["storage_data"].items():
+        (other,), (entry,) = entries, ours["storage_data"][key]
+        assert list(entry) == list(other)
+        assert entry["rank_group"] == other["rank_group"]
+        assert entry["storage_rank"] in other["rank_group"]
+        # Here every rank writes: the number in the name is the rank.
+        kind = entry["file_name"].split("-")[1]
+        assert entry["file_name"] == f"qwen3-{kind}-{entry['storage_rank']:07d}-{len(list(written.glob(f'*-{kind}-*'))):07d}.safetensors"
+        assert kind == other["file_name"].split("-")[1]
+        assert entry == other or len(entry["rank_group"]) > 1
 
 
 @pytest.mark.parametrize("case", KEPT + REMOVED)

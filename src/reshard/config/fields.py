@@ -169,7 +169,9 @@ class CheckpointMonitor(Section):
     keep_checkpoint_best: KeepBestSettings | None = Field(default=None, description="besides, the best by a metric are kept")
     async_save: bool = Field(default=False, description="whether saving runs in the background")
     checkpoint_format: str = Field(default="safetensors", description="the only format of Checkpoint 2.0; others are converted to it")
-    remove_redundancy: bool = Field(default=False, description="whether what several ranks hold is written once, by one of them, evenly by bytes")
+    remove_redundancy: bool = Field(
+        default=False, description="whether what several ranks hold is written once, by one of them, evenly by bytes"
+    )
     save_optimizer: bool = Field(default=True, description="whether the optimizer is saved too; without it a run can't be resumed exactly")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 # The fullest rank may have so many hundredths more than the mean; below that nothing is moved any more.
@@ -118,5 +118,5 @@ def runs_of(shares: Sequence[Shares], count: int) -> Iterator[Run]:
             columns.append([share[0][0]] * len(firsts))
         else:
             columns.append([share[bisect_right(own, first)][0] for first in firsts])
-    for first, end, writers in zip(firsts, [*firsts[1:], count], zip(*columns, strict=True), strict=True):
-        yield Run(first, end, writers)
+    for number, (first, end) in enumerate(pairwise([*firsts, count])):
+        yield Run(first, end, tuple(column[number] for column in columns))

@@ -11,7 +11,7 @@ from reshard.format.extra import write_extra
 from reshard.format.names import EXTRA_DIRECTORY, rank_extra_file
 from reshard.format.safetensors import PlannedHeader, write_tensors
 from reshard.format.seal import SealedFile
-from reshard.planning.write_plan import FilePlan, WriteEntry
+from reshard.planning.file_plan import FilePlan, WriteEntry
 from reshard.state import State
 from reshard.storage import Storage
 from reshard.storage.storage import join

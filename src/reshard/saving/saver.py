@@ -306,9 +306,7 @@ class Saver:
             place=prepared.plan.place,
         )
 
-    def _tell(
-        self, prepared: _Prepared | None, error: ReshardError | None, files: dict[str, SealedFile]
-    ) -> tuple[list[Outcome], bool]:
+    def _tell(self, prepared: _Prepared | None, error: ReshardError | None, files: dict[str, SealedFile]) -> tuple[list[Outcome], bool]:
         """Collective: the outcomes of all ranks, and whether their files were planned from what some of them no longer hold."""
         outcome = Outcome(
             None if prepared is None else prepared.step,

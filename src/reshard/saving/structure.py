@@ -17,9 +17,10 @@ from reshard.format.index import encode_index
 from reshard.format.metadata import FORMAT_VERSION, encode_metadata
 from reshard.format.safetensors import PlannedHeader, plan_header
 from reshard.planning.agreement import RankDescription, describe, digest, place_of
+from reshard.planning.file_plan import FilePlan, WriteEntry, plan_rank_files, plan_sole_files
 from reshard.planning.holders import check_agreement
 from reshard.planning.telling import decode_all, encode
-from reshard.planning.write_plan import FilePlan, WriteEntry, plan_catalog, plan_rank_files, plan_sole_files
+from reshard.planning.write_plan import plan_catalog
 from reshard.state import Kind, State
 
 # A data file with its header and its entries in the order of the file.
@@ -213,9 +214,7 @@ class Structures:
                 raise SaveError(cause.what, found=cause.found, fix=cause.fix) from cause
             check_agreement(descriptions)
             # The directory is in none of the files that are made of it.
-            self._catalog = plan_catalog(
-                descriptions, self._prefix, self._save_optimizer, directory="", remove_redundancy=self._removes
-            )
+            self._catalog = plan_catalog(descriptions, self._prefix, self._save_optimizer, directory="", remove_redundancy=self._removes)
         return self._catalog
 
 
