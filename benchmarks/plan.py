@@ -123,7 +123,6 @@ class _Bench:
             lambda: plan_catalog(descriptions, "CKP", save_optimizer=True, directory="/job", remove_redundancy=True),
         )
         self.measure("the files of a rank that saves, redundancy removed", lambda: plan_sole_files(descriptions[ranks // 2], once))
-        del once
         self.facts["chunks"] = sum(len(tensor.arrangement.pieces) for tensor in catalog.tensors.values())
         self._formats("the job's", catalog)
 

@@ -20,7 +20,7 @@ from reshard.format.common import CommonInfo
 from reshard.frameworks.select import default_communicator, select_adapter
 from reshard.loading.budget import MEMORY_BUDGET
 from reshard.loading.loader import PlannedLoad, load_tensors, plan_load
-from reshard.loading.opened import Opened, open_checkpoint, report_of, restore_parts
+from reshard.loading.opened import Opened, check_same_options, open_checkpoint, report_of, restore_parts
 from reshard.loading.report import RestoreReport
 from reshard.loading.selection import select
 from reshard.loading.strictness import Strictness
@@ -324,7 +324,7 @@ class CheckpointManager:
         mine = b"" if prepared is None else msgspec.msgpack.encode((options, prepared[1].findings))
         told = [msgspec.msgpack.decode(data, type=tuple[str, bytes]) for data in settle(self._comm, error, mine, what=_UNTOUCHED)]
         assert prepared is not None  # settle raises when any rank has not planned
-        _check_same([options for options, _ in told])
+        check_same_options([options for options, _ in told])
         opened, planned = prepared
         adapter = opened.adapter
         loaded = load_tensors(planned, [findings for _, findings in told], self._comm, self._storage)
@@ -390,17 +390,3 @@ class CheckpointManager:
 def _is_same(root: str | None, other: str) -> bool:
     """Whether two paths mean the same directory; one may lead through a symbolic link."""
     return root is not None and os.path.realpath(root) == os.path.realpath(other)
-
-
-def _check_same(options: Sequence[str]) -> None:
-    """See that all ranks go on, or none: where one raises for a misfit that another lets pass, the other would wait for it."""
-    for rank, other in enumerate(options):
-        if other != options[0]:
-            raise UsageError(
-                "the ranks were given different options for loading",
-                field="strict, only, exclude, balanced, memory_budget",
-                rank=rank,
-                found=other,
-                expected=f"{options[0]}, as on rank 0",
-                fix="give every rank the same options",
-            )

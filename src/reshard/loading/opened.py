@@ -8,7 +8,7 @@ from typing import Any
 
 from reshard.catalog import Catalog
 from reshard.comm import Communicator
-from reshard.errors import MetadataError
+from reshard.errors import MetadataError, UsageError
 from reshard.format.common import CommonInfo, read_common
 from reshard.format.extra import groups_of, rank_values_in, values_in
 from reshard.format.index import decode_index
@@ -135,3 +135,24 @@ def report_of(resolved: Resolved, opened: Opened, loaded: TensorsLoaded, took: S
         cast=loaded.cast,
         skipped=loaded.skipped,
     )
+
+
+def check_same_options(options: Sequence[str]) -> None:
+    """See that all ranks go on, or none: where one raises for a misfit that another lets pass, the other would wait for it.
+
+    Args:
+        options: each rank's, as text.
+
+    Raises:
+        UsageError: they differ.
+    """
+    for rank, other in enumerate(options):
+        if other != options[0]:
+            raise UsageError(
+                "the ranks were given different options for loading",
+                field="strict, only, exclude, balanced, memory_budget",
+                rank=rank,
+                found=other,
+                expected=f"{options[0]}, as on rank 0",
+                fix="give every rank the same options",
+            )
