@@ -3,6 +3,7 @@
 from reshard.checkpoint import Checkpoint
 from reshard.errors import ReshardError
 from reshard.format.common import CommonInfo
+from reshard.loading.choice import PassedOver
 from reshard.loading.report import RestoreReport
 from reshard.loading.strictness import Strictness
 from reshard.manager import CheckpointManager
@@ -24,6 +25,7 @@ __all__ = [
     "KeepFor",
     "KeepNewest",
     "KeepPolicy",
+    "PassedOver",
     "ReshardError",
     "RestoreReport",
     "SaveReport",

@@ -16,6 +16,7 @@ ReshardError
 │   ├── NoSpaceError           the file system can't take it
 │   └── RootLockedError        another run writes the same root
 ├── StorageError               the storage refused an operation
+│   └── ShortFileError         a file ended before the bytes that should be in it
 └── CommunicationError         ranks could not reach or understand each other
 ```
 
@@ -24,6 +25,9 @@ what was expected, and what to do next.
 """
 
 from __future__ import annotations
+
+import copy
+from typing import TypeVar
 
 
 class ReshardError(Exception):
@@ -133,5 +137,27 @@ class StorageError(ReshardError):
     """The storage refused an operation (permission, missing path, input/output error)."""
 
 
+class ShortFileError(StorageError):
+    """A file ended before the bytes that should be in it: it was cut short, perhaps while it was read."""
+
+
 class CommunicationError(ReshardError):
     """Ranks could not reach or understand each other."""
+
+
+# What a checkpoint is that isn't as it was saved: the errors that another checkpoint may be free of.
+DAMAGE = (DamagedCheckpointError, ShortFileError)
+
+_Error = TypeVar("_Error", bound=ReshardError)
+
+
+def extended(error: _Error, *lines: tuple[str, object]) -> _Error:
+    """The same error with more to say.
+
+    Args:
+        error: of any kind; it stays as it is.
+        lines: a label and what is said, each a line at the end of the message.
+    """
+    more = copy.copy(error)
+    more.args = ("\n".join([str(error), *(f"  {label + ':':<10}{text}" for label, text in lines)]),)
+    return more

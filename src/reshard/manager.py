@@ -2,41 +2,29 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from types import EllipsisType, TracebackType
 from typing import Any, Literal, overload
 
-import msgspec
-
 from reshard.collector import collector_paused
 from reshard.comm import Communicator
-from reshard.comm.together import attempt, from_first, settle
+from reshard.comm.together import attempt
 from reshard.errors import UsageError
 from reshard.format.common import CommonInfo
 from reshard.frameworks.select import default_communicator, select_adapter
 from reshard.loading.budget import MEMORY_BUDGET
-from reshard.loading.loader import PlannedLoad, load_tensors, plan_load
-from reshard.loading.opened import Opened, check_same_options, open_checkpoint, report_of, restore_parts
+from reshard.loading.choice import OnCorrupt, Rules
+from reshard.loading.job import How, Run, load_run
 from reshard.loading.report import RestoreReport
 from reshard.loading.selection import select
 from reshard.loading.strictness import Strictness
 from reshard.saving.policies import KeepPolicy
 from reshard.saving.saver import SaveOptions, Saver, SaveReport
-from reshard.sources.relay import Relayed, read_for_all
-from reshard.sources.resolve import Resolved, latest, resolve
-from reshard.state import Kind, State
+from reshard.state import State
 from reshard.stateful import values_of
 from reshard.storage import Storage
 from reshard.storage.posix import PosixStorage
-
-# What became of the run when a load fails before it reads.
-_UNTOUCHED = "nothing was loaded; the run is as it was"
-
-_logger = logging.getLogger("reshard")
 
 
 class CheckpointManager:
@@ -170,6 +158,8 @@ class CheckpointManager:
         only: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
         missing_ok: Literal[False] = False,
+        on_corrupt: OnCorrupt = "error",
+        skip_unhealthy: bool = False,
         restore_random: bool = True,
         reseed: int | None = None,
         balanced: bool = False,
@@ -190,6 +180,8 @@ class CheckpointManager:
         only: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
         missing_ok: bool,
+        on_corrupt: OnCorrupt = "error",
+        skip_unhealthy: bool = False,
         restore_random: bool = True,
         reseed: int | None = None,
         balanced: bool = False,
@@ -209,6 +201,8 @@ class CheckpointManager:
         only: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
         missing_ok: bool = False,
+        on_corrupt: OnCorrupt = "error",
+        skip_unhealthy: bool = False,
         restore_random: bool = True,
         reseed: int | None = None,
         balanced: bool = False,
@@ -229,6 +223,10 @@ class CheckpointManager:
                 unexpected, is not read, and keeps the run's values. The same on every rank.
             exclude: patterns, likewise: what matches one is left out.
             missing_ok: no checkpoint at all is not an error but gives None (a fresh start).
+            on_corrupt: what is done about a damaged checkpoint. `error`: an error that names the newest intact one. `fallback`: the newest
+                intact one of its root that is older is loaded; a warning and the report say so. The same on every rank.
+            skip_unhealthy: whether one that is marked as unhealthy (`ckpt_status`) gives way to the newest older one of its root that is
+                not; a warning and the report say so. The same on every rank.
             restore_random: give the random generators their states, where this rank has the same place in the same strategy.
             reseed: the seed of this rank's generators where it hasn't. Ranks that must draw the same numbers (those of one tensor-parallel
                 group) must give the same. None leaves the generators alone.
@@ -240,121 +238,24 @@ class CheckpointManager:
             The report, or None when there was none to load and that is fine.
 
         Raises:
-            CheckpointNotFoundError: there is no checkpoint.
-            DamagedCheckpointError: it isn't what it promises.
+            CheckpointNotFoundError: there is no checkpoint, or `skip_unhealthy` leaves none.
+            DamagedCheckpointError: it isn't what it promises, nor, with `fallback`, is any older one.
             MismatchError: it doesn't fit the run.
-            UsageError: the ranks were given different `strict`, `only`, `exclude`, `balanced` or `memory_budget`, or a pattern in `only`
-                means no tensor at all.
+            UsageError: the ranks were given different options of how to load, or a pattern in `only` means no tensor at all.
         """
         self._check_open()
-        with collector_paused():
-            return self._load(
-                path,
-                model=model,
-                optimizer=optimizer,
-                scheduler=scheduler,
-                dataloader=dataloader,
-                extra=extra,
-                strict=strict,
-                only=only,
-                exclude=exclude,
-                missing_ok=missing_ok,
-                restore_random=restore_random,
-                reseed=reseed,
-                balanced=balanced,
-                memory_budget=memory_budget,
-            )
-
-    def _load(
-        self,
-        path: str | os.PathLike[str] | None,
-        *,
-        model: Any,
-        optimizer: Any,
-        scheduler: Any,
-        dataloader: Any,
-        extra: Any,
-        strict: Strictness | None,
-        only: str | Sequence[str] | None,
-        exclude: str | Sequence[str] | None,
-        missing_ok: bool,
-        restore_random: bool,
-        reseed: int | None,
-        balanced: bool,
-        memory_budget: int,
-    ) -> RestoreReport | None:
-        started = time.perf_counter()
+        run = Run(model, optimizer, {"scheduler": scheduler, "dataloader": dataloader, "extra": extra}, restore_random, reseed)
+        rules = Rules(missing_ok, on_corrupt, skip_unhealthy)
+        how = How(strict if strict is not None else Strictness(), select(only, exclude), balanced, memory_budget)
         root = self.directory if path is None else os.path.abspath(os.fspath(path))
-        # What one rank looks up for all: where the checkpoint lies may change under the others' eyes.
-        found = from_first(
-            self._comm,
-            lambda: self._look_up(root, missing_ok=missing_ok, balanced=balanced),
-            list[tuple[Resolved, Relayed]],
-            what=_UNTOUCHED,
-        )
-        if not found:
+        with collector_paused():
+            loaded = load_run(self._storage, self._comm, root, run, rules, how)
+        if loaded is None:
             return None
-        resolved, relayed = found[0]
-        strictness = strict if strict is not None else Strictness()
-        selection = select(only, exclude)
-        kinds = frozenset(kind for kind, given in ((Kind.MODEL, model), (Kind.OPTIMIZER, optimizer)) if given is not None)
-
-        def prepare() -> tuple[Opened, PlannedLoad]:
-            opened = open_checkpoint(
-                self._storage, self._comm, resolved.directory, relayed, model, optimizer, selection, restore_random=restore_random
-            )
-            return opened, plan_load(
-                opened.destination.state,
-                opened.description,
-                opened.catalog,
-                common=opened.common,
-                storage=self._storage,
-                seal=relayed.seal,
-                strictness=strictness,
-                kinds=kinds,
-                has_random=opened.rank_values is not None and "random" in opened.rank_values,
-                selection=opened.selection,
-                opening=time.perf_counter() - started,
-                balanced=balanced,
-                memory_budget=memory_budget,
-            )
-
-        prepared, error = attempt(prepare)
-        options = f"{strictness}, {selection}, balanced={balanced}, memory_budget={memory_budget}"
-        mine = b"" if prepared is None else msgspec.msgpack.encode((options, prepared[1].findings))
-        told = [msgspec.msgpack.decode(data, type=tuple[str, bytes]) for data in settle(self._comm, error, mine, what=_UNTOUCHED)]
-        assert prepared is not None  # settle raises when any rank has not planned
-        check_same_options([options for options, _ in told])
-        opened, planned = prepared
-        adapter = opened.adapter
-        loaded = load_tensors(planned, [findings for _, findings in told], self._comm, self._storage)
-        began = time.perf_counter()
-
-        def install() -> tuple[str, Any, tuple[str, ...]]:
-            opened.destination.install(opened.selection.groups(opened.groups))
-            values = {name: adapter.from_value(value) for name, value in opened.values.items()}
-            notes = restore_parts(values, {"scheduler": scheduler, "dataloader": dataloader, "extra": extra})
-            random = "untouched"
-            if loaded.all_have_random and opened.rank_values is not None and "random" in opened.rank_values:
-                adapter.restore_random_states(adapter.from_value(opened.rank_values["random"]))
-                random = "restored"
-            elif reseed is not None:
-                adapter.reseed(reseed)
-                random = "reseeded"
-            return random, values.get("extra"), notes
-
-        installed, error = attempt(install)
-        ended = time.perf_counter()
-        took = msgspec.msgpack.encode((ended - began, ended - started))
-        payloads = settle(self._comm, error, took, what="tensors are loaded, but the rest of the run's state is not")
-        assert installed is not None  # settle raises when any rank has not installed it
-        random, extra_values, notes = installed
-        for note in notes:
-            _logger.warning("%s", note)
+        resolved, report = loaded
         if self._saver is not None and resolved.iteration is not None and _is_same(resolved.root, self.directory):
             self._saver.protect(resolved.iteration)
-        report = report_of(resolved, opened, loaded, [msgspec.msgpack.decode(payload, type=tuple[float, float]) for payload in payloads])
-        return replace(report, random=random, extra=extra_values, notes=(*report.notes, *notes))
+        return report
 
     def wait(self) -> None:
         """Return when the save in flight is committed; raise its error. A synchronous save never is in flight."""
@@ -381,10 +282,6 @@ class CheckpointManager:
     def _close_communicator(self) -> None:
         if self._owns_communicator:
             self._comm.close()
-
-    def _look_up(self, root: str, *, missing_ok: bool, balanced: bool) -> list[tuple[Resolved, Relayed]]:
-        found = latest(self._storage, root) if missing_ok else resolve(self._storage, root)
-        return [] if found is None else [(found, read_for_all(self._storage, found.directory, balanced=balanced))]
 
 
 def _is_same(root: str | None, other: str) -> bool:

@@ -9,6 +9,7 @@ from typing import Any, Literal, overload
 from reshard.comm import Communicator
 from reshard.format.common import CommonInfo
 from reshard.loading.budget import MEMORY_BUDGET
+from reshard.loading.choice import OnCorrupt
 from reshard.loading.report import RestoreReport
 from reshard.loading.strictness import Strictness
 from reshard.manager import CheckpointManager
@@ -88,6 +89,8 @@ def load(
     only: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     missing_ok: Literal[False] = False,
+    on_corrupt: OnCorrupt = "error",
+    skip_unhealthy: bool = False,
     restore_random: bool = True,
     reseed: int | None = None,
     balanced: bool = False,
@@ -110,6 +113,8 @@ def load(
     only: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     missing_ok: bool,
+    on_corrupt: OnCorrupt = "error",
+    skip_unhealthy: bool = False,
     restore_random: bool = True,
     reseed: int | None = None,
     balanced: bool = False,
@@ -131,6 +136,8 @@ def load(
     only: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     missing_ok: bool = False,
+    on_corrupt: OnCorrupt = "error",
+    skip_unhealthy: bool = False,
     restore_random: bool = True,
     reseed: int | None = None,
     balanced: bool = False,
@@ -151,6 +158,8 @@ def load(
         only: see there.
         exclude: see there.
         missing_ok: see there.
+        on_corrupt: see there.
+        skip_unhealthy: see there.
         restore_random: see there.
         reseed: see there.
         balanced: see there.
@@ -172,6 +181,8 @@ def load(
             only=only,
             exclude=exclude,
             missing_ok=missing_ok,
+            on_corrupt=on_corrupt,
+            skip_unhealthy=skip_unhealthy,
             restore_random=restore_random,
             reseed=reseed,
             balanced=balanced,

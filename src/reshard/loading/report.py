@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from reshard.format.common import CommonInfo
+from reshard.loading.choice import PassedOver
 
 # A table shows so many ranks, and so many names of a kind; the report has them all.
 _RANKS_SHOWN = 16
@@ -52,6 +53,7 @@ class RestoreReport:
         unexpected: the checkpoint's tensors that the run lacks.
         mismatched: tensors that were left alone since shape or dtype differ.
         skipped: the tensors of the checkpoint and of the run that `only` and `exclude` left out.
+        passed_over: the newer checkpoints that were not taken since they are damaged or unhealthy, newest first.
         random: what became of the random states: `restored`, `reseeded` or `untouched`.
         ranks: every rank's part.
         common: the training information of the iteration, None when it has none.
@@ -75,6 +77,7 @@ class RestoreReport:
     seconds: float = 0.0
     cast: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
+    passed_over: tuple[PassedOver, ...] = ()
 
     @property
     def bytes_needed(self) -> int:
@@ -97,7 +100,9 @@ class RestoreReport:
         """
         which = "" if self.iteration is None else f"iteration {self.iteration} of "
         kinds = self._kinds()
-        lines = [f"{which}{self.directory}: loaded in {self.seconds:.2f} s; random states {self.random}", ""]
+        lines = [f"{which}{self.directory}: loaded in {self.seconds:.2f} s; random states {self.random}"]
+        lines += [f"passed over {one}: {' '.join(one.details.split())}" for one in self.passed_over]
+        lines.append("")
         lines += _columns([["restored", *kinds], [str(len(self.restored)), *(str(len(names)) for names in kinds.values())]])
         lines += ["", *_columns(self._rank_rows())]
         if len(self.ranks) > _RANKS_SHOWN:
@@ -144,6 +149,8 @@ class RestoreReport:
         for label, names in self._kinds().items():
             if names:
                 line += f"; {len(names)} {label}"
+        if self.passed_over:
+            line += f"; passed over {', '.join(map(str, self.passed_over))}"
         return line + f"; random states {self.random}"
 
 

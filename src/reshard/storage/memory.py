@@ -10,7 +10,7 @@ from types import TracebackType
 
 import numpy as np
 
-from reshard.errors import NoSpaceError, StorageError
+from reshard.errors import NoSpaceError, ShortFileError, StorageError
 from reshard.storage.storage import Entry, Lock, ReadableFile, WritableFile, scatter_by_reading
 
 
@@ -44,7 +44,7 @@ class _MemoryReadable:
         target = buffer.cast("B") if buffer.nbytes else buffer
         found = memoryview(self._file.data)[offset : offset + target.nbytes]
         if found.nbytes < target.nbytes:
-            raise StorageError(
+            raise ShortFileError(
                 "the file ends before the bytes that should be in it",
                 file=self.path,
                 found=f"{len(self._file.data)} bytes",

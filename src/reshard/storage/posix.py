@@ -20,7 +20,7 @@ from types import TracebackType
 
 import numpy as np
 
-from reshard.errors import NoSpaceError, ReshardError, StorageError
+from reshard.errors import NoSpaceError, ReshardError, ShortFileError, StorageError
 from reshard.storage.storage import Entry, Lock, ReadableFile, WritableFile, scatter_by_reading
 from reshard.storage.system_calls import RENAME_EXCHANGE, RENAME_NOREPLACE, UNSUPPORTED, is_leased, lease, preadv, rename2
 
@@ -113,7 +113,7 @@ class _PosixReadable(_Descriptor):
             while done < buffer.nbytes:
                 count = os.preadv(self._descriptor, [rest[done:]], offset + done)
                 if count == 0:
-                    raise StorageError(
+                    raise ShortFileError(
                         "the file ends before the bytes that should be in it",
                         file=self.path,
                         found=f"{max(0, offset + done)} bytes at most",
@@ -130,7 +130,7 @@ class _PosixReadable(_Descriptor):
             while len(pieces):
                 done = call(self._descriptor, pieces, offset)
                 if done == 0:
-                    raise StorageError(
+                    raise ShortFileError(
                         "the file ends before the bytes that should be in it",
                         file=self.path,
                         found=f"{offset} bytes at most",
@@ -149,7 +149,7 @@ class _PosixReadable(_Descriptor):
                 return None
             size = os.fstat(self._descriptor).st_size
             if size < offset + nbytes:
-                raise StorageError(
+                raise ShortFileError(
                     "the file ends before the bytes that should be in it",
                     file=self.path,
                     found=f"{size} bytes",

@@ -42,7 +42,7 @@ class ReadableFile(Protocol):
     size: int
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
-        """Fill a buffer (contiguous bytes) from an offset. Raises StorageError when the file ends before it is full."""
+        """Fill a buffer (contiguous bytes) from an offset. Raises ShortFileError when the file ends before it is full."""
         ...
 
     def scatter(self, offset: int, pieces: np.ndarray) -> None:
@@ -56,7 +56,7 @@ class ReadableFile(Protocol):
                 them: they are written, whatever lies there.
 
         Raises:
-            StorageError: the file ends before all are full.
+            ShortFileError: the file ends before all are full.
         """
         ...
 
@@ -64,7 +64,7 @@ class ReadableFile(Protocol):
         """A read-only view of bytes of the file, of which only what is looked at is copied; None where there is no such view.
 
         The file's size is checked right before, and there is a view only where the file can't be cut short within the next seconds, which
-        would kill the process: use it at once and let it go. Raises StorageError when the file ends before it.
+        would kill the process: use it at once and let it go. Raises ShortFileError when the file ends before it.
         """
         ...
 
