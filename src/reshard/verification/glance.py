@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from reshard.catalog import Catalog
 from reshard.errors import MetadataError
 from reshard.format.index import INDEX_FILE
-from reshard.format.names import EXTRA_DIRECTORY
+from reshard.format.names import DATA_SUFFIX, EXTRA_DIRECTORY
+from reshard.format.safetensors import read_header
 from reshard.format.seal import Seal
 from reshard.sources.native import Headers, check_promises, open_stored
 from reshard.storage import Storage
@@ -15,7 +16,7 @@ from reshard.storage.storage import join
 
 
 def check_at_a_glance(storage: Storage, directory: str) -> None:
-    """Hold seal, metadata, training information, names and sizes of all files, and the headers of data files against each other.
+    """Hold seal, metadata, training information, names and sizes of all files, and the headers of data and extras against each other.
 
     Args:
         storage: where the checkpoint lies.
@@ -32,6 +33,10 @@ def check_at_a_glance(storage: Storage, directory: str) -> None:
     if problem is not None:
         raise MetadataError(problem, file=directory)
     check_promises(stored.catalog, Headers(storage, directory, stored.seal))
+    files = {} if stored.seal is None else stored.seal.files
+    for name, sealed in files.items():
+        if name.startswith(f"{EXTRA_DIRECTORY}/") and name.endswith(DATA_SUFFIX):
+            read_header(storage, join(directory, name), sealed)
 
 
 def measure(storage: Storage, directory: str) -> tuple[dict[str, int], float]:
