@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+import math
+import shutil
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,8 +17,8 @@ import pytest
 import reshard
 from reshard.config.document import Document
 from reshard.config.validation import validate
-from reshard.errors import CheckpointNotFoundError, MismatchError, RootLockedError
-from reshard.training.metrics import read_metrics
+from reshard.errors import CheckpointNotFoundError, DataFileError, MismatchError, RootLockedError
+from reshard.training.metrics import StepMetrics, read_metrics
 from reshard.training.trainer import Trainer
 from tests.training import ranks
 
@@ -280,6 +283,39 @@ def test_an_unhealthy_step_marks_its_checkpoint(tmp_path: Path) -> None:
     common = reshard.Checkpoint(str(tmp_path / "checkpoint")).common
     assert common is not None
     assert common.ckpt_status == 1
+
+
+def test_a_damaged_checkpoint_is_passed_over_when_the_configuration_says_so(straight: Path, tmp_path: Path) -> None:
+    shutil.copytree(straight / "checkpoint", tmp_path / "checkpoint")
+    (path,) = (tmp_path / "checkpoint" / "iteration_00000008").glob("*-model-*")
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(DataFileError, match="iteration 4 is the newest intact one"):
+        run(tmp_path, steps=9, resume="auto")
+    shown = run(tmp_path, steps=9, resume="auto", on_corrupt="fallback")
+    assert "continuing from iteration 4: " in shown
+    assert "passed over iteration 8 (damaged): " in shown
+    # Steps 5 to 8 are those of the run that nothing stopped.
+    again, first = losses(tmp_path), losses(straight)
+    assert {step: again[step] for step in range(5, 9)} == {step: first[step] for step in range(5, 9)}
+
+
+def test_an_unhealthy_checkpoint_is_skipped_when_the_configuration_says_so(straight: Path, tmp_path: Path) -> None:
+    shutil.copytree(straight / "checkpoint", tmp_path / "checkpoint")
+    broken = trainer(tmp_path, steps=9, resume="auto")
+    real_step = broken.step
+
+    def step() -> StepMetrics:
+        return replace(real_step(), loss=math.nan)
+
+    broken.step = step
+    with redirect_stdout(io.StringIO()):
+        broken.train()
+    assert "continuing from iteration 9: " in run(tmp_path, steps=9, resume="auto")
+    shown = run(tmp_path, steps=9, resume="auto", skip_unhealthy=True)
+    assert "continuing from iteration 8: " in shown
+    assert "passed over iteration 9 (unhealthy): " in shown
+    assert losses(tmp_path).keys() == {9}
+    assert reshard.Checkpoint(tmp_path / "checkpoint").common.ckpt_status == 0, "saved again, and healthy"
 
 
 def test_notes_of_the_configuration_are_shown(tmp_path: Path) -> None:

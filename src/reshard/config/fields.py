@@ -208,6 +208,14 @@ class RunConfig(Section):
     balanced_load: bool = Field(
         default=False, description="whether ranks share the reading of a checkpoint: each byte is read once in the whole job, and sent on"
     )
+    on_corrupt: Literal["error", "fallback"] = Field(
+        default="error",
+        description="a damaged checkpoint: error, which names the newest intact one, or fallback to it, with a warning",
+    )
+    skip_unhealthy: bool = Field(
+        default=False,
+        description="whether a checkpoint marked as unhealthy (its loss was not finite) gives way to the newest older one that is not",
+    )
     use_legacy_format: bool | None = Field(
         default=None, description="False: Checkpoint 2.0, which is also what absence means; True (Checkpoint 1.0) is not supported"
     )

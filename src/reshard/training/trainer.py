@@ -117,7 +117,7 @@ class Trainer:
         run = self._run
         if run.resume == "auto":
             assert manager is not None  # validation: `auto` needs a monitor
-            report = manager.load(missing_ok=True, balanced=run.balanced_load, **self._loaded_parts())
+            report = manager.load(missing_ok=True, **self._how(), **self._loaded_parts())
             if report is not None:
                 return self._continue(report, "resume: auto: continuing from", progress)
             progress.note(f"resume: auto: no checkpoint in {manager.directory}, a fresh start")
@@ -126,15 +126,19 @@ class Trainer:
         reader = manager if manager is not None else CheckpointManager(run.load_checkpoint, read_only=True)
         try:
             if run.resume_training:
-                report = reader.load(run.load_checkpoint, balanced=run.balanced_load, **self._loaded_parts())
+                report = reader.load(run.load_checkpoint, **self._how(), **self._loaded_parts())
                 assert report is not None
                 return self._continue(report, "resume_training: continuing from", progress)
-            report = reader.load(run.load_checkpoint, model=self.model, restore_random=False, balanced=run.balanced_load)
+            report = reader.load(run.load_checkpoint, model=self.model, restore_random=False, **self._how())
             progress.note(f"load_checkpoint: weights of {report}; optimizer, schedule and data begin anew")
             return None
         finally:
             if reader is not manager:
                 reader.close()
+
+    def _how(self) -> dict[str, Any]:
+        run = self._run
+        return {"balanced": run.balanced_load, "on_corrupt": run.on_corrupt, "skip_unhealthy": run.skip_unhealthy}
 
     def _loaded_parts(self) -> dict[str, Any]:
         parts = self.parts()
@@ -147,6 +151,8 @@ class Trainer:
         step = common.global_step if common is not None and common.global_step is not None else report.iteration
         self.done = step or 0
         progress.note(f"{how} {report}")
+        for one in report.passed_over:
+            progress.note(f"passed over {one}: {one.path}: {' '.join(one.details.split())}")
         progress.resumed(self.done)
         if self.scheduler.last_epoch != self.done:
             go_to_step(self.scheduler, self.done)
