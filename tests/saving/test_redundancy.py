@@ -15,12 +15,13 @@ import reshard
 from reshard.checkpoint import Checkpoint
 from reshard.cli.app import app
 from reshard.comm import Communicator
+from reshard.errors import CaptureError, ReshardError, UsageError
 from reshard.format.common import CommonInfo
 from reshard.saving.saver import SaveOptions, Saver
 from reshard.sources.resolve import list_iterations
 from reshard.state import GLOBAL_STEP, Kind, State, model_key, slot_key, state_of, whole_tensor
 from reshard.storage import MemoryStorage, PosixStorage, Storage
-from reshard.testing import differences, mesh_of, run_ranks, split, state_on_rank, tensor_on_rank
+from reshard.testing import FaultyStorage, differences, mesh_of, run_ranks, run_ranks_settled, split, state_on_rank, tensor_on_rank
 from reshard.verification import verify
 from tests import saving_runs as runs
 from tests.loading.test_matrix import ARRAYS, parts
@@ -176,3 +177,68 @@ def test_a_layout_that_changes_on_some_ranks(changed: set[int]) -> None:
     assert [name for name in runs.names(storage) if "saving" in name] == []
     second = {entry.name for entry in storage.list(f"{runs.ROOT}/iteration_00000002") if entry.name.endswith(".safetensors")}
     assert second == {entry.name for entry in storage.list(f"{runs.ROOT}/iteration_00000003") if entry.name.endswith(".safetensors")}
+
+
+def test_a_failure_at_any_operation_while_a_layout_changes() -> None:
+    """Also between the two attempts: every rank gets the error, what was committed stays, and the next save works."""
+
+    def run(storages: Sequence[Storage]) -> list[object]:
+        def on_rank(comm: Communicator) -> tuple[bool, str]:
+            with Saver(storages[comm.rank], comm, runs.ROOT, ONCE) as saver:
+                saver.save(1, small(2, comm.rank), CommonInfo())
+                changed = small(2, comm.rank, **({"late": np.ones(50)} if comm.rank else {}))
+                try:
+                    saver.save(2, changed, CommonInfo())
+                except ReshardError as error:
+                    failure = str(error)
+                else:
+                    failure = ""
+                saver.save(3, changed, CommonInfo())
+            return failure == "", failure
+
+        return list(run_ranks(2, on_rank))
+
+    seen: set[bool] = set()
+    for rank in range(2):
+        shared = MemoryStorage()
+        counted = [FaultyStorage(shared), FaultyStorage(shared)]
+        assert [saved for saved, _ in run(counted)] == [True, True]
+        first = next(i for i, (_, path) in enumerate(counted[rank].log, 1) if "00000002" in path)
+        last = max(i for i, (_, path) in enumerate(counted[rank].log, 1) if "00000002" in path)
+        assert last - first > 15
+        for k in range(first, last + 1):
+            storage = MemoryStorage()
+            faulty = FaultyStorage(storage, fail_at=k)
+            outcomes = run([faulty if r == rank else storage for r in range(2)])
+            assert faulty.failed is not None
+            assert outcomes[0] == outcomes[1], faulty.failed
+            saved = outcomes[0][0]
+            seen.add(saved)
+            assert [step for step, _ in list_iterations(storage, runs.ROOT)] == ([1, 2, 3] if saved else [1, 3]), faulty.failed
+            for step, directory in list_iterations(storage, runs.ROOT):
+                assert ("late" in whole_values(storage, runs.ROOT, step)) == (step > 1)
+                assert verify(directory, storage=storage).faults == ()
+    assert seen == {True, False}
+
+
+def test_ranks_that_were_told_different_things() -> None:
+    def run(comm: Communicator) -> None:
+        Saver(MemoryStorage(), comm, runs.ROOT, SaveOptions(remove_redundancy=comm.rank == 1)).close()
+
+    for outcome in run_ranks_settled(2, run):
+        assert isinstance(outcome, UsageError)
+        assert outcome.field == "remove_redundancy"
+
+
+def test_states_that_do_not_fit_together() -> None:
+    storage = MemoryStorage()
+
+    def run(comm: Communicator) -> None:
+        with Saver(storage, comm, runs.ROOT, ONCE) as saver:
+            saver.save(1, state_of(whole_tensor(WEIGHT, np.ones(2 + comm.rank))), CommonInfo())
+
+    outcomes = run_ranks_settled(2, run)
+    assert all(isinstance(outcome, CaptureError) for outcome in outcomes)
+    assert "different shapes" in str(outcomes[0])
+    assert str(outcomes[0]) == str(outcomes[1])
+    assert runs.names(storage) == [".reshard.lock"]

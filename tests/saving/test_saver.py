@@ -228,42 +228,6 @@ def test_a_closed_saver_is_closed():
         saver.save(1, State(), CommonInfo())
 
 
-class Counted:
-    """A communicator whose collectives are counted."""
-
-    def __init__(self, inner) -> None:
-        self.inner = inner
-        self.calls: list[str] = []
-        self.rank, self.world_size = inner.rank, inner.world_size
-
-    def all_gather(self, data: bytes) -> list[bytes]:
-        self.calls.append("all_gather")
-        return self.inner.all_gather(data)
-
-    def broadcast(self, data: bytes, source: int = 0) -> bytes:
-        self.calls.append("broadcast")
-        return self.inner.broadcast(data, source)
-
-
-def test_a_save_communicates_twice():
-    storage = MemoryStorage()
-
-    def run(comm):
-        counted = Counted(comm)
-        seen = []
-        with Saver(storage, counted, runs.ROOT) as saver:
-            for step in (1, 2, 3, 4):
-                counted.calls.clear()
-                # From step 3 on there is another tensor: another structure, that is told with the outcome.
-                tensors = [whole_tensor(model_key(f"w{i}"), np.ones(2)) for i in range(2 if step < 3 else 3)]
-                saver.save(step, state_of(*tensors), CommonInfo())
-                seen.append(list(counted.calls))
-        return seen
-
-    for seen in run_ranks(2, run):
-        assert seen == [["all_gather", "all_gather", "broadcast"], *[["all_gather", "broadcast"]] * 3]
-
-
 def test_a_changed_structure_is_in_the_metadata():
     storage = MemoryStorage()
 
