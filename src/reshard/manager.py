@@ -39,6 +39,8 @@ class CheckpointManager:
         async_save: not in this version.
         remove_redundancy: whether of equal regions that several ranks hold only one is written, by one of them: evenly by bytes, model and
             optimizer together. A checkpoint is then as large as the state itself, however many replicas there are.
+        check_replicas: whether what several ranks hold is compared before a save commits. Each rank hashes its part of it, which takes
+            about as long as copying it in memory; a difference is a SaveError on every rank, and nothing is committed.
         save_optimizer: whether optimizer state is saved.
         communicator: how the ranks talk; chosen by the framework that is in use when it isn't given.
         storage: where the root lies; the file system when it isn't given.
@@ -59,6 +61,7 @@ class CheckpointManager:
         keep: KeepPolicy | None = None,
         async_save: bool = False,
         remove_redundancy: bool = False,
+        check_replicas: bool = False,
         save_optimizer: bool = True,
         communicator: Communicator | None = None,
         storage: Storage | None = None,
@@ -78,6 +81,7 @@ class CheckpointManager:
             keep=keep,
             save_optimizer=save_optimizer,
             remove_redundancy=remove_redundancy,
+            check_replicas=check_replicas,
             lock_timeout=lock_timeout,
         )
         self.directory = os.path.abspath(os.fspath(directory))

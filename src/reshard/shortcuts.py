@@ -30,6 +30,7 @@ def save(
     metrics: Mapping[str, Any] | None = None,
     prefix: str | None = "CKP",
     remove_redundancy: bool = False,
+    check_replicas: bool = False,
     save_optimizer: bool = True,
     communicator: Communicator | None = None,
     storage: Storage | None = None,
@@ -48,6 +49,7 @@ def save(
         metrics: see there.
         prefix: as in `CheckpointManager`, and so are the others.
         remove_redundancy: see there.
+        check_replicas: see there.
         save_optimizer: see there.
         communicator: see there.
         storage: see there.
@@ -60,6 +62,7 @@ def save(
         prefix=prefix,
         keep_checkpoint_max=None,
         remove_redundancy=remove_redundancy,
+        check_replicas=check_replicas,
         save_optimizer=save_optimizer,
         communicator=communicator,
         storage=storage,

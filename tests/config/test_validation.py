@@ -45,6 +45,7 @@ def test_an_empty_configuration_has_the_seed_documents_defaults(tmp_path: Path) 
         "async_save": False,
         "checkpoint_format": "safetensors",
         "remove_redundancy": False,
+        "check_replicas": False,
         "save_optimizer": True,
     }
 

@@ -172,6 +172,10 @@ class CheckpointMonitor(Section):
     remove_redundancy: bool = Field(
         default=False, description="whether what several ranks hold is written once, by one of them, evenly by bytes"
     )
+    check_replicas: bool = Field(
+        default=False,
+        description="whether what several ranks hold is hashed and compared before a save commits; replicas that differ are an error",
+    )
     save_optimizer: bool = Field(default=True, description="whether the optimizer is saved too; without it a run can't be resumed exactly")
 
 

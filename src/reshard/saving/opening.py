@@ -17,12 +17,14 @@ class Opening(msgspec.Struct, array_like=True):
         prefix: as in `SaveOptions`; rank 0 derives every rank's file names from its own.
         save_optimizer: likewise.
         remove_redundancy: likewise.
+        check_replicas: whether ranks compare what they hold together; who does hashes it, and tells of it.
     """
 
     token: str
     prefix: str | None
     save_optimizer: bool
     remove_redundancy: bool
+    check_replicas: bool
 
 
 def agree_on_opening(told: Sequence[Opening]) -> Opening:
@@ -33,7 +35,7 @@ def agree_on_opening(told: Sequence[Opening]) -> Opening:
     """
     first = told[0]
     for rank, other in enumerate(told):
-        for field in ("prefix", "save_optimizer", "remove_redundancy"):
+        for field in ("prefix", "save_optimizer", "remove_redundancy", "check_replicas"):
             if getattr(other, field) != getattr(first, field):
                 raise UsageError(
                     "the ranks were given different options for saving",

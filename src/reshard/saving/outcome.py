@@ -41,6 +41,7 @@ class Outcome(msgspec.Struct, array_like=True):
         news: its structure, when the others don't know it yet.
         options: the hyper-parameters of its groups.
         global_step: the step count of its optimizers; None when it has none.
+        replicas: where replicas are compared, the digests of what it holds with others, by the number of these ranks.
     """
 
     step: int | None
@@ -49,6 +50,7 @@ class Outcome(msgspec.Struct, array_like=True):
     news: bytes | None
     options: list[GroupOptions]
     global_step: int | None = None
+    replicas: dict[int, bytes] = {}
 
 
 class Verdict(msgspec.Struct, array_like=True):

@@ -10,7 +10,7 @@ import re
 import socket
 import time
 
-from reshard.errors import ReshardError, RootLockedError
+from reshard.errors import ReshardError, RootLockedError, SaveError
 from reshard.format.names import REPLACED_PREFIX, iteration_name, parse_iteration_name
 from reshard.storage import Lock, Storage
 from reshard.storage.storage import join
@@ -151,3 +151,22 @@ def discard(storage: Storage, path: str) -> bool:
         _logger.warning("can't remove %s, which isn't needed any more: %s", path, error)
         return False
     return True
+
+
+def check_lock(lock: Lock | None, root: str) -> None:
+    """See that no other run can be writing a root.
+
+    Args:
+        lock: this run's; None when it has none.
+        root: the root.
+
+    Raises:
+        SaveError: the lock is gone.
+    """
+    if lock is None or not lock.is_held():
+        raise SaveError(
+            "this run's lock on the checkpoint root is gone",
+            file=join(root, LOCK_FILE),
+            found="the root or its lock file was removed, or this is a forked child of the process that took the lock",
+            fix="make the manager anew; leave the lock file where it is while a run writes",
+        )

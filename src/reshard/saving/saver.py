@@ -15,7 +15,7 @@ import msgspec
 
 from reshard.comm import Communicator
 from reshard.comm.together import attempt, settle
-from reshard.errors import ReshardError, SaveError, UsageError
+from reshard.errors import ReshardError, UsageError
 from reshard.format.common import CommonInfo, with_health
 from reshard.format.extra import global_tree, write_extra
 from reshard.format.index import INDEX_FILE
@@ -29,8 +29,9 @@ from reshard.saving.opening import Opening, agree_on_opening
 from reshard.saving.outcome import UNCHANGED, Failure, Outcome, Verdict, describe_failure, failure_of_ranks
 from reshard.saving.policies import KeepPolicy, policy_of
 from reshard.saving.rank_files import check_space, write_rank
+from reshard.saving.replicas import Replicas, compare
 from reshard.saving.retention import retire
-from reshard.saving.root import LOCK_FILE, discard, is_leftover_of, open_root, saving_name
+from reshard.saving.root import check_lock, discard, is_leftover_of, open_root, saving_name
 from reshard.saving.structure import RankPlan, Structures
 from reshard.state import Kind, State
 from reshard.storage import Lock, Storage
@@ -49,6 +50,7 @@ class SaveOptions:
         keep: a policy of retention; what it keeps stays besides. Without it and `keep_checkpoint_max` all stay.
         save_optimizer: whether optimizer tensors are saved.
         remove_redundancy: whether of equal regions on several ranks only one is written.
+        check_replicas: whether equal regions on several ranks are compared, by their digests, before a save commits.
         lock_timeout: seconds to wait for a root that another process holds.
 
     Raises:
@@ -60,6 +62,7 @@ class SaveOptions:
     keep: KeepPolicy | None = None
     save_optimizer: bool = True
     remove_redundancy: bool = False
+    check_replicas: bool = False
     lock_timeout: float = 10.0
 
     def __post_init__(self) -> None:
@@ -136,7 +139,10 @@ class Saver:
         self._protected = protect
         self._sequence = 0
         given = self.options
-        self._structures = Structures(comm.rank, comm.world_size, given.prefix, given.save_optimizer, given.remove_redundancy)
+        self._structures = Structures(
+            comm.rank, comm.world_size, given.prefix, given.save_optimizer, given.remove_redundancy, given.check_replicas
+        )
+        self._replicas: Replicas | None = None
         self._lock: Lock | None = None
         self._is_open = True
         self._was_broken_off = False
@@ -147,7 +153,7 @@ class Saver:
 
         try:
             token, error = attempt(open_here) if comm.rank == 0 else ("", None)
-            mine = Opening(token or "", given.prefix, given.save_optimizer, given.remove_redundancy)
+            mine = Opening(token or "", given.prefix, given.save_optimizer, given.remove_redundancy, given.check_replicas)
             told = settle(comm, error, msgspec.msgpack.encode(mine), what="this run can't save there")
             self._token = agree_on_opening([msgspec.msgpack.decode(data, type=Opening) for data in told]).token
         except BaseException:
@@ -197,17 +203,17 @@ class Saver:
         agreed = self._agree(prepared)
         files, error = self._write_part(prepared, state, error) if agreed else ({}, error)
         outcomes, is_outdated = self._tell(prepared, error, files)
-        if is_outdated and failure_of_ranks(outcomes) is None:
+        if is_outdated and all(outcome.failure is None for outcome in outcomes):
             # A rank holds something else than at the save before, and others wrote their shares of what was. Now all know of it.
-            if self._comm.rank == 0 and prepared is not None:
-                discard(self._storage, self._temporary(prepared.step))
+            self._discard(outcomes)
             self._sequence += 1
             files, error = self._write_part(prepared, state, error)
             outcomes, _ = self._tell(prepared, error, files)
+        difference = compare(self._comm, self._replicas, [outcome.replicas for outcome in outcomes])
         mine: Verdict | None = None
         if self._comm.rank == 0:
             # Whatever happens here, the others hear a verdict.
-            mine, problem = attempt(lambda: self._judge(prepared, state, outcomes))
+            mine, problem = attempt(lambda: self._judge(prepared, state, outcomes, difference))
             if problem is not None:
                 mine = Verdict(describe_failure(None, {0: Failure.of(problem)}, len(outcomes)), [])
         verdict = msgspec.msgpack.decode(self._comm.broadcast(msgspec.msgpack.encode(mine)), type=Verdict)
@@ -283,6 +289,7 @@ class Saver:
         self, prepared: _Prepared | None, state: State, error: ReshardError | None
     ) -> tuple[dict[str, SealedFile], ReshardError | None]:
         """Write this rank's files, if it can: what the seal says of them, and what kept it from it."""
+        self._replicas = None
         if prepared is None or not self._structures.is_known(prepared.plan):
             return {}, error
         files, error = attempt(lambda: self._write(prepared, state))
@@ -292,11 +299,11 @@ class Saver:
         temporary = self._temporary(prepared.step)
         files = self._structures.files_to_write(prepared.plan)
         if self._comm.rank == 0:
-            self._check_lock()
+            check_lock(self._lock, self.root)
             # Whether the states fit together shows here, before rank 0 writes, unless another rank's has changed since the last save.
             self._structures.metadata()
         check_space(self._storage, self.root, temporary, self._structures.nbytes)
-        return write_rank(
+        written = write_rank(
             self._storage,
             temporary,
             files,
@@ -305,6 +312,8 @@ class Saver:
             world_size=self._comm.world_size,
             place=prepared.plan.place,
         )
+        self._replicas = Replicas(self._comm.rank, self._structures.shared_regions, state)
+        return written
 
     def _tell(self, prepared: _Prepared | None, error: ReshardError | None, files: dict[str, SealedFile]) -> tuple[list[Outcome], bool]:
         """Collective: the outcomes of all ranks, and whether their files were planned from what some of them no longer hold."""
@@ -315,15 +324,16 @@ class Saver:
             None if prepared is None or not self._structures.is_agreed else self._structures.news(prepared.plan),
             [] if prepared is None else prepared.options,
             None if prepared is None else prepared.global_step,
+            {} if self._replicas is None else self._replicas.folded,
         )
         gathered = self._comm.all_gather(msgspec.msgpack.encode(outcome))
         outcomes = [msgspec.msgpack.decode(data, type=Outcome) for data in gathered]
         is_outdated = self._structures.is_agreed and self._structures.learn([outcome.news for outcome in outcomes])
         return outcomes, is_outdated
 
-    def _judge(self, prepared: _Prepared | None, state: State, outcomes: list[Outcome]) -> Verdict:
+    def _judge(self, prepared: _Prepared | None, state: State, outcomes: list[Outcome], difference: Failure | None) -> Verdict:
         """Rank 0: commit, or clean up."""
-        failure = failure_of_ranks(outcomes)
+        failure = failure_of_ranks(outcomes) or difference
         if failure is None and prepared is not None:
             part = prepared
             undo = Undo()
@@ -333,9 +343,14 @@ class Saver:
             consequence = UNCHANGED if undo.failure is None else f"The commit could not be taken back either ({undo.failure})"
             failure = describe_failure(prepared.step, {0: Failure.of(error)}, len(outcomes), consequence)
         else:
+            self._discard(outcomes)
+        return Verdict(failure, [])
+
+    def _discard(self, outcomes: list[Outcome]) -> None:
+        """Rank 0: remove what the ranks wrote."""
+        if self._comm.rank == 0:
             for step in {outcome.step for outcome in outcomes if outcome.step is not None}:
                 discard(self._storage, self._temporary(step))
-        return Verdict(failure, [])
 
     def _commit(self, prepared: _Prepared, state: State, outcomes: list[Outcome], undo: Undo) -> None:
         temporary = self._temporary(prepared.step)
@@ -344,18 +359,8 @@ class Saver:
         except Exception:
             discard(self._storage, temporary)
             raise
-        self._check_lock()
+        check_lock(self._lock, self.root)
         publish(self._storage, self.root, prepared.step, temporary, self._mark, undo)
-
-    def _check_lock(self) -> None:
-        """Rank 0: see that no other run can be writing the root."""
-        if self._lock is None or not self._lock.is_held():
-            raise SaveError(
-                "this run's lock on the checkpoint root is gone",
-                file=join(self.root, LOCK_FILE),
-                found="the root or its lock file was removed, or this is a forked child of the process that took the lock",
-                fix="make the manager anew; leave the lock file where it is while a run writes",
-            )
 
     def _complete(self, temporary: str, prepared: _Prepared, state: State, outcomes: list[Outcome]) -> None:
         """Add to the ranks' files what is of the whole checkpoint, seal it, and make all names durable."""

@@ -19,6 +19,7 @@ from reshard.format.safetensors import PlannedHeader, plan_header
 from reshard.planning.agreement import RankDescription, describe, digest, place_of
 from reshard.planning.file_plan import FilePlan, WriteEntry, plan_rank_files, plan_sole_files
 from reshard.planning.holders import check_agreement
+from reshard.planning.replicas import SharedRegions, find_shared
 from reshard.planning.telling import decode_all, encode
 from reshard.planning.write_plan import plan_catalog
 from reshard.state import Kind, State
@@ -72,6 +73,11 @@ class RankPlan:
     files: tuple[PlannedFile, ...]
     place: str
 
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the tensors that the rank holds; where redundancy is removed it writes some of them."""
+        return self.description.nbytes
+
 
 class Structures:
     """What this rank knows of all ranks' structures.
@@ -82,19 +88,34 @@ class Structures:
         prefix: the first part of data files' names; None for none.
         save_optimizer: whether optimizer tensors are saved.
         remove_redundancy: whether each region is written once. One rank has nothing redundant.
+        check_replicas: whether it must be known which regions several ranks hold.
+
+    Attributes:
+        shared_regions: what this rank holds that others hold too, where replicas are checked; known as soon as `files_to_write` is.
     """
 
-    def __init__(self, rank: int, world_size: int, prefix: str | None, save_optimizer: bool, remove_redundancy: bool = False) -> None:
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        prefix: str | None,
+        save_optimizer: bool,
+        remove_redundancy: bool = False,
+        check_replicas: bool = False,
+    ) -> None:
         self._rank = rank
         self._world_size = world_size
         self._prefix = prefix
         self._save_optimizer = save_optimizer
         self._removes = remove_redundancy and world_size > 1
+        self._checks = check_replicas and world_size > 1
         self._plan: RankPlan | None = None
         self._told: bytes | None = None
         self._ranks: list[RankStructure] = []
         self._catalog: Catalog | None = None
-        self._sole: tuple[PlannedFile, ...] | None = None
+        self.shared_regions: list[SharedRegions] = []
+        self._is_followed = False
+        self._sole: tuple[PlannedFile, ...] = ()
         self._sole_bytes = 0
         self._metadata: tuple[bytes, bytes] | None = None
 
@@ -105,7 +126,7 @@ class Structures:
 
     @property
     def nbytes(self) -> int:
-        """The bytes that all ranks write, roughly; where redundancy is removed, once the files are planned."""
+        """The bytes that all ranks write, roughly; where redundancy is removed, known as soon as `files_to_write` is."""
         return self._sole_bytes if self._removes else sum(structure.nbytes for structure in self._ranks)
 
     @property
@@ -143,25 +164,33 @@ class Structures:
         Where redundancy is kept these are all files of the plan, without that of the optimizer when no rank of the run has one.
 
         Raises:
-            CaptureError: redundancy is removed, and the ranks' states don't fit together.
+            CaptureError: redundancy is removed or replicas are checked, and the ranks' states don't fit together.
             SaveError: likewise, and a rank's description can't be understood.
         """
-        if not self._removes:
-            has_optimizer = plan.has_optimizer or any(structure.has_optimizer for structure in self._ranks)
-            return tuple(file for file in plan.files if file[0].kind is not Kind.OPTIMIZER or has_optimizer)
-        if self._sole is None:
-            catalog = self._catalog_of_all()
-            self._sole = _with_headers(plan_sole_files(plan.description, catalog))
+        if (self._removes or self._checks) and not self._is_followed:
+            self._follow(plan.description)
+        if self._removes:
+            return self._sole
+        has_optimizer = plan.has_optimizer or any(structure.has_optimizer for structure in self._ranks)
+        return tuple(file for file in plan.files if file[0].kind is not Kind.OPTIMIZER or has_optimizer)
+
+    def _follow(self, description: RankDescription) -> None:
+        """Plan what depends on what the others hold."""
+        catalog = self._catalog_of_all()
+        if self._removes:
+            self._sole = _with_headers(plan_sole_files(description, catalog))
             stored = catalog.tensors.values()
             pieces = sum(len(tensor.arrangement.pieces) for tensor in stored)
             self._sole_bytes = sum(tensor.nbytes for tensor in stored) + pieces * _BYTES_PER_TENSOR + self._world_size * _BYTES_PER_RANK
-            if self._rank != 0:
-                self._catalog = None
-        return self._sole
+        if self._checks:
+            self.shared_regions = find_shared(description, catalog)
+        self._is_followed = True
+        if self._rank != 0:
+            self._catalog = None
 
     def is_known(self, plan: RankPlan) -> bool:
-        """Whether the other ranks count on what this rank holds, so that it can write its share; always so where redundancy is kept."""
-        return not self._removes or self._ranks[self._rank].description == plan.told
+        """Whether the other ranks count on what this rank holds; they need not where each writes all that it holds."""
+        return not (self._removes or self._checks) or self._ranks[self._rank].description == plan.told
 
     def news(self, plan: RankPlan) -> bytes | None:
         """What the others don't know yet of this rank, or None."""
@@ -174,8 +203,8 @@ class Structures:
             told: in rank order; the first time from every rank.
 
         Returns:
-            Whether what was planned before is no longer what the ranks must write: redundancy is removed, and a rank holds something else.
-            The same on every rank.
+            Whether what was planned before is no longer what the ranks must write, or compare: a rank holds something else. The same on
+            every rank.
         """
         structures = [None if data is None else msgspec.msgpack.decode(data, type=RankStructure) for data in told]
         before = self._ranks
@@ -188,8 +217,9 @@ class Structures:
             self._told = self._plan.digest
         if before and all(new.description == old.description for new, old in zip(self._ranks, before, strict=True)):
             return False
-        self._catalog = self._sole = self._metadata = None
-        return self._removes and bool(before)
+        self._catalog = self._metadata = None
+        self._is_followed = False
+        return (self._removes or self._checks) and bool(before)
 
     def metadata(self) -> tuple[bytes, bytes]:
         """`metadata.json` for what all ranks write, and its index.

@@ -236,6 +236,7 @@ def _manager(run: RunConfig) -> Iterator[CheckpointManager | None]:
         keep_checkpoint_max=monitor.keep_checkpoint_max,
         keep=_keep(monitor),
         remove_redundancy=monitor.remove_redundancy,
+        check_replicas=monitor.check_replicas,
         save_optimizer=monitor.save_optimizer,
         read_only=monitor.save_checkpoint_steps is None,
     ) as manager:
