@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import reshard
-from reshard.cli.ls import list_root
+from reshard.cli.listing import list_root
 from reshard.comm import Communicator
 from reshard.errors import (
     CaptureError,

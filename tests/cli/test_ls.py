@@ -10,10 +10,13 @@ import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
 
-from reshard.cli.ls import DAMAGED, TORN, list_root, ls
+import reshard
+from reshard.cli.listing import DAMAGED, TORN, list_root
+from reshard.cli.ls import ls
 from reshard.errors import CheckpointNotFoundError, StorageError
 from reshard.storage import Entry, PosixStorage
 from tests import saving_runs as runs
@@ -238,6 +241,35 @@ def test_data_that_is_missing_is_damage(root: Path) -> None:
     assert lines[1].problem is not None
     assert "1 of 16 data files is truncated" in lines[1].problem
     assert second[2].name in lines[1].problem
+
+
+def test_metrics_and_health_are_shown_where_there_are_any(tmp_path: Path, run_reshard: Run) -> None:
+    statuses = [None, 0, 1]
+    with reshard.CheckpointManager(tmp_path) as manager:
+        for step, status in enumerate(statuses, start=1):
+            common = reshard.CommonInfo(global_step=step, ckpt_status=status)
+            metrics = {"accuracy": step / 8, "many": 1.0, "more": 2.0} if status is not None else None
+            if status:
+                metrics = {"loss": float("nan"), **(metrics or {}), "fifth": 5}
+            manager.save(step, model={"w": np.zeros(3)}, metrics=metrics, common=common)
+    done = run_reshard("ls", tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert " ".join(lines[1].split()) == "iteration global step size files ranks age accuracy many more loss health state"
+    assert lines[3].split()[-1:] == ["committed"]
+    assert lines[4].split()[-5:] == ["0.25", "1", "2", "healthy", "committed"]
+    assert lines[5].split()[-6:] == ["0.375", "1", "2", "nan", "unhealthy", "committed"]
+    assert lines[6] == "(1 more metric: --json shows them)"
+    listed = json.loads(run_reshard("ls", tmp_path, "--json").stdout)["iterations"]
+    assert [line["health"] for line in listed] == [None, "healthy", "unhealthy"]
+    assert [line["metrics"] for line in listed] == [
+        {},
+        {"accuracy": 0.25, "many": 1.0, "more": 2.0},
+        {"loss": "nan", "accuracy": 0.375, "many": 1.0, "more": 2.0, "fifth": 5.0},
+    ]
+    metrics_file = tmp_path / "iteration_00000002" / "extra" / "metrics.json"
+    metrics_file.write_text(metrics_file.read_text().replace("0.25", "0.35"))
+    assert list_root(PosixStorage(), str(tmp_path)).iterations[1].problem == "the file is not as it was saved (metrics.json)"
 
 
 def test_a_narrow_terminal_cuts_nothing_off(root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ import typer
 from reshard.cli.ls import ls
 from reshard.cli.output import EXIT_ERROR, is_output_lost, print_error, reporting
 from reshard.cli.plan import plan
+from reshard.cli.prune import prune
 from reshard.cli.show import show
 from reshard.cli.train import train
 from reshard.cli.verify import verify
@@ -42,6 +43,7 @@ def options(
 app.command()(reporting(ls))
 app.command()(reporting(show))
 app.command()(reporting(plan))
+app.command()(reporting(prune))
 app.command()(reporting(train))
 app.command()(reporting(verify))
 

@@ -48,9 +48,14 @@ def deleting_name(step: int, mark: str) -> str:
     return f"{DELETING_PREFIX}{iteration_name(step)}-{mark}"
 
 
+def is_leftover(name: str) -> bool:
+    """Whether a name is one that a run gives to something that it is writing or removing: nobody's, when no run holds the root."""
+    return _LEFTOVER.fullmatch(name) is not None
+
+
 def is_leftover_of(name: str, token: str) -> bool:
     """Whether a name is one that the run of this token gave to something that it was writing or removing."""
-    return _LEFTOVER.fullmatch(name) is not None and f"-{token}-" in name
+    return is_leftover(name) and f"-{token}-" in name
 
 
 def open_root(storage: Storage, root: str, lock_timeout: float) -> Lock:
@@ -69,7 +74,7 @@ def open_root(storage: Storage, root: str, lock_timeout: float) -> Lock:
         StorageError: the storage refuses.
     """
     _make_durable(storage, root)
-    lock = _take_lock(storage, root, lock_timeout)
+    lock = take_lock(storage, root, lock_timeout)
     try:
         _recover(storage, root)
     except BaseException:
@@ -92,7 +97,18 @@ def _make_durable(storage: Storage, root: str) -> None:
         storage.sync_directory(posixpath.dirname(made))
 
 
-def _take_lock(storage: Storage, root: str, timeout: float) -> Lock:
+def take_lock(storage: Storage, root: str, timeout: float) -> Lock:
+    """Take the lock of a root that exists, and change nothing else in it.
+
+    Args:
+        storage: where it lies.
+        root: its path.
+        timeout: seconds to wait for it.
+
+    Raises:
+        RootLockedError: another process holds it.
+        StorageError: the storage refuses.
+    """
     path = join(root, LOCK_FILE)
     now = dt.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
     owner = f"process {os.getpid()} on host {socket.gethostname()}, since {now}"
@@ -133,7 +149,7 @@ def _recover(storage: Storage, root: str) -> None:
                 _logger.warning("a save that was to replace %s in %s was interrupted; the old one is back", name, root)
             else:
                 discard(storage, path)
-        elif _LEFTOVER.fullmatch(entry.name):
+        elif is_leftover(entry.name):
             discard(storage, path)
 
 
