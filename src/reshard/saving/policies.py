@@ -102,7 +102,8 @@ class KeepEvery(KeepPolicy):
 
 @dataclass(frozen=True)
 class KeepFor(KeepPolicy):
-    """Keep those that are no older than this. Days and hours add up.
+    """Keep those that are no older than this. Days and hours add up. Age counts from when `metadata.json` was last written, as the file
+    system says: of a copy it may begin anew.
 
     Attributes:
         days: of 24 hours.
