@@ -17,7 +17,7 @@ HYBRID = sizes(replicate=2, shard=2)
 
 
 def train_and_save(root: Path, drifts: bool) -> tuple[list[list[str]], str, int]:
-    """Two steps and three saves on one rank: what each save called, the error of the last one, and the bytes that the rank wrote in the first."""
+    """Two steps and three saves: what each save called on this rank, the error of the last one, and the bytes written in the first."""
     import torch
 
     model, optimizer = build(SETTINGS, HYBRID, seed=1)
