@@ -12,7 +12,8 @@ from reshard.format.common import CommonInfo
 from reshard.format.names import TRACKER_FILE
 from reshard.format.tracker import decode_tracker
 from reshard.geometry import Layout
-from reshard.saving.saver import SaveOptions, Saver, SaveReport
+from reshard.saving.report import SaveReport
+from reshard.saving.saver import SaveOptions, Saver
 from reshard.sources.resolve import list_iterations
 from reshard.state import GLOBAL_STEP, ParameterGroup, State, TensorKey, model_key, slot_key
 from reshard.storage import MemoryStorage, Storage

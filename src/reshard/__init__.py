@@ -8,7 +8,7 @@ from reshard.loading.report import RestoreReport
 from reshard.loading.strictness import Strictness
 from reshard.manager import CheckpointManager
 from reshard.saving.policies import Committed, KeepAny, KeepBest, KeepEvery, KeepFor, KeepNewest, KeepPolicy
-from reshard.saving.saver import SaveReport
+from reshard.saving.report import SaveReport
 from reshard.shortcuts import load, save
 from reshard.verification import Fault, Verification, verify
 from reshard.version import __version__

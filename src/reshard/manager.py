@@ -12,6 +12,7 @@ from reshard.comm import Communicator
 from reshard.comm.together import attempt
 from reshard.errors import UsageError
 from reshard.format.common import CommonInfo
+from reshard.frameworks.adapter import Adapter
 from reshard.frameworks.select import default_communicator, select_adapter
 from reshard.loading.budget import MEMORY_BUDGET
 from reshard.loading.choice import OnCorrupt, Rules
@@ -19,8 +20,11 @@ from reshard.loading.job import How, Run, load_run
 from reshard.loading.report import RestoreReport
 from reshard.loading.selection import select
 from reshard.loading.strictness import Strictness
+from reshard.saving.async_saver import AsyncSaver, WhenBusy
 from reshard.saving.policies import KeepPolicy
-from reshard.saving.saver import SaveOptions, Saver, SaveReport
+from reshard.saving.progress import SaveStatus, read_status
+from reshard.saving.report import AsyncSave, SaveReport
+from reshard.saving.saver import SaveOptions, Saver
 from reshard.state import State
 from reshard.stateful import values_of
 from reshard.storage import Storage
@@ -36,7 +40,10 @@ class CheckpointManager:
         keep_checkpoint_max: how many of the newest committed checkpoints stay on disk, counted over restarts; None for no such rule. Not
             given it is 5, or None where `keep` is given.
         keep: a policy, such as `KeepNewest(5) | KeepEvery(1000)`; what it or `keep_checkpoint_max` keeps stays, without both everything.
-        async_save: not in this version.
+        async_save: save while training goes on. True or "copy": `save` returns when the state is copied. "deferred": when what a forward
+            pass changes is copied; the next step of any optimizer waits for the rest. What else changes parameters in place (averaging
+            weights, `load_state_dict`) must call `before_update` first. The same on every rank.
+        when_busy: what an asynchronous save does while the one before is under way: "wait" for its end, or "skip" this one.
         remove_redundancy: whether of equal regions that several ranks hold only one is written, by one of them: evenly by bytes, model and
             optimizer together. A checkpoint is then as large as the state itself, however many replicas there are.
         check_replicas: whether what several ranks hold is compared before a save commits. Each rank hashes its part of it, which takes
@@ -59,7 +66,8 @@ class CheckpointManager:
         prefix: str | None = "CKP",
         keep_checkpoint_max: int | EllipsisType | None = ...,
         keep: KeepPolicy | None = None,
-        async_save: bool = False,
+        async_save: bool | AsyncSave = False,
+        when_busy: WhenBusy = "wait",
         remove_redundancy: bool = False,
         check_replicas: bool = False,
         save_optimizer: bool = True,
@@ -68,10 +76,7 @@ class CheckpointManager:
         read_only: bool = False,
         lock_timeout: float = 10.0,
     ) -> None:
-        if async_save:
-            raise UsageError(
-                "async_save is not in this version of reshard", field="async_save", found=True, expected=False, fix="leave async_save out"
-            )
+        mode = _mode_of(async_save, when_busy)
         # Before anything that would have to be given back.
         if isinstance(keep_checkpoint_max, EllipsisType):
             keep_checkpoint_max = 5 if keep is None else None
@@ -83,19 +88,26 @@ class CheckpointManager:
             remove_redundancy=remove_redundancy,
             check_replicas=check_replicas,
             lock_timeout=lock_timeout,
+            async_save=mode,
         )
         self.directory = os.path.abspath(os.fspath(directory))
         self._storage: Storage = storage if storage is not None else PosixStorage()
         self._owns_communicator = communicator is None
         self._comm = communicator if communicator is not None else default_communicator()
+        self._saving_comm = self._comm
         self._saver: Saver | None = None
+        self._async: AsyncSaver | None = None
         self._is_open = True
         if not read_only:
             try:
-                self._saver = Saver(self._storage, self._comm, self.directory, options)
+                if mode is not None:
+                    self._saving_comm = self._comm.duplicate()
+                self._saver = Saver(self._storage, self._saving_comm, self.directory, options)
             except BaseException:
-                self._close_communicator()
+                self._close_communicators()
                 raise
+            if mode is not None:
+                self._async = AsyncSaver(self._saver, self._comm, mode, when_busy)
 
     def save(
         self,
@@ -110,6 +122,9 @@ class CheckpointManager:
         metrics: Mapping[str, Any] | None = None,
     ) -> SaveReport:
         """Save the run as an iteration. When it returns, the checkpoint is committed and durable; when it raises, nothing was.
+
+        With `async_save` it returns when the run may go on; the report says `under way`. What becomes of the save the next call says, of
+        whatever method, on every rank: it raises the error of a save that failed.
 
         Args:
             step: the number of the iteration. Saving it again replaces it in one step.
@@ -130,8 +145,14 @@ class CheckpointManager:
         if self._saver is None:
             raise UsageError("this manager is read-only", field="read_only", found=True, fix="make another one without read_only to save")
 
+        started = time.perf_counter()
+        if self._async is not None and not self._async.has_room():
+            return SaveReport(step, self.directory, 0, time.perf_counter() - started, (), "skipped")
+        adapter: Adapter | None = None
+
         def capture() -> State:
             # Inside: what a single rank can't take, the others must hear of.
+            nonlocal adapter
             adapter = select_adapter(model, optimizer)
             # A step count that the caller doesn't state is the optimizer's own, not the number of the iteration.
             captured = adapter.capture(model, optimizer, global_step=None if common is None else common.global_step)
@@ -140,13 +161,31 @@ class CheckpointManager:
                 for name, part in (("scheduler", scheduler), ("dataloader", dataloader), ("extra", extra))
                 if part is not None
             }
-            random = {"random": adapter.to_value(adapter.random_states())}
-            return State(tensors=captured.tensors, groups=captured.groups, values=values, rank_values=random)
+            return replace(captured, values=values, rank_values={"random": adapter.to_value(adapter.random_states())})
 
         stated = common if common is not None else CommonInfo(step_num=step, global_step=step)
         with collector_paused():
-            state, error = attempt(capture)
-            return self._saver.save(step, state if state is not None else State(), stated, error, metrics)
+            captured, error = attempt(capture)
+            state = captured if captured is not None else State()
+            if self._async is None:
+                return self._saver.save(step, state, stated, error, metrics)
+            return self._async.save(step, adapter, state, stated, error, metrics, started)
+
+    def before_update(self) -> None:
+        """Call it before changing parameters or optimizer state otherwise than by an optimizer's step, with `async_save="deferred"`.
+
+        It returns when what is being saved is copied; at once, where nothing is. Not collective.
+        """
+        if self._async is not None:
+            self._async.before_update()
+
+    def status(self) -> SaveStatus:
+        """How far each rank has come with the newest save, and which one is behind. Not collective, and from any thread.
+
+        Raises:
+            CommunicationError: the job's store can't be reached.
+        """
+        return read_status(self._comm.board(), self._comm.world_size)
 
     @overload
     def load(
@@ -248,6 +287,7 @@ class CheckpointManager:
             UsageError: the ranks were given different options of how to load, or a pattern in `only` means no tensor at all.
         """
         self._check_open()
+        self.wait()
         run = Run(model, optimizer, {"scheduler": scheduler, "dataloader": dataloader, "extra": extra}, restore_random, reseed)
         rules = Rules(missing_ok, on_corrupt, skip_unhealthy)
         how = How(strict if strict is not None else Strictness(), select(only, exclude), balanced, memory_budget)
@@ -261,31 +301,66 @@ class CheckpointManager:
             self._saver.protect(resolved.iteration)
         return report
 
-    def wait(self) -> None:
-        """Return when the save in flight is committed; raise its error. A synchronous save never is in flight."""
+    def wait(self) -> SaveReport | None:
+        """Return when no save is under way, with what became of the last asynchronous one; None when there was none.
+
+        Raises:
+            ReshardError: it failed; on every rank the same, and once.
+        """
+        return None if self._async is None else self._async.wait()
 
     def close(self) -> None:
-        """Wait, then let go of the root and of the communicator."""
-        self.wait()
-        self._is_open = False
-        if self._saver is not None:
-            self._saver.close()
-            self._saver = None
-        self._close_communicator()
+        """Wait, then let go of the root and of the communicators.
+
+        Raises:
+            ReshardError: the save that was under way failed; all is closed in any case.
+        """
+        try:
+            self.wait()
+        finally:
+            self._is_open = False
+            if self._async is not None:
+                self._async.close()
+                self._async = None
+            if self._saver is not None:
+                self._saver.close()
+                self._saver = None
+            self._close_communicators()
 
     def __enter__(self) -> CheckpointManager:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
+        if error is None:
+            self.close()
+            return
+        _, failed = attempt(self.close)
+        if failed is not None:  # what ended the run matters more
+            _logger.error("the last save failed, too: %s", failed)
 
     def _check_open(self) -> None:
         if not self._is_open:
             raise UsageError("this manager is closed", field="directory", found=self.directory, fix="make another one")
 
-    def _close_communicator(self) -> None:
+    def _close_communicators(self) -> None:
+        if self._saving_comm is not self._comm:
+            self._saving_comm.close()
         if self._owns_communicator:
             self._comm.close()
+
+
+def _mode_of(async_save: bool | str, when_busy: str) -> AsyncSave | None:
+    if when_busy not in ("wait", "skip"):
+        raise UsageError(
+            "not a thing to do while a save is under way", field="when_busy", found=repr(when_busy), expected='"wait" or "skip"'
+        )
+    if async_save is True or async_save == "copy":
+        return "copy"
+    if async_save == "deferred":
+        return "deferred"
+    if async_save is False:
+        return None
+    raise UsageError("not a way to save", field="async_save", found=repr(async_save), expected='True, False, "copy" or "deferred"')
 
 
 def _is_same(root: str | None, other: str) -> bool:

@@ -13,7 +13,7 @@ from reshard.loading.choice import OnCorrupt
 from reshard.loading.report import RestoreReport
 from reshard.loading.strictness import Strictness
 from reshard.manager import CheckpointManager
-from reshard.saving.saver import SaveReport
+from reshard.saving.report import SaveReport
 from reshard.storage import Storage
 
 

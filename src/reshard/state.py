@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, NamedTuple, Protocol
@@ -76,6 +76,21 @@ class Memory(Protocol):
         """Put values into a region, given in the shard's own coordinates."""
         ...
 
+    def hold(self) -> Memory:
+        """The same memory, whatever becomes of the object that it was taken from: that may be given other memory."""
+        ...
+
+    def begin_copy(self, target: np.ndarray) -> Callable[[], object] | None:
+        """Begin to copy the present values to the host; what runs afterwards on the device must not change them before they are read.
+
+        Args:
+            target: where to.
+
+        Returns:
+            What to call before the target is looked at, from any thread; None when the values are there.
+        """
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class HostMemory:
@@ -96,6 +111,12 @@ class HostMemory:
 
     def write(self, region: Region, values: np.ndarray) -> None:
         self.array[region.slices] = values
+
+    def hold(self) -> Memory:
+        return self
+
+    def begin_copy(self, target: np.ndarray) -> None:
+        target[...] = self.array
 
 
 class Shard(NamedTuple):
@@ -163,12 +184,14 @@ class State:
         values: global values (scheduler, data position, extras): trees of JSON values, tuples, bytes and arrays, the same on every rank;
             rank 0's are stored.
         rank_values: per-rank values (random states): such trees, each rank's own are stored.
+        updated: the tensors that nothing but an optimizer's step changes (its parameters and their slots), as far as that is known.
     """
 
     tensors: Mapping[TensorKey, ShardedTensor] = field(default_factory=dict)
     groups: tuple[ParameterGroup, ...] = ()
     values: Mapping[str, Any] = field(default_factory=dict)
     rank_values: Mapping[str, Any] = field(default_factory=dict)
+    updated: frozenset[TensorKey] = frozenset()
 
 
 def state_of(*tensors: ShardedTensor, **fields: Any) -> State:

@@ -5,6 +5,18 @@ from __future__ import annotations
 from typing import Protocol, runtime_checkable
 
 
+class Board(Protocol):
+    """Where ranks leave short notices for each other: whoever wants looks, nobody waits. From any thread."""
+
+    def post(self, topic: str, data: bytes) -> None:
+        """Leave a notice of this rank, in the place of its last one under the topic."""
+        ...
+
+    def read(self, topic: str, rank: int) -> bytes | None:
+        """A rank's last notice under a topic; None when it left none."""
+        ...
+
+
 @runtime_checkable
 class Communicator(Protocol):
     """A group of ranks of its own; its traffic never meets training's collectives.
@@ -41,6 +53,14 @@ class Communicator(Protocol):
 
     def recv(self, source: int) -> bytes:
         """Wait for the next bytes of another rank."""
+        ...
+
+    def duplicate(self) -> Communicator:
+        """Another one over the same ranks, whose traffic never meets this one's: for another thread. Collective."""
+        ...
+
+    def board(self) -> Board:
+        """The ranks' notices; one board for all communicators of a job. Not collective."""
         ...
 
     def close(self) -> None:

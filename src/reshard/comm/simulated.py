@@ -7,6 +7,7 @@ import threading
 import time
 from collections import defaultdict
 
+from reshard.comm.single import LocalBoard
 from reshard.errors import CommunicationError
 
 # A simulated rank that waits this long (seconds) waits for one that will never come: real work between two collectives of a test takes
@@ -31,6 +32,8 @@ class SimulatedCluster:
         self._turn = threading.Condition()
         self._queues: defaultdict[tuple[int, int], queue.SimpleQueue[bytes]] = defaultdict(queue.SimpleQueue)
         self._lock = threading.Lock()
+        self._notices: dict[tuple[str, int], bytes] = {}
+        self._twins: list[SimulatedCluster] = []
 
     def communicator(self, rank: int) -> SimulatedCommunicator:
         """The end of one rank."""
@@ -41,6 +44,18 @@ class SimulatedCluster:
         with self._turn:
             self._aborted = True
             self._turn.notify_all()
+        for twin in self._twins:
+            twin.abort()
+
+    def _twin(self, number: int) -> SimulatedCluster:
+        """The cluster of the n-th duplicate of every rank's communicator."""
+        with self._lock:
+            while len(self._twins) <= number:
+                twin = SimulatedCluster(self.world_size, self.timeout)
+                twin._notices = self._notices
+                twin._aborted = self._aborted
+                self._twins.append(twin)
+            return self._twins[number]
 
     def _exchange(self, rank: int, data: bytes) -> list[bytes]:
         with self._turn:
@@ -74,6 +89,7 @@ class SimulatedCommunicator:
 
     def __init__(self, cluster: SimulatedCluster, rank: int) -> None:
         self._cluster = cluster
+        self._duplicates = 0
         self.rank = rank
         self.world_size = cluster.world_size
 
@@ -101,6 +117,13 @@ class SimulatedCommunicator:
             raise CommunicationError(
                 "a rank sent nothing", rank=self.rank, expected=f"bytes from rank {source} within {self._cluster.timeout:g} s"
             )
+
+    def duplicate(self) -> SimulatedCommunicator:
+        number, self._duplicates = self._duplicates, self._duplicates + 1
+        return self._cluster._twin(number).communicator(self.rank)
+
+    def board(self) -> LocalBoard:
+        return LocalBoard(self.rank, self._cluster._notices)
 
     def close(self) -> None:
         return None

@@ -5,11 +5,33 @@ from __future__ import annotations
 from reshard.errors import CommunicationError
 
 
+class LocalBoard:
+    """The notices of ranks that are threads of one process.
+
+    Args:
+        rank: whose notices are posted.
+        notices: of all ranks, by topic and rank; they share it.
+    """
+
+    def __init__(self, rank: int, notices: dict[tuple[str, int], bytes]) -> None:
+        self._rank = rank
+        self._notices = notices
+
+    def post(self, topic: str, data: bytes) -> None:
+        self._notices[topic, self._rank] = data
+
+    def read(self, topic: str, rank: int) -> bytes | None:
+        return self._notices.get((topic, rank))
+
+
 class SingleProcess:
     """One rank, alone."""
 
     rank = 0
     world_size = 1
+
+    def __init__(self) -> None:
+        self._notices: dict[tuple[str, int], bytes] = {}
 
     def all_gather(self, data: bytes) -> list[bytes]:
         return [bytes(data)]
@@ -25,6 +47,12 @@ class SingleProcess:
 
     def recv(self, source: int) -> bytes:
         raise CommunicationError("a single process has nobody to hear from", rank=0, found=f"source {source}")
+
+    def duplicate(self) -> SingleProcess:
+        return self
+
+    def board(self) -> LocalBoard:
+        return LocalBoard(0, self._notices)
 
     def close(self) -> None:
         return None

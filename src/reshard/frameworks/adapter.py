@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
+
+import numpy as np
 
 from reshard.catalog import Catalog
 from reshard.comm import Communicator
@@ -87,6 +89,18 @@ class Adapter(Protocol):
 
     def from_value(self, value: Any) -> Any:
         """The inverse of `to_value`."""
+        ...
+
+    def host_buffer(self, nbytes: int) -> np.ndarray:
+        """Memory of the host, of bytes, to which a device of the framework copies while it goes on."""
+        ...
+
+    def before_steps(self, call: Callable[[], None]) -> Callable[[], None] | None:
+        """Have something called before every step of every optimizer of this process.
+
+        Returns:
+            What ends that; None where the framework has no such place.
+        """
         ...
 
     def communicator(self) -> Communicator:

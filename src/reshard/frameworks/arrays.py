@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -57,6 +57,12 @@ class ArrayAdapter:
 
     def from_value(self, value: Any) -> Any:
         return value
+
+    def host_buffer(self, nbytes: int) -> np.ndarray:
+        return np.empty(nbytes, np.uint8)
+
+    def before_steps(self, call: Callable[[], None]) -> None:
+        return None
 
     def communicator(self) -> Communicator:
         return SingleProcess()

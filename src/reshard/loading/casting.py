@@ -81,3 +81,9 @@ class CastMemory:
             part = values[(slice(None),) * axis + (slice(first, first + rows),)]
             offset = tuple(o + (first if d == axis else 0) for d, o in enumerate(region.offset))
             self.write(Region(offset, part.shape), part)
+
+    def hold(self) -> Memory:
+        return CastMemory(self.memory.hold(), self.stored, self.dtype)
+
+    def begin_copy(self, target: np.ndarray) -> None:
+        target[...] = self.read()

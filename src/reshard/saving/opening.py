@@ -18,6 +18,7 @@ class Opening(msgspec.Struct, array_like=True):
         save_optimizer: likewise.
         remove_redundancy: likewise.
         check_replicas: whether ranks compare what they hold together; who does hashes it, and tells of it.
+        async_save: likewise; ranks that save at once and ranks that don't would wait for each other.
     """
 
     token: str
@@ -25,6 +26,7 @@ class Opening(msgspec.Struct, array_like=True):
     save_optimizer: bool
     remove_redundancy: bool
     check_replicas: bool
+    async_save: str | None = None
 
 
 def agree_on_opening(told: Sequence[Opening]) -> Opening:
@@ -35,7 +37,7 @@ def agree_on_opening(told: Sequence[Opening]) -> Opening:
     """
     first = told[0]
     for rank, other in enumerate(told):
-        for field in ("prefix", "save_optimizer", "remove_redundancy", "check_replicas"):
+        for field in ("prefix", "save_optimizer", "remove_redundancy", "check_replicas", "async_save"):
             if getattr(other, field) != getattr(first, field):
                 raise UsageError(
                     "the ranks were given different options for saving",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -67,6 +67,7 @@ def write_rank(
     rank: int,
     world_size: int,
     place: str,
+    written: Callable[[int], None] | None = None,
 ) -> dict[str, SealedFile]:
     """Write one rank's files into the directory of an iteration, which is made if it isn't there.
 
@@ -78,6 +79,7 @@ def write_rank(
         rank: the rank.
         world_size: the number of ranks.
         place: the rank's place in the strategy; its per-rank values come back to this place only.
+        written: is told of every piece of data, how long it was.
 
     Returns:
         By the paths of the files inside the directory, what the checkpoint's seal says of them.
@@ -89,15 +91,16 @@ def write_rank(
     """
     extra = join(directory, EXTRA_DIRECTORY)
     storage.make_directory(extra)
-    written = {}
+    sealed = {}
     for file, header, entries in files:
-        written[file.file_name] = write_tensors(storage, join(directory, file.file_name), header, _values(entries, state))
+        path = join(directory, file.file_name)
+        sealed[file.file_name] = write_tensors(storage, path, header, _values(entries, state), written=written)
     name = join(EXTRA_DIRECTORY, rank_extra_file(rank))
     tree = {"rank_values": dict(state.rank_values), "world_size": world_size, "place": place}
-    written[name] = write_extra(storage, join(directory, name), tree)
+    sealed[name] = write_extra(storage, join(directory, name), tree)
     storage.sync_directory(extra)
     storage.sync_directory(directory)
-    return written
+    return sealed
 
 
 def _values(entries: Sequence[WriteEntry], state: State) -> Iterator[tuple[str, np.ndarray]]:

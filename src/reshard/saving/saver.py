@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import operator
 import posixpath
 import secrets
 import time
@@ -28,8 +29,10 @@ from reshard.saving.groups import GroupOptions, encode_options, merge_groups
 from reshard.saving.opening import Opening, agree_on_opening
 from reshard.saving.outcome import UNCHANGED, Failure, Outcome, Verdict, describe_failure, failure_of_ranks
 from reshard.saving.policies import KeepPolicy, policy_of
+from reshard.saving.progress import ProgressNotices
 from reshard.saving.rank_files import check_space, write_rank
 from reshard.saving.replicas import Replicas, compare
+from reshard.saving.report import AsyncSave, SaveReport
 from reshard.saving.retention import retire
 from reshard.saving.root import check_lock, discard, is_leftover_of, open_root, saving_name
 from reshard.saving.structure import RankPlan, Structures
@@ -52,6 +55,7 @@ class SaveOptions:
         remove_redundancy: whether of equal regions on several ranks only one is written.
         check_replicas: whether equal regions on several ranks are compared, by their digests, before a save commits.
         lock_timeout: seconds to wait for a root that another process holds.
+        async_save: how much training waits for; None: until the checkpoint is committed.
 
     Raises:
         UsageError: an option that can't be.
@@ -64,6 +68,7 @@ class SaveOptions:
     remove_redundancy: bool = False
     check_replicas: bool = False
     lock_timeout: float = 10.0
+    async_save: AsyncSave | None = None
 
     def __post_init__(self) -> None:
         data_file_name(self.prefix, Kind.MODEL, 0, 1)
@@ -76,25 +81,6 @@ class SaveOptions:
             raise UsageError("not a policy of retention", field="keep", found=repr(self.keep), expected="such as reshard.KeepEvery(1000)")
         if not self.lock_timeout >= 0:
             raise UsageError("a waiting time is not negative", field="lock_timeout", found=self.lock_timeout, expected="seconds, 0 or more")
-
-
-@dataclass(frozen=True)
-class SaveReport:
-    """A save that was committed.
-
-    Attributes:
-        step: the iteration.
-        directory: where it lies.
-        nbytes: bytes of data that this rank wrote.
-        seconds: how long this rank was in the save.
-        removed: the iterations that were removed to keep no more than allowed.
-    """
-
-    step: int
-    directory: str
-    nbytes: int
-    seconds: float
-    removed: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -138,6 +124,7 @@ class Saver:
         self._comm = comm
         self._protected = protect
         self._sequence = 0
+        self._notices = ProgressNotices(comm.board(), comm.rank)
         given = self.options
         self._structures = Structures(
             comm.rank, comm.world_size, given.prefix, given.save_optimizer, given.remove_redundancy, given.check_replicas
@@ -153,7 +140,14 @@ class Saver:
 
         try:
             token, error = attempt(open_here) if comm.rank == 0 else ("", None)
-            mine = Opening(token or "", given.prefix, given.save_optimizer, given.remove_redundancy, given.check_replicas)
+            mine = Opening(
+                token or "",
+                given.prefix,
+                given.save_optimizer,
+                given.remove_redundancy,
+                given.check_replicas,
+                given.async_save,
+            )
             told = settle(comm, error, msgspec.msgpack.encode(mine), what="this run can't save there")
             self._token = agree_on_opening([msgspec.msgpack.decode(data, type=Opening) for data in told]).token
         except BaseException:
@@ -163,6 +157,10 @@ class Saver:
     def protect(self, step: int | None) -> None:
         """Keep an iteration (the one that the run was loaded from) until a newer one is committed. Not collective."""
         self._protected = step
+
+    def announce(self, step: SupportsIndex, nbytes: int) -> None:
+        """Leave a notice that this rank begins a save: it copies so many bytes. Not collective."""
+        self._notices.begin(operator.index(step), nbytes)
 
     def save(
         self,
@@ -191,6 +189,17 @@ class Saver:
             UsageError: likewise; or the saver is closed.
             CommunicationError: a rank is gone. Whether the checkpoint was committed can be seen on disk.
         """
+        try:
+            report = self._save(step, state, common, error, metrics)
+        except BaseException:
+            self._notices.enter("failed")
+            raise
+        self._notices.enter("done")
+        return report
+
+    def _save(
+        self, step: SupportsIndex, state: State, common: CommonInfo, error: ReshardError | None, metrics: Mapping[str, Any] | None
+    ) -> SaveReport:
         if not self._is_open:
             raise UsageError("this saver is closed", field="step", found=step)
         started = time.perf_counter()
@@ -202,6 +211,7 @@ class Saver:
             prepared, error = attempt(lambda: self._prepare(step, state, common, metrics))
         agreed = self._agree(prepared)
         files, error = self._write_part(prepared, state, error) if agreed else ({}, error)
+        self._notices.enter("committing")
         outcomes, is_outdated = self._tell(prepared, error, files)
         if is_outdated and all(outcome.failure is None for outcome in outcomes):
             # A rank holds something else than at the save before, and others wrote their shares of what was. Now all know of it.
@@ -303,6 +313,7 @@ class Saver:
             # Whether the states fit together shows here, before rank 0 writes, unless another rank's has changed since the last save.
             self._structures.metadata()
         check_space(self._storage, self.root, temporary, self._structures.nbytes)
+        self._notices.begin(prepared.step, sum(header.file_size for _, header, _ in files), "writing")
         written = write_rank(
             self._storage,
             temporary,
@@ -311,6 +322,7 @@ class Saver:
             rank=self._comm.rank,
             world_size=self._comm.world_size,
             place=prepared.plan.place,
+            written=self._notices.written,
         )
         self._replicas = Replicas(self._comm.rank, self._structures.shared_regions, state)
         return written

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from math import prod
 
 import numpy as np
@@ -22,7 +22,13 @@ _DIRECT_BYTES = 64 << 10
 
 
 def write_tensors(
-    storage: Storage, path: str, header: PlannedHeader, arrays: Iterable[tuple[str, np.ndarray]], *, piece_bytes: int = PIECE_BYTES
+    storage: Storage,
+    path: str,
+    header: PlannedHeader,
+    arrays: Iterable[tuple[str, np.ndarray]],
+    *,
+    piece_bytes: int = PIECE_BYTES,
+    written: Callable[[int], None] | None = None,
 ) -> SealedFile:
     """Write a new file: the data in pieces, each hashed before it is written, then the header, then make it durable.
 
@@ -34,6 +40,7 @@ def write_tensors(
         header: as `plan_header` made it.
         arrays: the values of every entry by name, in the order of `header.entries`; of the entry's shape and element type, any strides.
         piece_bytes: bytes per piece, and the most memory that is used beside the tensors'.
+        written: is told of every piece, how long it was.
 
     Returns:
         What the checkpoint's seal says of the file.
@@ -43,7 +50,7 @@ def write_tensors(
         StorageError: the storage refuses.
     """
     with storage.create(path, header.file_size) as file:
-        stream = _Stream(file, header.nbytes, piece_bytes, hashed=header.digests_at is not None)
+        stream = _Stream(file, header.nbytes, piece_bytes, written, hashed=header.digests_at is not None)
         entries = iter(header.entries.values())
         for name, array in arrays:
             entry = next(entries, None)
@@ -84,13 +91,14 @@ class _Stream:
         digests: of the row blocks of the tensors that are written; of those that wait only after `flush`.
     """
 
-    def __init__(self, file: WritableFile, begin: int, piece_bytes: int, *, hashed: bool) -> None:
+    def __init__(self, file: WritableFile, begin: int, piece_bytes: int, written: Callable[[int], None] | None, *, hashed: bool) -> None:
         self.digests: list[bytes] = []
         self._file = file
         self._position = begin
         # At least one element of the widest type.
         self._piece_bytes = max(piece_bytes, 16)
         self._hashed = hashed
+        self._written = written
         self._waiting: list[np.ndarray] = []
         self._waiting_bytes = 0
         self._stage = np.empty(0, np.uint8)
@@ -137,6 +145,8 @@ class _Stream:
         if data.nbytes:
             self._file.write_at(self._position, data)
             self._position += data.nbytes
+            if self._written is not None:
+                self._written(data.nbytes)
 
     def _bytes_of(self, piece: np.ndarray) -> memoryview:
         """A piece's bytes where they lie, or gathered."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from reshard.catalog import Catalog
 from reshard.comm import Communicator
@@ -18,6 +20,7 @@ from reshard.frameworks.torch.layout import Meshes, mirrored
 from reshard.frameworks.torch.memory import torch_dtype
 from reshard.frameworks.torch.modules import NamedTensors, name_tensors
 from reshard.frameworks.torch.optimizers import capture_groups, capture_slots, each_group, list_optimizers, optimized_parameters
+from reshard.frameworks.torch.transfer import pinned_buffer
 from reshard.frameworks.torch.values import FRAMEWORK, from_value, to_value
 from reshard.state import ParameterGroup, ShardedTensor, State, TensorKey, model_key
 
@@ -44,8 +47,10 @@ class TorchAdapter:
         optimizers = list_optimizers(optimizer)
         if optimizers:
             groups = list(each_group(optimizers, optimized_parameters(optimizers, named)))
-            tensors.update(capture_slots([one for _, members in groups for one in members], meshes, global_step))
-            return State(tensors=tensors, groups=capture_groups(groups))
+            slots = capture_slots([one for _, members in groups for one in members], meshes, global_step)
+            tensors.update(slots)
+            updated = {model_key(one.name) for _, members in groups for one in members}
+            return State(tensors=tensors, groups=capture_groups(groups), updated=frozenset(updated.union(slots)))
         return State(tensors=tensors)
 
     def prepare(self, model: Any, optimizer: Any, catalog: Catalog, groups: Sequence[ParameterGroup]) -> TorchDestination:
@@ -79,6 +84,13 @@ class TorchAdapter:
 
     def from_value(self, value: Any) -> Any:
         return from_value(value)
+
+    def host_buffer(self, nbytes: int) -> np.ndarray:
+        return pinned_buffer(nbytes)
+
+    def before_steps(self, call: Callable[[], None]) -> Callable[[], None]:
+        # Process-wide: optimizers that are made later, or that step inside the backward pass, are seen, too.
+        return register_optimizer_step_pre_hook(lambda *_: call()).remove
 
     def communicator(self) -> Communicator:
         return connect(self._timeout)

@@ -54,6 +54,7 @@ class TorchCommunicator:
     """
 
     def __init__(self, timeout: float = DEFAULT_TIMEOUT) -> None:
+        self._timeout = timeout
         self.rank: int = torch.distributed.get_rank()
         self.world_size: int = torch.distributed.get_world_size()
         self._group: Any = None
@@ -112,6 +113,12 @@ class TorchCommunicator:
             self._try(f"hear from rank {source}", lambda block=block: torch.distributed.recv(block, source, group=self._group))
         return bytes(result)
 
+    def duplicate(self) -> TorchCommunicator:
+        return TorchCommunicator(self._timeout)
+
+    def board(self) -> StoreBoard:
+        return StoreBoard(self.rank)
+
     def close(self) -> None:
         group, self._group = self._group, None
         if group is not None and torch.distributed.is_initialized():
@@ -155,6 +162,40 @@ class TorchCommunicator:
                 found=_words_of(error),
                 fix="look at the other ranks' messages first: one of them may have ended; then start the run again",
             ) from error.with_traceback(None)  # its frames hold the group: connections end when nobody holds it any more
+
+
+class StoreBoard:
+    """Notices in the store through which the ranks of the job found each other.
+
+    Args:
+        rank: whose notices are posted.
+    """
+
+    def __init__(self, rank: int) -> None:
+        distributed: Any = torch.distributed
+        store = distributed.distributed_c10d._get_default_store()
+        # One of its own: who waits for a key in the other holds all who want anything of it.
+        self._store: Any = distributed.PrefixStore("reshard/board", store.clone() if hasattr(store, "clone") else store)
+        self._rank = rank
+
+    def post(self, topic: str, data: bytes) -> None:
+        try:
+            self._store.set(f"{topic}/{self._rank}", data)
+        except RuntimeError as error:
+            raise _store_is_gone(self._rank, error) from error.with_traceback(None)
+
+    def read(self, topic: str, rank: int) -> bytes | None:
+        key = f"{topic}/{rank}"
+        try:
+            return self._store.get(key) if self._store.check([key]) else None
+        except RuntimeError as error:
+            raise _store_is_gone(self._rank, error) from error.with_traceback(None)
+
+
+def _store_is_gone(rank: int, error: Exception) -> CommunicationError:
+    return CommunicationError(
+        "the job's store can't be reached", rank=rank, found=_words_of(error), fix="look at rank 0 and the launcher: one of them has ended"
+    )
 
 
 def _words_of(error: Exception) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
@@ -12,6 +12,7 @@ import torch
 from torch.nn.parameter import UninitializedTensorMixin  # pyright: ignore[reportAttributeAccessIssue] - not in its stub
 
 from reshard.errors import CaptureError, UsageError
+from reshard.frameworks.torch.transfer import copy_to_host
 from reshard.geometry import DType, Region
 from reshard.geometry.dtypes import by_name
 from reshard.state import Memory
@@ -147,6 +148,12 @@ class TensorMemory(NamedTuple):
     def write(self, region: Region, values: np.ndarray) -> None:
         _view(self.tensor, "")[region.slices] = values
 
+    def hold(self) -> Memory:
+        return TensorMemory(self.tensor.detach())
+
+    def begin_copy(self, target: np.ndarray) -> None:
+        target[...] = _view(self.tensor, "")
+
 
 @dataclass(frozen=True, slots=True)
 class DeviceMemory:
@@ -173,6 +180,12 @@ class DeviceMemory:
         with torch.no_grad():
             self.tensor[region.slices].copy_(to_tensor(values, self.tensor.dtype))
 
+    def hold(self) -> Memory:
+        return DeviceMemory(self.tensor.detach())
+
+    def begin_copy(self, target: np.ndarray) -> Callable[[], object] | None:
+        return copy_to_host(self.tensor, _tensor_over(target, self.tensor.dtype))
+
 
 @dataclass(frozen=True, slots=True)
 class MirrorMemory:
@@ -197,3 +210,15 @@ class MirrorMemory:
     def write(self, region: Region, values: np.ndarray) -> None:
         for memory in self.memories:
             memory.write(region, values)
+
+    def hold(self) -> Memory:
+        return MirrorMemory([memory.hold() for memory in self.memories])
+
+    def begin_copy(self, target: np.ndarray) -> Callable[[], object] | None:
+        return self.memories[0].begin_copy(target)
+
+
+def _tensor_over(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor over an array of the matching numpy type: the same memory."""
+    carrier = _CARRIERS.get(dtype)
+    return torch.from_numpy(array) if carrier is None else torch.from_numpy(array.view(dtype_of(carrier).numpy)).view(dtype)

@@ -1,0 +1,139 @@
+"""Saves of which training waits only for the copy of its state."""
+
+from __future__ import annotations
+
+import logging
+import operator
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, SupportsIndex
+
+from reshard.comm import Communicator
+from reshard.comm.together import attempt
+from reshard.errors import ReshardError
+from reshard.format.common import CommonInfo
+from reshard.format.names import iteration_name
+from reshard.frameworks.adapter import Adapter
+from reshard.saving.background import Background
+from reshard.saving.report import AsyncSave, SaveReport
+from reshard.saving.saver import Saver
+from reshard.saving.snapshot import Snapshot, SnapshotBuffers
+from reshard.state import Kind, State
+from reshard.storage.storage import join
+
+_logger = logging.getLogger("reshard")
+
+WhenBusy = Literal["wait", "skip"]
+"""What becomes of a save while the one before is under way: it waits for that one's end, or it isn't done, on all ranks."""
+
+
+class AsyncSaver:
+    """Takes snapshots, and has a saver write them in a thread of its own. At most one is under way.
+
+    The saver's communicator is used by that thread only. What went wrong there is raised by the next call, on every rank.
+
+    Args:
+        saver: writes and commits.
+        comm: another communicator over the same ranks, for the thread that calls.
+        mode: how much is copied before a call returns.
+        when_busy: what happens when the save before is still under way.
+    """
+
+    def __init__(self, saver: Saver, comm: Communicator, mode: AsyncSave, when_busy: WhenBusy) -> None:
+        self._saver = saver
+        self._comm = comm
+        self._mode: AsyncSave = mode
+        self._when_busy: WhenBusy = when_busy
+        self._background: Background[SaveReport] = Background("reshard-save")
+        self._buffers: SnapshotBuffers | None = None
+        self._snapshot: Snapshot | None = None
+        self._unhook: Callable[[], None] | None = None
+
+    def has_room(self) -> bool:
+        """Whether another save can begin; waits for the one before, if that is what was chosen. The same on every rank; collective when
+        saves may be skipped.
+
+        Raises:
+            ReshardError: the save before failed.
+        """
+        if self._when_busy == "skip" and any(map(any, self._comm.all_gather(bytes([self._background.is_busy])))):
+            return False
+        self.wait()
+        return True
+
+    def save(
+        self,
+        step: SupportsIndex,
+        adapter: Adapter | None,
+        state: State,
+        common: CommonInfo,
+        error: ReshardError | None,
+        metrics: Mapping[str, Any] | None,
+        started: float,
+    ) -> SaveReport:
+        """Copy a state, and begin to save it. `has_room` must have said that this can be.
+
+        Args:
+            step: as in `Saver.save`, and so are `state` to `metrics`.
+            adapter: the state's; None when it couldn't be captured.
+            state: see there.
+            common: see there.
+            error: see there.
+            metrics: see there.
+            started: when the call began (`time.perf_counter`), for the report.
+        """
+        snapshot: Snapshot | None = None
+        if error is None and adapter is not None:
+            snapshot, error = attempt(lambda: self._take(adapter, state))
+        self._snapshot = snapshot
+
+        def work() -> SaveReport:
+            problem = error
+            if snapshot is not None:
+                taken = snapshot
+                attempt(lambda: self._saver.announce(step, taken.nbytes))
+                _, failed = attempt(taken.finish)
+                problem = problem if failed is None else failed
+            return self._saver.save(step, State() if snapshot is None else snapshot.state, common, problem, metrics)
+
+        self._background.start(work)
+        number, _ = attempt(lambda: operator.index(step))
+        directory = self._saver.root if number is None else join(self._saver.root, iteration_name(number))
+        nbytes = 0 if snapshot is None else snapshot.nbytes
+        return SaveReport(number or 0, directory, nbytes, time.perf_counter() - started, (), "under way")
+
+    def before_update(self) -> None:
+        """Return when what is being saved may be changed."""
+        if self._snapshot is not None:
+            self._snapshot.wait()
+
+    def wait(self) -> SaveReport | None:
+        """Return when nothing is under way, with what became of the last save; None when there was none.
+
+        Raises:
+            ReshardError: the last save failed; once.
+        """
+        try:
+            return self._background.wait()
+        finally:
+            self._snapshot = None
+
+    def close(self) -> None:
+        """Let go of the optimizers. Nothing may be under way."""
+        if self._unhook is not None:
+            self._unhook()
+            self._unhook = None
+        self._buffers = None
+
+    def _take(self, adapter: Adapter, state: State) -> Snapshot:
+        if self._mode == "deferred" and self._unhook is None:
+            self._unhook = adapter.before_steps(self.before_update)
+            if self._unhook is None:
+                _logger.info(
+                    "%s has no place to wait before an optimizer's step: async_save copies before the call returns", adapter.framework
+                )
+        if self._buffers is None:
+            self._buffers = SnapshotBuffers(adapter.host_buffer)
+        saves_optimizer = self._saver.options.save_optimizer
+        deferred = self._mode == "deferred" and self._unhook is not None
+        return self._buffers.take(state, deferred=deferred, takes=None if saves_optimizer else lambda key: key.kind is not Kind.OPTIMIZER)
