@@ -266,12 +266,6 @@ def test_two_writers_of_one_root(root: Path) -> None:
         reshard.CheckpointManager(root, lock_timeout=0.0)
 
 
-def test_what_this_version_lacks_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="async_save"):
-        reshard.CheckpointManager(tmp_path / "root", async_save=True)
-    assert not (tmp_path / "root").exists()
-
-
 def test_random_states_come_back_to_the_same_place_only(tmp_path: Path) -> None:
     random.seed(5)
     np.random.seed(5)  # noqa: NPY002 - the state that is saved

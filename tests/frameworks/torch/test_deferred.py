@@ -1,0 +1,227 @@
+"""Deferred saves of real training: with the copy slowed down, what is saved is byte for byte what a synchronous save at the call writes."""
+
+from __future__ import annotations
+
+import copy
+import threading
+import time
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn, optim
+from torch.nn.utils.parametrizations import spectral_norm
+from torch.optim.lr_scheduler import ExponentialLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import reshard
+from reshard.frameworks.torch import TorchAdapter
+from reshard.saving import snapshot
+
+
+@pytest.fixture
+def slowly(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Copies in the background take their time; the list says in which threads tensors were copied."""
+    threads: list[str] = []
+    quick = snapshot._copy
+
+    def slow(*arguments: Any) -> Any:
+        name = threading.current_thread().name
+        threads.append(name)
+        if name == "reshard-save":
+            time.sleep(0.03)
+        return quick(*arguments)
+
+    monkeypatch.setattr(snapshot, "_copy", slow)
+    return threads
+
+
+def contents(root: Path, step: int) -> dict[str, bytes]:
+    directory = root / f"iteration_{step:08d}"
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*.safetensors")}
+
+
+class Run:
+    """A training run and its optimizers.
+
+    Args:
+        model: what is trained.
+        make: makes the optimizers of its parameters.
+    """
+
+    def __init__(self, model: nn.Module, make: Callable[[list[nn.Parameter]], Any]) -> None:
+        self.model = model
+        self.optimizer = make(list(model.parameters()))
+        first = self.optimizer[0] if isinstance(self.optimizer, list) else self.optimizer
+        self.scheduler = None if isinstance(first, dict) else ExponentialLR(first, 0.5)
+        self.others: dict[str, nn.Module] = {}
+
+    def backward(self) -> None:
+        self.model(torch.randn(8, 6)).square().sum().backward()
+
+    def step(self) -> None:
+        for optimizer in self.optimizer if isinstance(self.optimizer, list) else [self.optimizer]:
+            optimizer.step()
+            optimizer.zero_grad()
+        if self.scheduler is not None:
+            self.scheduler.step()
+
+    def parts(self) -> Mapping[str, Any]:
+        model = {"model": self.model, **self.others} if self.others else self.model
+        return {"model": model, "optimizer": self.optimizer, "scheduler": self.scheduler}
+
+
+def plain() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 4))
+
+
+def normalized() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Dropout(), spectral_norm(nn.Linear(16, 4)))
+
+
+def two(parameters: list[nn.Parameter]) -> list[optim.Optimizer]:
+    half = len(parameters) // 2
+    return [optim.AdamW(parameters[:half]), optim.SGD(parameters[half:], momentum=0.9)]
+
+
+CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[list[nn.Parameter]], Any]]] = {
+    "plain": (plain, lambda p: optim.AdamW(p, foreach=False)),
+    "foreach": (plain, lambda p: optim.AdamW(p, foreach=True)),
+    "fused": (plain, lambda p: optim.AdamW(p, fused=True)),
+    "batch norm, dropout and spectral norm": (normalized, optim.AdamW),
+    "two optimizers": (plain, two),
+    "a learning rate that is a tensor": (plain, lambda p: optim.Adam(p, lr=torch.tensor(0.1), foreach=False)),
+    "sgd": (plain, lambda p: optim.SGD(p, lr=0.1, momentum=0.9)),
+}
+
+
+@pytest.mark.parametrize("accumulated", [1, 3])
+@pytest.mark.parametrize("case", CASES)
+def test_training_goes_on_and_the_saved_state_is_that_of_the_call(tmp_path: Path, slowly: list[str], case: str, accumulated: int) -> None:
+    torch.manual_seed(3)
+    make_model, make = CASES[case]
+    run = Run(make_model(), make)
+    with reshard.CheckpointManager(tmp_path / "deferred", async_save="deferred", keep_checkpoint_max=None) as manager:
+        for step in range(1, 4):
+            for micro in range(accumulated):
+                run.backward()
+                if micro == accumulated // 2:
+                    reshard.save(tmp_path / "now", step, **run.parts())
+                    manager.save(step, **run.parts())
+            run.step()
+        manager.wait()
+    for step in range(1, 4):
+        assert contents(tmp_path / "deferred", step) == contents(tmp_path / "now", step)
+    assert "reshard-save" in slowly
+    assert "MainThread" in slowly or not list(run.model.buffers())
+
+
+def test_without_the_wait_before_steps_it_would_be_another_state(
+    tmp_path: Path, slowly: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TorchAdapter, "before_steps", lambda self, call: lambda: None)
+    torch.manual_seed(3)
+    run = Run(plain(), optim.AdamW)
+    run.backward()
+    run.step()
+    with reshard.CheckpointManager(tmp_path / "deferred", async_save="deferred") as manager:
+        run.backward()
+        reshard.save(tmp_path / "now", 1, **run.parts())
+        manager.save(1, **run.parts())
+        run.step()
+        manager.wait()
+    assert contents(tmp_path / "deferred", 1) != contents(tmp_path / "now", 1)
+
+
+def test_an_optimizer_that_steps_inside_the_backward_pass(tmp_path: Path, slowly: list[str]) -> None:
+    torch.manual_seed(3)
+    model = plain()
+    optimizers = {parameter: optim.AdamW([parameter]) for parameter in model.parameters()}
+
+    def step(parameter: torch.Tensor) -> None:
+        optimizer = optimizers[parameter]  # type: ignore[index]
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(step)
+    parts = {"model": model, "optimizer": list(optimizers.values())}
+    with reshard.CheckpointManager(tmp_path / "deferred", async_save="deferred") as manager:
+        for number in range(1, 4):
+            model(torch.randn(8, 6)).square().sum().backward()
+            reshard.save(tmp_path / "now", number, **parts)
+            manager.save(number, **parts)
+        model(torch.randn(8, 6)).square().sum().backward()
+    for number in range(1, 4):
+        assert contents(tmp_path / "deferred", number) == contents(tmp_path / "now", number)
+
+
+def test_averaged_weights_are_copied_at_once_and_others_wait_when_told(tmp_path: Path, slowly: list[str]) -> None:
+    torch.manual_seed(3)
+    run = Run(normalized(), optim.AdamW)
+    average = AveragedModel(run.model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    run.others = {"average": average}
+    with reshard.CheckpointManager(tmp_path / "deferred", async_save="deferred", keep_checkpoint_max=None) as manager:
+        for step in range(1, 4):
+            run.backward()
+            run.step()
+            reshard.save(tmp_path / "now", step, **run.parts())
+            manager.save(step, **run.parts())
+            average.update_parameters(run.model)  # no optimizer updates them: they were copied at once
+            if step == 2:
+                manager.before_update()
+                run.model.load_state_dict(copy.deepcopy(average.module.state_dict()))
+    for step in range(1, 4):
+        assert contents(tmp_path / "deferred", step) == contents(tmp_path / "now", step)
+
+
+def test_a_parameter_that_gets_other_memory_is_saved_as_it_was(tmp_path: Path, slowly: list[str]) -> None:
+    run = Run(plain(), optim.AdamW)
+    run.backward()
+    run.step()
+    with reshard.CheckpointManager(tmp_path / "deferred", async_save="deferred") as manager:
+        reshard.save(tmp_path / "now", 1, **run.parts())
+        manager.save(1, **run.parts())
+        for parameter in run.model.parameters():
+            parameter.data = torch.zeros_like(parameter)
+    assert contents(tmp_path / "deferred", 1) == contents(tmp_path / "now", 1)
+
+
+def test_copy_needs_no_wait(tmp_path: Path, slowly: list[str]) -> None:
+    run = Run(normalized(), optim.AdamW)
+    with reshard.CheckpointManager(tmp_path / "copied", async_save=True) as manager:
+        for step in (1, 2):
+            run.backward()
+            run.step()
+            reshard.save(tmp_path / "now", step, **run.parts())
+            manager.save(step, **run.parts())
+            with torch.no_grad():
+                for tensor in [*run.model.parameters(), *run.model.buffers()]:
+                    tensor.zero_()
+    assert set(slowly) == {"MainThread"}
+    for step in (1, 2):
+        assert contents(tmp_path / "copied", step) == contents(tmp_path / "now", step)
+
+
+def test_the_hook_goes_with_the_manager(tmp_path: Path) -> None:
+    hooks: dict[Any, Any] = vars(import_module("torch.optim.optimizer"))["_global_optimizer_pre_hooks"]
+    before = len(hooks)
+    run = Run(plain(), optim.AdamW)
+    with reshard.CheckpointManager(tmp_path, async_save="deferred") as manager:
+        manager.save(1, **run.parts())
+        manager.save(2, **run.parts())
+        assert len(hooks) == before + 1
+    assert len(hooks) == before
+
+
+def test_arrays_have_no_optimizer_to_wait_in_and_are_copied(tmp_path: Path, slowly: list[str]) -> None:
+    model = {"w": np.arange(6.0)}
+    with reshard.CheckpointManager(tmp_path, async_save="deferred") as manager:
+        manager.save(1, model=model, optimizer={"adam_m.w": np.ones(6)})
+        model["w"][...] = 0
+    assert np.array_equal(reshard.Checkpoint(tmp_path)["w"][:], np.arange(6.0))
+    assert set(slowly) == {"MainThread"}

@@ -1,0 +1,208 @@
+"""Asynchronous saves: what is saved is the state at the call, whatever training does next; errors come at the next call, on every rank."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import reshard
+from reshard.comm import Communicator
+from reshard.errors import SaveError, StorageError, UsageError
+from reshard.storage import PosixStorage
+from reshard.storage.storage import WritableFile
+from reshard.testing import run_ranks, run_ranks_settled
+
+
+class Gate(PosixStorage):
+    """A storage that creates no data file before it is let through."""
+
+    def __init__(self) -> None:
+        self.opened = threading.Event()
+        self.reached = threading.Event()
+        self.failing = False
+
+    def create(self, path: str, size: int) -> WritableFile:
+        if path.endswith(".safetensors") and "/extra/" not in path:
+            self.reached.set()
+            assert self.opened.wait(60)
+            if self.failing:
+                raise StorageError("can't create the file", file=path, found="broken on purpose")
+        return super().create(path, size)
+
+
+def weights(step: int) -> dict[str, np.ndarray]:
+    return {"w": np.full((64, 32), step, np.float32), "b": np.arange(5) + step}
+
+
+def loaded(root: Path, step: int) -> dict[str, np.ndarray]:
+    found = {name: np.zeros_like(array) for name, array in weights(0).items()}
+    reshard.load(root / f"iteration_{step:08d}", model=found)
+    return found
+
+
+def same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> bool:
+    return all(np.array_equal(found[name], expected[name]) for name in expected)
+
+
+def test_the_call_returns_before_anything_is_written_and_the_state_is_that_of_the_call(tmp_path: Path) -> None:
+    gate = Gate()
+    model, extra = weights(7), {"seen": [1, np.arange(3)]}
+    with reshard.CheckpointManager(tmp_path, async_save=True, storage=gate) as manager:
+        report = manager.save(7, model=model, extra=extra)
+        assert report.state == "under way"
+        assert report.nbytes >= 64 * 32 * 4
+        assert not list(tmp_path.glob("iteration_*"))
+        for array in model.values():
+            array[...] = -1
+        extra["seen"][1][...] = -1
+        extra["seen"].append(2)
+        status = manager.status()
+        assert status.step in (None, 7)
+        gate.opened.set()
+        final = manager.wait()
+        assert final is not None
+        assert (final.state, final.step) == ("committed", 7)
+        assert manager.status().behind is None
+        assert manager.status().step == 7
+    assert same(loaded(tmp_path, 7), weights(7))
+    seen = reshard.load(tmp_path, model=weights(0)).extra["seen"]
+    assert len(seen) == 2
+    assert np.array_equal(seen[1], np.arange(3))
+
+
+def test_a_second_save_waits_for_the_first_one(tmp_path: Path) -> None:
+    gate = Gate()
+    with reshard.CheckpointManager(tmp_path, async_save=True, storage=gate) as manager:
+        manager.save(1, model=weights(1))
+        assert gate.reached.wait(60)
+        threading.Timer(0.2, gate.opened.set).start()
+        before = time.monotonic()
+        manager.save(2, model=weights(2))
+        assert time.monotonic() - before > 0.1
+    assert same(loaded(tmp_path, 1), weights(1))
+    assert same(loaded(tmp_path, 2), weights(2))
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_or_is_skipped_on_every_rank_alike(tmp_path: Path, world: int) -> None:
+    gates = [Gate() for _ in range(world)]
+
+    def work(comm: Communicator) -> list[str]:
+        gate = gates[comm.rank]
+        with reshard.CheckpointManager(tmp_path, async_save=True, when_busy="skip", storage=gate, communicator=comm) as manager:
+            states = [manager.save(1, model=weights(1)).state, manager.save(2, model=weights(2)).state]
+            gate.opened.set()
+            manager.wait()
+            return [*states, manager.save(3, model=weights(3)).state]
+
+    assert run_ranks(world, work) == [["under way", "skipped", "under way"]] * world
+    assert sorted(path.name for path in tmp_path.glob("iteration_*")) == ["iteration_00000001", "iteration_00000003"]
+    assert same(loaded(tmp_path, 3), weights(3))
+
+
+@pytest.mark.parametrize("call", ["save", "load", "wait", "close"])
+def test_a_failure_on_one_rank_is_every_ranks_error_at_the_next_call(tmp_path: Path, call: str) -> None:
+    gates = [Gate(), Gate()]
+    gates[1].failing = True
+    for gate in gates:
+        gate.opened.set()
+    calls: dict[str, Callable[[reshard.CheckpointManager], Any]] = {
+        "save": lambda manager: manager.save(2, model=weights(2)),
+        "load": lambda manager: manager.load(model=weights(0)),
+        "wait": lambda manager: manager.wait(),
+        "close": lambda manager: manager.close(),
+    }
+
+    def work(comm: Communicator) -> str:
+        manager = reshard.CheckpointManager(tmp_path, async_save=True, storage=gates[comm.rank], communicator=comm)
+        try:
+            manager.save(1, model=weights(1))
+            with pytest.raises(SaveError, match=r"rank 1[\s\S]*broken on purpose") as caught:
+                calls[call](manager)
+            if call != "close":
+                gates[comm.rank].failing = False
+                manager.save(3, model=weights(3))  # it is raised once
+        finally:
+            manager.close()
+        return str(caught.value)
+
+    first, second = run_ranks(2, work)
+    assert first == second
+    names = [path.name for path in tmp_path.glob("iteration_*")]
+    assert names == ([] if call == "close" else ["iteration_00000003"])
+
+
+def test_what_can_not_be_captured_on_one_rank_fails_the_save_on_all(tmp_path: Path) -> None:
+    def work(comm: Communicator) -> None:
+        with reshard.CheckpointManager(tmp_path, async_save=True, communicator=comm) as manager:
+            manager.save(1, model={"w": np.zeros(3, np.complex128 if comm.rank == 1 else np.complex64)})
+
+    outcomes = run_ranks_settled(2, work)
+    assert [type(outcome).__name__ for outcome in outcomes] == ["UsageError"] * 2 or all(
+        "rank 1" in str(outcome) for outcome in outcomes
+    ), outcomes
+    assert not list(tmp_path.glob("iteration_*"))
+
+
+def test_a_process_that_ends_without_closing_finishes_the_save(tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    script = """
+import sys, time, numpy as np, reshard
+from reshard.storage import PosixStorage
+class Slow(PosixStorage):
+    def create(self, path, size):
+        time.sleep(0.3)
+        return super().create(path, size)
+manager = reshard.CheckpointManager(sys.argv[1], async_save=True, storage=Slow())
+manager.save(4, model={"w": np.full((64, 32), 4, np.float32), "b": np.arange(5) + 4})
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", script, str(tmp_path)], check=True, timeout=60)
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "4"
+    assert same(loaded(tmp_path, 4), weights(4))
+
+
+def test_ranks_that_save_differently_are_told_so(tmp_path: Path) -> None:
+    def work(comm: Communicator) -> None:
+        reshard.CheckpointManager(tmp_path, async_save=["copy", "deferred"][comm.rank], communicator=comm)  # type: ignore[arg-type]
+
+    outcomes = run_ranks_settled(2, work)
+    assert all(isinstance(outcome, UsageError) and "async_save" in str(outcome) for outcome in outcomes), outcomes
+
+
+@pytest.mark.parametrize("option", [{"async_save": "later"}, {"async_save": 1}, {"when_busy": "drop"}])
+def test_options_that_can_not_be(tmp_path: Path, option: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=next(iter(option))):
+        reshard.CheckpointManager(tmp_path / "root", **option)
+    assert not (tmp_path / "root").exists()
+
+
+def test_status_names_the_rank_that_is_behind(tmp_path: Path) -> None:
+    gates = [Gate() for _ in range(3)]
+    gates[0].opened.set()
+    gates[2].opened.set()
+
+    def work(comm: Communicator) -> str:
+        with reshard.CheckpointManager(tmp_path, async_save=True, storage=gates[comm.rank], communicator=comm) as manager:
+            manager.save(1, model=weights(1))
+            text = ""
+            if comm.rank == 0:
+                deadline = time.monotonic() + 60
+                while manager.status().behind != 1 or "committing" not in str(manager.status()):
+                    assert time.monotonic() < deadline, str(manager.status())
+                    time.sleep(0.01)
+                text = str(manager.status())
+                gates[1].opened.set()
+            manager.wait()
+            return text
+
+    text = run_ranks(3, work)[0]
+    assert "the others wait for rank 1" in text
+    assert "rank 1: writing, 0.0 of" in text
