@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import EllipsisType, TracebackType
 from typing import Any, Literal, overload
 
@@ -29,6 +32,8 @@ from reshard.state import State
 from reshard.stateful import values_of
 from reshard.storage import Storage
 from reshard.storage.posix import PosixStorage
+
+_logger = logging.getLogger("reshard")
 
 
 class CheckpointManager:
