@@ -12,8 +12,9 @@ from reshard.format.common import CommonInfo
 from reshard.format.names import TRACKER_FILE
 from reshard.format.tracker import decode_tracker
 from reshard.geometry import Layout
+from reshard.saving.options import SaveOptions
 from reshard.saving.report import SaveReport
-from reshard.saving.saver import SaveOptions, Saver
+from reshard.saving.saver import Saver
 from reshard.sources.resolve import list_iterations
 from reshard.state import GLOBAL_STEP, ParameterGroup, State, TensorKey, model_key, slot_key
 from reshard.storage import MemoryStorage, Storage

@@ -24,10 +24,11 @@ from reshard.loading.report import RestoreReport
 from reshard.loading.selection import select
 from reshard.loading.strictness import Strictness
 from reshard.saving.async_saver import AsyncSaver, WhenBusy
+from reshard.saving.options import SaveOptions
 from reshard.saving.policies import KeepPolicy
 from reshard.saving.progress import SaveStatus, read_status
 from reshard.saving.report import AsyncSave, SaveReport
-from reshard.saving.saver import SaveOptions, Saver
+from reshard.saving.saver import Saver
 from reshard.state import State
 from reshard.stateful import values_of
 from reshard.storage import Storage

@@ -11,7 +11,8 @@ import pytest
 import reshard
 from reshard.comm import Communicator
 from reshard.format.common import CommonInfo
-from reshard.saving.saver import SaveOptions, Saver
+from reshard.saving.options import SaveOptions
+from reshard.saving.saver import Saver
 from reshard.state import GLOBAL_STEP, Kind, model_key, state_of, whole_tensor
 from reshard.storage import MemoryStorage
 from reshard.testing import run_ranks, state_on_rank
@@ -24,18 +25,19 @@ from tests.strategies import Strategy, layouts
 STEADY = ["all_gather", "broadcast"]
 
 
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["waited", "asynchronous"])
 @pytest.mark.parametrize("once", [False, True], ids=["kept", "removed"])
 @pytest.mark.parametrize(
     "strategy", [Strategy(dp=2), Strategy(dp=2, fsdp=True), Strategy(dp=4), Strategy(dp=2, tp=2), Strategy(dp=2, pp=2)], ids=str
 )
-def test_from_the_second_save_on_only_outcomes_are_told(tmp_path: Path, strategy: Strategy, once: bool) -> None:
+def test_from_the_second_save_on_only_outcomes_are_told(tmp_path: Path, strategy: Strategy, once: bool, asynchronous: bool) -> None:
     """Nothing between saves; the values change from save to save, the layout doesn't."""
     placed = layouts(strategy)
 
     def work(comm: Communicator) -> list[list[str]]:
         counted = Counted(comm)
         seen = []
-        with reshard.CheckpointManager(tmp_path, communicator=counted, remove_redundancy=once) as manager:
+        with reshard.CheckpointManager(tmp_path, communicator=counted, remove_redundancy=once, async_save=asynchronous) as manager:
             for step in range(1, 5):
                 counted.calls.clear()
                 # A new state each time, as a capture of a module is.
@@ -49,6 +51,7 @@ def test_from_the_second_save_on_only_outcomes_are_told(tmp_path: Path, strategy
                     common=CommonInfo(global_step=12),
                 )
                 assert report.step == step
+                manager.wait()
                 seen.append(list(counted.calls))
             counted.calls.clear()
             manager.wait()

@@ -10,8 +10,9 @@ import pytest
 from reshard.comm import SingleProcess
 from reshard.errors import CommunicationError, NoSpaceError, ReshardError, SaveError, StorageError
 from reshard.format.common import CommonInfo
+from reshard.saving.options import SaveOptions
 from reshard.saving.report import SaveReport
-from reshard.saving.saver import SaveOptions, Saver
+from reshard.saving.saver import Saver
 from reshard.storage import MemoryStorage, Storage
 from reshard.testing import FaultyStorage, SimulatedDeath
 from tests import saving_runs as runs

@@ -17,7 +17,8 @@ from reshard.format.metadata import decode_metadata
 from reshard.format.names import TRACKER_FILE, tensor_name
 from reshard.geometry import Layout, Mesh, Region
 from reshard.geometry.dtypes import by_name
-from reshard.saving.saver import SaveOptions, Saver
+from reshard.saving.options import SaveOptions
+from reshard.saving.saver import Saver
 from reshard.state import HostMemory, Shard, ShardedTensor, State, state_of
 from reshard.storage import PosixStorage
 from reshard.testing import run_ranks

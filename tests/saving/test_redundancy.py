@@ -17,7 +17,8 @@ from reshard.cli.app import app
 from reshard.comm import Communicator
 from reshard.errors import CaptureError, ReshardError, UsageError
 from reshard.format.common import CommonInfo
-from reshard.saving.saver import SaveOptions, Saver
+from reshard.saving.options import SaveOptions
+from reshard.saving.saver import Saver
 from reshard.sources.resolve import list_iterations
 from reshard.state import GLOBAL_STEP, Kind, State, model_key, slot_key, state_of, whole_tensor
 from reshard.storage import MemoryStorage, PosixStorage, Storage

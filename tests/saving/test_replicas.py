@@ -14,8 +14,9 @@ import reshard
 from reshard.comm import Communicator
 from reshard.errors import ReshardError, SaveError, UsageError
 from reshard.format.common import CommonInfo
+from reshard.saving.options import SaveOptions
 from reshard.saving.replicas import Replicas
-from reshard.saving.saver import SaveOptions, Saver
+from reshard.saving.saver import Saver
 from reshard.sources.resolve import list_iterations
 from reshard.state import GLOBAL_STEP, HostMemory, Kind, Shard, State, TensorKey, model_key, state_of, whole_tensor
 from reshard.storage import MemoryStorage

@@ -15,9 +15,10 @@ from reshard.checkpoint import Checkpoint
 from reshard.comm import SingleProcess
 from reshard.errors import UsageError
 from reshard.format.common import CommonInfo
+from reshard.saving.options import SaveOptions
 from reshard.saving.policies import Committed, KeepAny, KeepBest, KeepEvery, KeepFor, KeepNewest, KeepPolicy
 from reshard.saving.retention import choose_expired
-from reshard.saving.saver import SaveOptions, Saver
+from reshard.saving.saver import Saver
 from reshard.sources.resolve import list_iterations
 from reshard.storage import MemoryStorage, PosixStorage
 from reshard.testing import FaultyStorage, run_ranks

@@ -16,8 +16,9 @@ import pytest
 from reshard.comm import SingleProcess
 from reshard.errors import ReshardError, RootLockedError, SaveError, StorageError, UsageError
 from reshard.format.common import CommonInfo
+from reshard.saving.options import SaveOptions
 from reshard.saving.root import discard, open_root, saving_name, scratch_name
-from reshard.saving.saver import SaveOptions, Saver
+from reshard.saving.saver import Saver
 from reshard.sources.resolve import list_iterations
 from reshard.storage import MemoryStorage, PosixStorage, WritableFile
 from reshard.testing import FaultyStorage, run_ranks_settled
@@ -26,6 +27,7 @@ from tests import saving_runs as runs
 HOLDER = """
 import sys, time
 from reshard.comm import SingleProcess
+from reshard.saving.options import SaveOptions
 from reshard.saving.saver import Saver
 from reshard.storage import PosixStorage
 saver = Saver(PosixStorage(), SingleProcess(), sys.argv[1])

@@ -19,7 +19,8 @@ from reshard.format.extra import read_extra
 from reshard.geometry import Region
 from reshard.geometry.dtypes import ALL, by_numpy
 from reshard.planning.agreement import describe, place_of
-from reshard.saving.saver import SaveOptions, Saver
+from reshard.saving.options import SaveOptions
+from reshard.saving.saver import Saver
 from reshard.state import HostMemory, ParameterGroup, Shard, ShardedTensor, State, model_key, slot_key, state_of, whole_tensor
 from reshard.storage import MemoryStorage, PosixStorage
 from reshard.testing import FaultyStorage, mesh_of, run_ranks, run_ranks_settled, split, tensor_on_rank

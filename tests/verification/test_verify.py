@@ -15,7 +15,7 @@ import reshard
 from reshard.checkpoint import Checkpoint
 from reshard.errors import CheckpointNotFoundError, DamagedCheckpointError, StorageError, TrackerError
 from reshard.format.safetensors import read_header
-from reshard.saving.saver import SaveOptions
+from reshard.saving.options import SaveOptions
 from reshard.state import model_key
 from reshard.storage import MemoryStorage, PosixStorage, ReadableFile
 from reshard.testing import FaultyStorage

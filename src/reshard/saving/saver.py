@@ -21,66 +21,27 @@ from reshard.format.common import CommonInfo, with_health
 from reshard.format.extra import global_tree, write_extra
 from reshard.format.index import INDEX_FILE
 from reshard.format.metrics import METRICS_FILE, encode_metrics
-from reshard.format.names import COMMON_FILE, EXTRA_DIRECTORY, GLOBAL_EXTRA_FILE, METADATA_FILE, data_file_name, iteration_name
+from reshard.format.names import COMMON_FILE, EXTRA_DIRECTORY, GLOBAL_EXTRA_FILE, METADATA_FILE, iteration_name
 from reshard.format.seal import SEAL_FILE, SealedFile, encode_seal
 from reshard.saving.commit import Undo, check_presence, publish
 from reshard.saving.given import check_step, counted_steps, encode_checked
 from reshard.saving.groups import GroupOptions, encode_options, merge_groups
 from reshard.saving.opening import Opening, agree_on_opening
+from reshard.saving.options import SaveOptions
 from reshard.saving.outcome import UNCHANGED, Failure, Outcome, Verdict, describe_failure, failure_of_ranks
-from reshard.saving.policies import KeepPolicy, policy_of
+from reshard.saving.policies import policy_of
 from reshard.saving.progress import ProgressNotices
 from reshard.saving.rank_files import check_space, write_rank
 from reshard.saving.replicas import Replicas, compare
-from reshard.saving.report import AsyncSave, SaveReport
+from reshard.saving.report import SaveReport
 from reshard.saving.retention import retire
 from reshard.saving.root import check_lock, discard, is_leftover_of, open_root, saving_name
 from reshard.saving.structure import RankPlan, Structures
-from reshard.state import Kind, State
+from reshard.state import State
 from reshard.storage import Lock, Storage
 from reshard.storage.storage import join
 
 _logger = logging.getLogger("reshard")
-
-
-@dataclass(frozen=True)
-class SaveOptions:
-    """How checkpoints are saved; the same on every rank.
-
-    Attributes:
-        prefix: the first part of data files' names; None for none.
-        keep_checkpoint_max: how many committed checkpoints stay on disk, whoever wrote them; None for no such rule.
-        keep: a policy of retention; what it keeps stays besides. Without it and `keep_checkpoint_max` all stay.
-        save_optimizer: whether optimizer tensors are saved.
-        remove_redundancy: whether of equal regions on several ranks only one is written.
-        check_replicas: whether equal regions on several ranks are compared, by their digests, before a save commits.
-        lock_timeout: seconds to wait for a root that another process holds.
-        async_save: how much training waits for; None: until the checkpoint is committed.
-
-    Raises:
-        UsageError: an option that can't be.
-    """
-
-    prefix: str | None = "CKP"
-    keep_checkpoint_max: int | None = 5
-    keep: KeepPolicy | None = None
-    save_optimizer: bool = True
-    remove_redundancy: bool = False
-    check_replicas: bool = False
-    lock_timeout: float = 10.0
-    async_save: AsyncSave | None = None
-
-    def __post_init__(self) -> None:
-        data_file_name(self.prefix, Kind.MODEL, 0, 1)
-        keep = self.keep_checkpoint_max
-        if keep is not None and (not isinstance(keep, int) or isinstance(keep, bool) or keep < 1):
-            raise UsageError(
-                "at least one checkpoint must be kept", field="keep_checkpoint_max", found=keep, expected="1 or more, or None to keep all"
-            )
-        if self.keep is not None and not isinstance(self.keep, KeepPolicy):
-            raise UsageError("not a policy of retention", field="keep", found=repr(self.keep), expected="such as reshard.KeepEvery(1000)")
-        if not self.lock_timeout >= 0:
-            raise UsageError("a waiting time is not negative", field="lock_timeout", found=self.lock_timeout, expected="seconds, 0 or more")
 
 
 @dataclass(frozen=True)
