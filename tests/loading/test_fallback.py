@@ -153,13 +153,12 @@ def test_it_falls_back_from_every_damage_and_says_so(
 
 
 @WORLDS
-@WAYS
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_the_error_names_the_newest_intact_one(tmp_path: Path, damage: str, world: int, balanced: bool) -> None:
+def test_the_error_names_the_newest_intact_one(tmp_path: Path, damage: str, world: int) -> None:
     save(tmp_path)
     for step in (2, 3):
         DAMAGES[damage](directory(tmp_path, step))
-    outcomes = run_ranks_settled(world, lambda comm: load(comm, tmp_path, balanced=balanced))
+    outcomes = run_ranks_settled(world, lambda comm: load(comm, tmp_path))
     assert all(isinstance(outcome, DamagedCheckpointError) for outcome in outcomes), outcomes
     assert len({str(outcome) for outcome in outcomes}) == 1
     text = str(outcomes[0])
