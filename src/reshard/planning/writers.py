@@ -11,8 +11,10 @@ from typing import NamedTuple
 # The fullest rank may have so many hundredths more than the mean; below that nothing is moved any more.
 _ALLOWANCE = 102
 
-# Sharing out again beside all others evens out what the first round couldn't see. It hardly ever takes more than two rounds.
+# Sharing out again beside all others evens out what the first round couldn't see. It hardly ever takes more than two rounds; a round that
+# takes less than this part off the sum of squares is the last.
 _ROUNDS = 8
+_SETTLED = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +40,7 @@ def share_lots(lots: Sequence[Lot], world_size: int) -> list[Shares]:
     """Who writes how many of each lot; the same for the same arguments, on every rank.
 
     What fewest can write is given away first, the largest of it before the smaller, each to the least loaded of its holders (of several the
-    lowest rank). Then each lot is shared out again beside all others until the fullest rank is near the mean, or that changes nothing.
+    lowest rank). Then each lot is shared out again beside all others until the fullest rank is near the mean, or hardly anything changes.
 
     Args:
         lots: all there is to write.
@@ -61,7 +63,8 @@ def share_lots(lots: Sequence[Lot], world_size: int) -> list[Shares]:
             shares[index] = _share(lots[index], shares[index], loads)
         # It never grows from round to round: each lot takes its least given all others.
         before, unevenness = unevenness, sum(load * load for load in loads)
-        if unevenness == before or max(loads, default=0) * world_size * 100 <= total * _ALLOWANCE:
+        is_settled = before is not None and (before - unevenness) * _SETTLED <= before
+        if is_settled or max(loads, default=0) * world_size * 100 <= total * _ALLOWANCE:
             break
     return shares
 
