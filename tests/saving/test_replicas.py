@@ -216,3 +216,38 @@ def test_strides_do_not_matter(data: st.DataObject) -> None:
         assert folded(array) == folded(other) == folded(wide[..., ::2])
         array.reshape(-1).view(np.uint8)[0] ^= 1
         assert folded(array) != folded(other)
+
+
+def test_asynchronous_saves_are_written_once_and_compared() -> None:
+    """From the snapshot: also when the layout of other ranks changed, and all write anew."""
+    storage = MemoryStorage()
+
+    def work(comm: Communicator) -> str:
+        with reshard.CheckpointManager(
+            runs.ROOT, communicator=comm, storage=storage, remove_redundancy=True, check_replicas=True, async_save="copy"
+        ) as manager:
+            for step in (1, 2, 3):
+                state = state_on_rank(ARRAYS, layouts(Strategy(dp=2, tp=2)), comm.rank)
+                more = {} if step == 1 or comm.rank in (0, 2) else {"late": np.ones(1000)}
+                drifted = {"drift": np.full(3, comm.rank // 2)} if step == 3 else {}
+                optimizer = parts(state, Kind.OPTIMIZER)
+                model = {**parts(state, Kind.MODEL), **more, **drifted}
+                manager.save(step, model=model, optimizer=optimizer, common=CommonInfo(global_step=12))
+                for array in (*more.values(), *drifted.values()):
+                    array[...] = 7  # training goes on
+            try:
+                manager.wait()
+            except SaveError as error:
+                return str(error)
+        return ""
+
+    errors = run_ranks(4, work)
+    assert len(set(errors)) == 1
+    assert "drift, offset [0], shape [3]: one value on ranks 0-1, another on ranks 2-3" in errors[0]
+    checkpoint = reshard.Checkpoint(runs.ROOT, storage)
+    assert checkpoint.iteration == 2
+    assert checkpoint["late"].read().tolist() == [1.0] * 1000
+    for name in checkpoint:
+        view = checkpoint[name]
+        assert all(len(chunk.places) == 1 for chunk in view.chunks)
+        assert name == "late" or view.read().tobytes() == ARRAYS[view.key].tobytes()
