@@ -7,6 +7,7 @@ import logging
 import os
 import random
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -508,3 +509,28 @@ def test_a_checkpoint_of_another_writer_loads_without_common_information(root: P
     (metadata.parent / "common.json").unlink()
     report = reshard.load(root, model=blank(WEIGHTS))
     assert report.common is None
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+def test_metrics_are_taken_in_the_call(tmp_path: Path, async_save: bool) -> None:
+    """What the background reads later, the next step may have changed."""
+    threads = []
+
+    class Loss:
+        def __float__(self) -> float:
+            threads.append(threading.current_thread())
+            return 0.5
+
+    def save(manager: reshard.CheckpointManager, step: int, loss: object) -> None:
+        manager.save(step, model=WEIGHTS, metrics={"loss": loss})
+        manager.wait()
+
+    with reshard.CheckpointManager(tmp_path, async_save=async_save) as manager:
+        save(manager, 1, Loss())
+        with pytest.raises(UsageError, match="a metric is a number"):
+            save(manager, 2, "low")
+    assert set(threads) == {threading.main_thread()}
+    checkpoint = reshard.Checkpoint(tmp_path)
+    assert (checkpoint.iteration, checkpoint.metrics) == (1, {"loss": 0.5})
+    assert checkpoint.common is not None
+    assert checkpoint.common.ckpt_status == 0

@@ -15,6 +15,7 @@ from reshard.comm import Communicator
 from reshard.comm.together import attempt
 from reshard.errors import UsageError
 from reshard.format.common import CommonInfo
+from reshard.format.metrics import numbers_of
 from reshard.frameworks.adapter import Adapter
 from reshard.frameworks.select import default_communicator, select_adapter
 from reshard.loading.budget import MEMORY_BUDGET
@@ -155,10 +156,12 @@ class CheckpointManager:
         if self._async is not None and not self._async.has_room():
             return SaveReport(step, self.directory, 0, time.perf_counter() - started, (), "skipped")
         adapter: Adapter | None = None
+        numbers: dict[str, float] | None = None
 
         def capture() -> State:
             # Inside: what a single rank can't take, the others must hear of.
-            nonlocal adapter
+            nonlocal adapter, numbers
+            numbers = None if metrics is None else numbers_of(metrics)
             adapter = select_adapter(model, optimizer)
             # A step count that the caller doesn't state is the optimizer's own, not the number of the iteration.
             captured = adapter.capture(model, optimizer, global_step=None if common is None else common.global_step)
@@ -174,8 +177,8 @@ class CheckpointManager:
             captured, error = attempt(capture)
             state = captured if captured is not None else State()
             if self._async is None:
-                return self._saver.save(step, state, stated, error, metrics)
-            return self._async.save(step, adapter, state, stated, error, metrics, started)
+                return self._saver.save(step, state, stated, error, numbers)
+            return self._async.save(step, adapter, state, stated, error, numbers, started)
 
     def before_update(self) -> None:
         """Call it before changing parameters or optimizer state otherwise than by an optimizer's step, with `async_save="deferred"`.

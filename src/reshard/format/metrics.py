@@ -28,23 +28,33 @@ _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 _DECODER = msgspec.json.Decoder(dict[str, float | str])
 
 
-def encode_metrics(metrics: Mapping[str, Any]) -> bytes:
-    """The file's bytes: a JSON object of numbers; what is not finite is the text `nan`, `inf` or `-inf`.
+def numbers_of(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Metrics as plain numbers, which no longer change with what they were taken from.
 
     Args:
         metrics: numbers by name: Python's, numpy's, or whatever `float` takes, such as a tensor of one element.
 
     Raises:
-        UsageError: a name that is no text, a value that is no number, or too many of them.
+        UsageError: a name that is no text, or a value that is no number.
     """
     if not isinstance(metrics, Mapping):
         raise UsageError("metrics are numbers by name", field="metrics", found=type(metrics).__name__, expected='such as {"loss": 1.2}')
-    numbers: dict[str, float | str] = {}
-    for name, value in metrics.items():
+    for name in metrics:
         if not isinstance(name, str) or not name:
             raise UsageError("a metric's name is text", field="metrics", found=repr(name))
-        number = _number(name, value)
-        numbers[name] = number if math.isfinite(number) else str(number)
+    return {name: _number(name, value) for name, value in metrics.items()}
+
+
+def encode_metrics(metrics: Mapping[str, Any]) -> bytes:
+    """The file's bytes: a JSON object of numbers; what is not finite is the text `nan`, `inf` or `-inf`.
+
+    Args:
+        metrics: as in `numbers_of`.
+
+    Raises:
+        UsageError: likewise; or too many of them.
+    """
+    numbers = {name: number if math.isfinite(number) else str(number) for name, number in numbers_of(metrics).items()}
     encoded = (json.dumps(numbers, indent=4) + "\n").encode("ascii")
     if len(encoded) > _MOST_BYTES:
         raise UsageError("too many metrics", field="metrics", found=f"{len(encoded)} bytes", expected=f"at most {_MOST_BYTES}")
