@@ -30,6 +30,7 @@ from tests.strategies import STRATEGIES, Strategy, arrays, layouts
 
 ARRAYS = arrays()
 NEEDED = sum(array.nbytes for array in ARRAYS.values())
+LARGEST = max(array.nbytes for array in ARRAYS.values())
 
 
 class CountingStorage:
@@ -142,7 +143,8 @@ def test_every_byte_is_read_once_and_evenly_and_is_right(target: Strategy, saved
         counted = [sum(nbytes for path, nbytes in storage.data.items() if "/extra/" not in path) for storage in storages]
         assert [rank.bytes_read for rank in report.ranks] == counted
         assert sum(counted) == NEEDED, f"{source} to {target}"
-        assert max(counted) <= 1.05 * NEEDED / target.world_size
+        # The state is so small that each chunk is one row block, which one rank reads.
+        assert max(counted) <= 1.02 * NEEDED / target.world_size + LARGEST
         assert report.bytes_sent == sum(rank.bytes_received for rank in report.ranks)
         assert report.bytes_needed == direct.bytes_needed
 

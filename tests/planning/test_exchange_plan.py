@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,6 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reshard.catalog import Arrangement, Catalog, Piece, Site, StoredTensor
+from reshard.format import row_blocks
+from reshard.format.row_blocks import row_blocks_of
 from reshard.geometry import DType, Mesh, Region
 from reshard.geometry.dtypes import by_name
 from reshard.planning.agreement import Holding, RankDescription, TensorDescription
@@ -42,6 +47,16 @@ def grid(shape: tuple[int, ...], mesh: Mesh, placement: tuple[tuple[str, ...], .
     """Every rank's region, in rank order."""
     layout = split(mesh, *placement)
     return [layout.rank_region(rank, shape) for rank in sorted(mesh.ranks)]
+
+
+@contextmanager
+def small_blocks(nbytes: int) -> Iterator[None]:
+    """Row blocks of so many bytes, so that small tensors have several."""
+    with mock.patch.multiple(row_blocks, LEAST_BYTES=nbytes, MOST_BYTES=nbytes):
+        yield
+
+
+BLOCK_BYTES = st.sampled_from([4, 24, 64, 200, row_blocks.LEAST_BYTES])
 
 
 @st.composite
@@ -89,25 +104,54 @@ def reads(plan: ExchangePlan, catalog: Catalog) -> dict[str, np.ndarray]:
     return counts
 
 
-@given(cases())
-def test_each_needed_element_is_read_once_and_no_other(case: tuple[list[RankDescription], Catalog]) -> None:
+@given(cases(), BLOCK_BYTES)
+def test_each_needed_element_is_read_once_and_no_other(case: tuple[list[RankDescription], Catalog], block_bytes: int) -> None:
     descriptions, catalog = case
     needed = {tensor.name: np.zeros(tensor.global_shape, int) for tensor in catalog.tensors.values()}
     for description in descriptions:
         for tensor in description.tensors:
             for region in tensor.regions:
                 needed[tensor.key.parameter][region.slices] = 1
-    plan = plan_exchange(descriptions, catalog)
+    with small_blocks(block_bytes):
+        plan = plan_exchange(descriptions, catalog)
     for name, counts in reads(plan, catalog).items():
         assert np.array_equal(counts, needed[name])
     assert sum(plan.loads(len(descriptions))) == 4 * sum(int(array.sum()) for array in needed.values())
 
 
-@given(cases(), st.sampled_from([(64, 16), (4096, 64), (1 << 20, 1 << 20)]))
-def test_everyone_gets_what_it_wants(case: tuple[list[RankDescription], Catalog], sizes: tuple[int, int]) -> None:
+@given(cases(), BLOCK_BYTES)
+def test_each_row_block_that_is_wanted_whole_has_one_reader(case: tuple[list[RankDescription], Catalog], block_bytes: int) -> None:
+    descriptions, catalog = case
+    wanted = {tensor.name: np.zeros(tensor.global_shape, bool) for tensor in catalog.tensors.values()}
+    for description in descriptions:
+        for tensor in description.tensors:
+            for region in tensor.regions:
+                wanted[tensor.key.parameter][region.slices] = True
+    with small_blocks(block_bytes):
+        plan = plan_exchange(descriptions, catalog)
+        for share in plan.shares:
+            box, blocks = share.box, row_blocks_of(share.piece.region.shape, 4)
+            d = blocks.dimension
+            if d is None:
+                continue
+            for tensor in share.tensors:
+                chunk = wanted[tensor.name][share.piece.region.slices]
+                rows = chunk.all(axis=tuple(other for other in range(chunk.ndim) if other != d))
+                for begin in range(0, len(rows), blocks.rows):
+                    end = min(begin + blocks.rows, len(rows))
+                    touches = box.offset[d] < end and begin < box.end[d]
+                    if rows[begin:end].all() and touches:
+                        assert box.offset[d] <= begin
+                        assert end <= box.end[d]
+                        assert box.shape[d + 1 :] == chunk.shape[d + 1 :]
+
+
+@given(cases(), st.sampled_from([(64, 16), (4096, 64), (1 << 20, 1 << 20)]), BLOCK_BYTES)
+def test_everyone_gets_what_it_wants(case: tuple[list[RankDescription], Catalog], sizes: tuple[int, int], row_block_bytes: int) -> None:
     """The schedules of all ranks, carried out with numpy: what a rank receives is what the reader sends, in the same order."""
     descriptions, catalog = case
-    plan = plan_exchange(descriptions, catalog)
+    with small_blocks(row_block_bytes):
+        plan = plan_exchange(descriptions, catalog)
     whole = {
         tensor.name: np.random.default_rng(number).random(tensor.global_shape, np.float32)
         for number, tensor in enumerate(catalog.tensors.values())
@@ -168,7 +212,7 @@ def test_the_plan_is_the_same_whatever_objects_it_is_made_from(case: tuple[list[
 @pytest.mark.parametrize("placement", [(("a",), ()), ((), ("a",)), ((), ())], ids=["rows", "columns", "replicas"])
 @pytest.mark.parametrize("writers", [1, 4])
 def test_reading_is_even(world: int, placement: tuple[tuple[str, ...], ...], writers: int) -> None:
-    shapes: dict[str, tuple[int, ...]] = {"embed": (5000, 8)} | {f"layer.{n}": (96 + 16 * (n % 3), 8) for n in range(40)}
+    shapes: dict[str, tuple[int, ...]] = {"embed": (5000, 800)} | {f"layer.{n}": (96 + 16 * (n % 3), 800) for n in range(40)}
     mesh = Mesh((world,), ("a",), tuple(range(world)))
     rows = Mesh((writers,), ("a",), tuple(range(writers)))
     wanted = {name: grid(shape, mesh, placement) for name, shape in shapes.items()}
@@ -180,15 +224,37 @@ def test_reading_is_even(world: int, placement: tuple[tuple[str, ...], ...], wri
 
 
 def test_ranks_that_hold_little_read_for_those_that_hold_much() -> None:
-    shape = (1000, 4)
-    descriptions = [described(0, {"w": (shape, [Region.whole(shape)])}), described(1, {"w": (shape, [Region((0, 0), (1, 4))])})]
+    shape = (1000, 400)
+    descriptions = [described(0, {"w": (shape, [Region.whole(shape)])}), described(1, {"w": (shape, [Region((0, 0), (1, 400))])})]
     loads = plan_exchange(descriptions, stored({"w": (shape, [Region.whole(shape)])})).loads(2)
-    assert sum(loads) == 16_000
-    assert max(loads) <= 1.05 * 8000
+    assert sum(loads) == 1_600_000
+    assert max(loads) <= 1.05 * 800_000
+
+
+@pytest.mark.parametrize("world", [2, 3, 4, 5, 8, 13, 48])
+@pytest.mark.parametrize("placement", [(("a",), ()), ((), ("a",)), ((), ())], ids=["rows", "columns", "replicas"])
+def test_of_a_lone_chunk_a_rank_reads_at_most_one_block_more_than_the_mean(world: int, placement: tuple[tuple[str, ...], ...]) -> None:
+    shape = (6400, 960)
+    regions = grid(shape, Mesh((world,), ("a",), tuple(range(world))), placement)
+    descriptions = [described(rank, {"w": (shape, [regions[rank]])}) for rank in range(world)]
+    loads = plan_exchange(descriptions, stored({"w": (shape, [Region.whole(shape)])})).loads(world)
+    total = 4 * math.prod(shape)
+    assert sum(loads) == total
+    assert max(loads) <= 1.02 * total / world + row_blocks_of(shape, 4).nbytes
+
+
+def test_edges_go_to_the_nearest_border_and_the_block_to_who_wants_most_of_it() -> None:
+    shape = (960, 100)  # 40 rows a block
+    edges = [0, 310, 650, 960]
+    regions = [Region((begin, 0), (end - begin, 100)) for begin, end in pairwise(edges)]
+    descriptions = [described(rank, {"w": (shape, [region])}) for rank, region in enumerate(regions)]
+    plan = plan_exchange(descriptions, stored({"w": (shape, [Region.whole(shape)])}))
+    assert [(share.reader, share.box.offset[0], share.box.end[0]) for share in plan.shares] == [(0, 0, 320), (1, 320, 640), (2, 640, 960)]
+    assert [len(share.wants) for share in plan.shares] == [2, 1, 2]
 
 
 def test_a_rank_reads_what_it_needs_itself() -> None:
-    shape = (64, 4)
+    shape = (64, 1024)
     mesh = Mesh((4,), ("a",), tuple(range(4)))
     regions = grid(shape, mesh, (("a",), ()))
     descriptions = [described(rank, {f"w.{n}": (shape, [regions[rank]]) for n in range(5)}) for rank in range(4)]
@@ -198,7 +264,7 @@ def test_a_rank_reads_what_it_needs_itself() -> None:
 
 def test_alike_tensors_are_planned_together() -> None:
     """100,000 tensors on 64 ranks make as many shares as ten do."""
-    shape = (64, 4)
+    shape = (64, 4096)
     regions = grid(shape, Mesh((64,), ("a",), tuple(range(64))), (("a",), ()))
     arrangement = Arrangement(FLOAT, shape, None, (Piece(Region.whole(shape), (Site("file", 0),)),))
     for count in (10, 100_000):
@@ -213,31 +279,31 @@ def test_alike_tensors_are_planned_together() -> None:
 
 def test_replicas_are_one_want() -> None:
     """2,000 ranks that want the same are planned as one place is; each still gets its part of every block."""
-    shape = (4000, 4)
+    shape = (2000, 1 << 20)  # a row is a block
     holding = Holding(FLOAT, shape, None, (Region.whole(shape),))
     key = model_key("w")
     descriptions = [RankDescription(rank, (TensorDescription(key, holding),)) for rank in range(2000)]
     plan = plan_exchange(descriptions, stored({"w": (shape, grid(shape, Mesh((4,), ("a",), (0, 1, 2, 3)), (("a",), ())))}))
-    assert plan.loads(2000) == [32] * 2000
+    assert plan.loads(2000) == [4 << 20] * 2000
     assert all(len(share.wants) == 1 and len(share.wants[0].takers) == 2000 for share in plan.shares)
     assert len({id(share.wants[0].takers) for share in plan.shares}) == 1
-    schedule = schedule_exchange(plan, 7, stage_bytes=1 << 20, block_bytes=1 << 20, gap_bytes=0)
+    schedule = schedule_exchange(plan, 7, stage_bytes=4 << 20, block_bytes=4 << 20, gap_bytes=0)
     assert {source for _, source in schedule.incoming} == set(range(2000)) - {7}
     assert {target for _, target in schedule.outgoing} == set(range(2000)) - {7}
 
 
 @given(st.data())
 def test_the_least_loaded_rank_reads_next(data: st.DataObject) -> None:
-    """Boxes that can't be cut go one after the other to the least loaded rank that wants them, of several the first."""
+    """Boxes that can't be cut go one after the other, the largest first, to the least loaded rank that wants them, of several the first."""
     world = data.draw(st.integers(1, 6))
     ranks = st.sets(st.integers(0, world - 1), min_size=1).map(lambda found: tuple(sorted(found)))
     wanted = data.draw(st.lists(st.tuples(st.integers(1, 3), st.integers(1, 9), ranks), min_size=1, max_size=9))
-    jobs = [Job(count, Region((), ()), nbytes, None, wanting) for count, nbytes, wanting in wanted]
+    jobs = [Job(count, Region((), ()), nbytes, None, 1, wanting) for count, nbytes, wanting in wanted]
     total = sum(job.count * job.nbytes for job in jobs)
     mean = -(-total // world)
     loads = [0] * world
     expected, left = [], []
-    for index in sorted(range(len(jobs)), key=lambda index: len(jobs[index].ranks)):
+    for index in sorted(range(len(jobs)), key=lambda index: (len(jobs[index].ranks), -jobs[index].nbytes)):
         for number in range(jobs[index].count):
             rank = min(jobs[index].ranks, key=loads.__getitem__)
             if loads[rank] + jobs[index].nbytes <= mean and not any(job == index for job, _ in left):

@@ -25,14 +25,24 @@ class Job:
         box: what is read of each.
         nbytes: the bytes of one.
         dimension: along which a box can be cut; None when it can't.
-        ranks: those that want any of it, sorted.
+        rows: it can be cut at multiples of so many rows along this dimension, counted from where boxes' offsets are.
+        ranks: those that are to read it if they have room, sorted.
     """
 
     count: int
     box: Region
     nbytes: int
     dimension: int | None
+    rows: int
     ranks: tuple[int, ...]
+
+    @property
+    def least_bytes(self) -> int:
+        """What is read by one rank in any case."""
+        if self.dimension is None:
+            return self.nbytes
+        extent = self.box.shape[self.dimension]
+        return self.nbytes // extent * min(self.rows, extent)
 
 
 class Assignment(NamedTuple):
@@ -61,18 +71,30 @@ class _Rest(NamedTuple):
     nbytes: int
     row_bytes: int
     dimension: int | None
+    rows: int
+
+    def up_to_border(self, count: int) -> int:
+        """The most rows, of so many at most, that end where the box can be cut; 0 when there is no such place."""
+        assert self.dimension is not None
+        begin = self.box.offset[self.dimension]
+        return max(0, (begin + count) // self.rows * self.rows - begin)
+
+    def to_next_border(self) -> int:
+        """The fewest rows that end where the box can be cut, or with it."""
+        assert self.dimension is not None
+        return min(self.rows - self.box.offset[self.dimension] % self.rows, self.box.shape[self.dimension])
 
 
 def spread(jobs: Sequence[Job], ranks: Sequence[int]) -> list[Assignment]:
-    """Who reads what: everything once, evenly by bytes, and by ranks that want it as far as evenness allows.
+    """Who reads what: everything once, evenly by bytes, and by ranks that it is for as far as evenness allows.
 
     Args:
         jobs: all there is to read.
         ranks: of the whole job, ascending.
 
     Returns:
-        Assignments, the same for the same arguments on every rank. No rank has more than 1.02 of the mean and one row of a box (or one
-        box that can't be cut).
+        Assignments, the same for the same arguments on every rank. No rank has more than 1.02 of the mean and what lies between two places
+        where a box can be cut (or one box that can't be cut).
     """
     total = sum(job.nbytes * job.count for job in jobs)
     mean = -(-total // len(ranks))
@@ -81,15 +103,18 @@ def spread(jobs: Sequence[Job], ranks: Sequence[int]) -> list[Assignment]:
     orders: dict[int, _Least] = {}
     done: list[Assignment] = []
     left: list[_Rest] = []
-    # Those that fewest ranks want first: the others have a choice later, too.
-    for index in sorted(range(len(jobs)), key=lambda index: len(jobs[index].ranks)):
+    # Those that are for the fewest ranks first: the others have a choice later, too. Of these the coarsest first: what is finer fills the
+    # room that they leave.
+    sizes = [job.least_bytes for job in jobs]
+    for index in sorted(range(len(jobs)), key=lambda index: (len(jobs[index].ranks), -sizes[index])):
         job = jobs[index]
         row_bytes = job.nbytes if job.dimension is None else job.nbytes // job.box.shape[job.dimension]
-        rest = _Rest(index, 0, job.count, job.box, job.nbytes, row_bytes, job.dimension)
+        rest = _Rest(index, 0, job.count, job.box, job.nbytes, row_bytes, job.dimension, job.rows)
         least = orders.get(id(job.ranks))
         if least is None:
             least = orders[id(job.ranks)] = _Least(job.ranks, loads)
         left += _give(rest, least, loads, mean, done, force=False)
+    left.sort(key=lambda rest: sizes[rest.job], reverse=True)
     least = _Least(ranks, loads)
     for rest in left:
         _give(rest, least, loads, mean + mean // _SLACK, done, force=True)
@@ -130,14 +155,12 @@ def _give(rest: _Rest, least: _Least, loads: dict[int, int], limit: int, done: l
             if whole < rest.number:
                 queue.append(rest._replace(first=rest.first + whole, number=rest.number - whole))
             continue
-        rows = max(room, 0) // rest.row_bytes
-        if rest.dimension is None or rows * rest.row_bytes * _SLIVER < limit:
+        rows = 0 if rest.dimension is None else rest.up_to_border(max(room, 0) // rest.row_bytes)
+        if rows * rest.row_bytes * _SLIVER < limit:
             rows = 0
-        if rows == 0:
-            if not force:
-                left.append(rest)
-                continue
-            rows = 1
+        if rows == 0 and not force:
+            left.append(rest)
+            continue
         # One tensor is cut: some rows now, its others next, then the tensors after it.
         if rest.number > 1:
             queue.append(rest._replace(first=rest.first + 1, number=rest.number - 1))
@@ -146,6 +169,7 @@ def _give(rest: _Rest, least: _Least, loads: dict[int, int], limit: int, done: l
             loads[rank] += rest.nbytes
             continue
         extent = rest.box.shape[rest.dimension]
+        rows = rows or rest.to_next_border()
         now = _rows(rest.box, rest.dimension, 0, rows)
         done.append(Assignment(rest.job, rank, rest.first, 1, now))
         loads[rank] += rows * rest.row_bytes

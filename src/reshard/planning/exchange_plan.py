@@ -5,18 +5,15 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import NamedTuple
-
-import numpy as np
 
 from reshard.catalog import Arrangement, Catalog, Piece, Site, StoredTensor
 from reshard.geometry import Region
 from reshard.geometry.boxes import Boxes
-from reshard.geometry.cover import find_overlap
 from reshard.planning.agreement import RankDescription
 from reshard.planning.balance import Job, spread
 from reshard.planning.byte_runs import is_one_run, plan_blocks, run_offset, strides_of
+from reshard.planning.cuts import Cut, cut_chunks
 from reshard.planning.holders import Holders, find_holders
 from reshard.planning.read_plan import Movement, Transfer
 
@@ -193,8 +190,10 @@ class ExchangePlan:
 def plan_exchange(descriptions: Sequence[RankDescription], catalog: Catalog) -> ExchangePlan:
     """Plan a load of a whole job: the same on every rank that has the same descriptions and the same catalog.
 
-    Every stored byte that anyone wants is in exactly one share. The shares are even by bytes: none is above 1.02 of the mean by more than
-    one row of a box along its outermost dimension. A rank reads what it needs itself, as far as evenness allows.
+    Every stored byte that anyone wants is in exactly one share, and every row block of which all is wanted in one share whole, so that its
+    digest can be checked. The shares are even by bytes: none is above 1.02 of the mean by more than one row block (or, of chunks of which
+    nobody wants whole rows, one row of a box along its outermost dimension). A rank reads what it needs itself, as far as evenness and row
+    blocks allow.
 
     Args:
         descriptions: of all ranks, in their order: the tensors that they load.
@@ -214,22 +213,23 @@ def share_out(groups: Iterable[tuple[Sequence[StoredTensor], Sequence[Want]]], r
     jobs: list[Job] = []
     parts: list[tuple[Sequence[StoredTensor], Piece, tuple[Want, ...]]] = []
     ranks_of = _RankSets()
-    known: dict[tuple[bytes, ...], list[_Cut]] = {}
+    known: dict[tuple[int | bytes, ...], list[Cut]] = {}
     for tensors, wants in groups:
         arrangement = tensors[0].arrangement
         regions = Boxes.of([want.region for want in wants], len(arrangement.global_shape))
+        itemsize = arrangement.dtype.itemsize
         # Stages and experts cut alike, at other ranks and in other files.
-        alike = tuple(array.tobytes() for boxes in (arrangement.boxes, regions) for array in (boxes.offsets, boxes.shapes))
+        alike = (itemsize, *(array.tobytes() for boxes in (arrangement.boxes, regions) for array in (boxes.offsets, boxes.shapes)))
         cuts = known.get(alike)
         if cuts is None:
-            cuts = known[alike] = list(_cuts(arrangement.boxes, regions))
-        itemsize = arrangement.dtype.itemsize
+            cuts = known[alike] = list(cut_chunks(arrangement.boxes, regions, itemsize))
         number, piece = -1, arrangement.pieces[0]
         for cut in cuts:
             if cut.piece != number:
                 number, piece = cut.piece, arrangement.pieces[cut.piece]
             concerned = tuple(wants[index] for index in cut.wants)
-            jobs.append(Job(len(tensors), cut.box, itemsize * cut.size, cut.dimension, ranks_of.wants(concerned)))
+            nearest = concerned if cut.nearest == cut.wants else [wants[index] for index in cut.nearest]
+            jobs.append(Job(len(tensors), cut.box, itemsize * cut.size, cut.dimension, cut.rows, ranks_of.wants(nearest)))
             parts.append((tensors, piece, concerned))
     shares = []
     copies: dict[int, dict[int, Site]] = {}
@@ -304,96 +304,6 @@ def _only(want: Want, rank: int) -> Want:
     first = bisect_left(want.takers, (rank,))
     last = bisect_left(want.takers, (rank + 1,))
     return Want(want.region, want.takers[first:last])
-
-
-class _Cut(NamedTuple):
-    """A box of a piece that the same regions want any of.
-
-    Attributes:
-        piece: the index of the piece.
-        box: in the piece's own coordinates.
-        size: its elements.
-        dimension: along which it can be cut further.
-        wants: the indices of the regions.
-    """
-
-    piece: int
-    box: Region
-    size: int
-    dimension: int | None
-    wants: tuple[int, ...]
-
-
-def _cuts(pieces: Boxes, regions: Boxes) -> Iterator[_Cut]:
-    """What is wanted of each piece, in disjoint boxes, piece after piece."""
-    touched, touching = pieces.touching_pairs(regions)
-    begins = np.flatnonzero(np.diff(touched, prepend=-1)).tolist()
-    wanted = regions.regions()
-    for begin, end in pairwise([*begins, len(touched)]):
-        number = int(touched[begin])
-        piece = pieces[number]
-        for box, wants in _boxes(piece, [(wanted[index], index) for index in touching[begin:end].tolist()]):
-            yield _Cut(number, box.relative_to(piece), box.size, _outermost(box), wants)
-
-
-def _boxes(piece: Region, wants: Sequence[tuple[Region, int]]) -> Iterator[tuple[Region, tuple[int, ...]]]:
-    """Disjoint boxes of a piece that are together what is wanted of it, each with the numbers of those regions that want any of it.
-
-    They are cut along their outermost dimension wherever another region begins or ends, so that each has one set of regions.
-    """
-    if len(wants) == 1 and wants[0][0].contains(piece):
-        yield piece, (wants[0][1],)
-        return
-    commons = [(common, number) for region, number in wants if (common := region.intersect(piece)) is not None]
-    for whole in _union(piece, [common for common, _ in commons]):
-        d = _outermost(whole)
-        inside = [(part, number) for common, number in commons if (part := common.intersect(whole)) is not None]
-        if d is None:
-            yield whole, tuple(number for _, number in inside)
-            continue
-        edges = sorted({edge for part, _ in inside for edge in (part.offset[d], part.end[d])})
-        touching: list[list[int]] = [[] for _ in edges[1:]]
-        for part, number in inside:
-            for index in range(bisect_left(edges, part.offset[d]), bisect_left(edges, part.end[d])):
-                touching[index].append(number)
-        for (begin, end), wanting in zip(pairwise(edges), touching, strict=True):
-            offset = (*whole.offset[:d], begin, *whole.offset[d + 1 :])
-            yield Region(offset, (*whole.shape[:d], end - begin, *whole.shape[d + 1 :])), tuple(wanting)
-
-
-def _union(piece: Region, commons: list[Region]) -> list[Region]:
-    """Disjoint boxes that are together the union of some boxes of a piece; the piece itself when all of it is wanted."""
-    if any(common == piece for common in commons):
-        return [piece]
-    if find_overlap(commons) is None and sum(common.size for common in commons) == piece.size:
-        return [piece]
-    found = _sections([tuple(zip(common.offset, common.end, strict=True)) for common in commons])
-    return [Region(tuple(begin for begin, _ in box), tuple(end - begin for begin, end in box)) for box in found]
-
-
-_Box = tuple[tuple[int, int], ...]  # begin and end of each dimension
-
-
-def _sections(boxes: list[_Box]) -> tuple[_Box, ...]:
-    """The union of boxes, as few disjoint ones: neighbours of the same cross-section are one."""
-    if not boxes[0]:
-        return ((),)
-    runs: list[tuple[int, int, tuple[_Box, ...]]] = []
-    for begin, end in pairwise(sorted({edge for box in boxes for edge in box[0]})):
-        inner = sorted({box[1:] for box in boxes if box[0][0] <= begin and end <= box[0][1]})
-        if not inner:
-            continue
-        section = _sections(inner)
-        if runs and runs[-1][1] == begin and runs[-1][2] == section:
-            runs[-1] = (runs[-1][0], end, section)
-        else:
-            runs.append((begin, end, section))
-    return tuple(((begin, end), *inner) for begin, end, section in runs for inner in section)
-
-
-def _outermost(box: Region) -> int | None:
-    """The dimension along which a box is cut: parts along it are further apart in the file than along any other."""
-    return next((d for d, extent in enumerate(box.shape) if extent > 1), None)
 
 
 def _moved(box: Region, by: tuple[int, ...]) -> Region:
