@@ -23,7 +23,7 @@ from rich.console import Console
 from benchmarks import load_ranks
 from benchmarks.load_cases import CASES, DCP_LIMIT_SECONDS, FEWEST_ROUNDS, FULL_SCALE, Case
 from benchmarks.load_picture import draw
-from benchmarks.load_ranks import COPIES, DCP, RESHARD
+from benchmarks.load_ranks import COPIES, DCP, RESHARD, VERIFIED
 from benchmarks.load_results import Loads, is_judged, rounds_text, show, summarize
 from benchmarks.machine import describe_machine
 from benchmarks.states import WORLD_SIZE, TensorSpec
@@ -145,7 +145,7 @@ class _Bench:
                 loads = self._load(case, tensors, [name], expected, self._limit(case, name))
                 has_dcp = has_dcp and loads is not None
                 first += loads or []
-        contenders = [RESHARD, *COPIES] if case.is_large else [DCP, RESHARD, *COPIES]
+        contenders = [*(() if case.is_large else (DCP,)), RESHARD, VERIFIED, *COPIES]
         self._say(f"{rounds_text(self._rounds)} of {', '.join(contenders)}")
         # One round before, which isn't counted: nobody's first load is among the repeated ones.
         order = [name for number in range(self._rounds + 1) for name in _turned(contenders, number)]

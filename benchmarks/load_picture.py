@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from benchmarks.load_ranks import DCP, RESHARD
+from benchmarks.load_ranks import DCP, RESHARD, VERIFIED
 from benchmarks.load_results import rounds_text
 
 INK, FAINT, GRID = "#1f2430", "#8a90a0", "#e6e8ee"
@@ -21,6 +21,7 @@ MET, MISSED = "#14674c", "#d1334a"
 CONTENDERS = (
     (DCP, "DCP", "#c9cdd8"),
     (RESHARD, "reshard", "#4f7fe0"),
+    (VERIFIED, "reshard, verifying", "#9db7ee"),
     ("copy_read", "plain copy, read", "#f2a154"),
     ("copy_mapped", "plain copy, mapped", "#f2a154"),
     ("copy_buffered", "plain copy, through a buffer", "#f6c793"),

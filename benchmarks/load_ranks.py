@@ -17,7 +17,9 @@ from benchmarks import states
 from benchmarks.plain_copy import BufferedCopy, MappedCopy, ReadCopy, pieces_of
 from benchmarks.states import Strategy, TensorSpec
 
-DCP, RESHARD = "dcp", "reshard"
+DCP, RESHARD, VERIFIED = "dcp", "reshard", "reshard_verified"
+"""The libraries. What a plain copy and DCP don't do is told apart: the judged loads of reshard verify nothing, those of `VERIFIED` do."""
+
 COPIES = {"copy_read": ReadCopy, "copy_mapped": MappedCopy, "copy_buffered": BufferedCopy}
 """The plain copies by name: straight into the destination, out of the mapped file, through a small buffer."""
 
@@ -132,7 +134,8 @@ def _loads(
 
     loads: dict[str, Callable[[], Any]] = {
         DCP: lambda: dcp.load(model.state_dict(), checkpoint_id=directory / DCP),
-        RESHARD: lambda: manager.load(model=model),
+        RESHARD: lambda: manager.load(model=model, verify=False),
+        VERIFIED: lambda: manager.load(model=model),
     }
     if contenders & set(COPIES):
         pieces = pieces_of(directory / RESHARD, tensors, strategy, memory, rank)
@@ -162,6 +165,7 @@ def _facts(report: Any) -> dict[str, Any]:
     return {
         "bytes_needed": report.bytes_needed,
         "bytes_read": report.bytes_read,
+        "bytes_verified": report.bytes_verified,
         "phases": [dict(rank.seconds) for rank in report.ranks],
     }
 

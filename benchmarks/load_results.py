@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.load_cases import FEWEST_ROUNDS, FULL_SCALE, MOST_COVERED, Case, memory_limit
-from benchmarks.load_ranks import DCP, RESHARD, Sample
+from benchmarks.load_ranks import DCP, RESHARD, VERIFIED, Sample
 from benchmarks.states import moved_bytes, unique_bytes
 
 Loads = list[list[Sample]]
@@ -68,11 +68,17 @@ def summarize(
         "reshard": {
             "bytes_needed": read[0]["bytes_needed"],
             "bytes_read": read[0]["bytes_read"],
+            "bytes_verified": _verified(repeated),
             "phases": _phases([facts["phases"] for facts in read]),
         },
         "peak_memory": {**memory, "limit": memory_limit(len(tensors))},
         "checks": checks,
     }
+
+
+def _verified(loads: Loads) -> int | None:
+    """The bytes that a verifying load held against digests."""
+    return next((load[0].report["bytes_verified"] for load in loads if load[0].contender == VERIFIED), None)
 
 
 def _over_dcp(repeated: Mapping[str, Any], first: Mapping[str, Any], estimate: float | None) -> float | None:
@@ -113,7 +119,7 @@ def show(results: Mapping[str, Any], console: Console) -> None:
     """Print the tables."""
     judged = results["judged"]
     repeated = Table(title="Repeated loads: medians of " + rounds_text(results["settings"]["rounds"]), title_justify="left")
-    for column in ("case", "DCP", "reshard", "plain copy", "buffered copy", "DCP ÷ ours", "ours ÷ copy", "read ÷ needed"):
+    for column in ("case", "DCP", "reshard", "verifying", "plain copy", "buffered copy", "DCP ÷ ours", "ours ÷ copy", "read ÷ needed"):
         repeated.add_column(column, justify="left" if column == "case" else "right")
     first = Table(title="First loads in fresh ranks, and the most memory that a rank took above the loaded state", title_justify="left")
     for column in ("case", "DCP", "reshard", "DCP ÷ ours", "memory of DCP", "memory of reshard", "at most"):
@@ -126,6 +132,7 @@ def show(results: Mapping[str, Any], console: Console) -> None:
             case["title"],
             _seconds(times.get(DCP)),
             _seconds(times[RESHARD]),
+            _verifying(times, case["reshard"]),
             f"{_seconds(times[case['copy']['fastest']])} ({COPY_NAMES[case['copy']['fastest']]})",
             _seconds(buffered),
             _verdict(over_dcp, "{:.2f}"),
@@ -163,6 +170,14 @@ def _verdict(check: Mapping[str, Any], form: str, text: str | None = None) -> st
     if check["target"] is not None:
         shown += f" ({'≥' if check['relation'] == '>=' else '≤'} {check['target']:g})"
     return shown + {True: " [green]met[/]", False: " [red]missed[/]", None: ""}[check["met"]]
+
+
+def _verifying(times: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
+    """The time of a load that verifies, against that of one that doesn't, and the part of the bytes that it verifies."""
+    if VERIFIED not in times:
+        return "–"
+    ratio = times[VERIFIED]["median"] / times[RESHARD]["median"]
+    return f"{_seconds(times[VERIFIED])} (× {ratio:.2f}; {facts['bytes_verified'] / max(1, facts['bytes_read']):.0%} verified)"
 
 
 def _seconds(times: Mapping[str, Any] | None) -> str:

@@ -216,6 +216,7 @@ class CheckpointManager:
         reseed: int | None = None,
         balanced: bool = False,
         memory_budget: int = MEMORY_BUDGET,
+        verify: bool = True,
     ) -> RestoreReport: ...
 
     @overload
@@ -238,6 +239,7 @@ class CheckpointManager:
         reseed: int | None = None,
         balanced: bool = False,
         memory_budget: int = MEMORY_BUDGET,
+        verify: bool = True,
     ) -> RestoreReport | None: ...
 
     def load(
@@ -259,6 +261,7 @@ class CheckpointManager:
         reseed: int | None = None,
         balanced: bool = False,
         memory_budget: int = MEMORY_BUDGET,
+        verify: bool = True,
     ) -> RestoreReport | None:
         """Load a checkpoint into the run, resharded to its strategy.
 
@@ -285,13 +288,15 @@ class CheckpointManager:
             balanced: every byte that any rank needs is read once in the whole job, evenly spread over the ranks, and sent to those who need
                 it: for storage that is slower than the network between the ranks. The result is the same. The same on every rank.
             memory_budget: bytes that the load may take beyond the run's own state, on each rank. The same on every rank.
+            verify: hold what is read against the checkpoint's digests, which are of blocks of rows: every block that the load reads whole.
+                The report says how much that was. The same on every rank.
 
         Returns:
             The report, or None when there was none to load and that is fine.
 
         Raises:
             CheckpointNotFoundError: there is no checkpoint, or `skip_unhealthy` leaves none.
-            DamagedCheckpointError: it isn't what it promises, nor, with `fallback`, is any older one.
+            DamagedCheckpointError: it isn't what it promises, or not as it was saved; nor, with `fallback`, is any older one.
             MismatchError: it doesn't fit the run.
             UsageError: the ranks were given different options of how to load, or a pattern in `only` means no tensor at all.
         """
@@ -299,7 +304,7 @@ class CheckpointManager:
         self.wait()
         run = Run(model, optimizer, {"scheduler": scheduler, "dataloader": dataloader, "extra": extra}, restore_random, reseed)
         rules = Rules(missing_ok, on_corrupt, skip_unhealthy)
-        how = How(strict if strict is not None else Strictness(), select(only, exclude), balanced, memory_budget)
+        how = How(strict if strict is not None else Strictness(), select(only, exclude), balanced, memory_budget, verify)
         root = self.directory if path is None else os.path.abspath(os.fspath(path))
         with collector_paused():
             loaded = load_run(self._storage, self._comm, root, run, rules, how)

@@ -98,6 +98,7 @@ def load(
     reseed: int | None = None,
     balanced: bool = False,
     memory_budget: int = MEMORY_BUDGET,
+    verify: bool = True,
     communicator: Communicator | None = None,
     storage: Storage | None = None,
 ) -> RestoreReport: ...
@@ -122,6 +123,7 @@ def load(
     reseed: int | None = None,
     balanced: bool = False,
     memory_budget: int = MEMORY_BUDGET,
+    verify: bool = True,
     communicator: Communicator | None = None,
     storage: Storage | None = None,
 ) -> RestoreReport | None: ...
@@ -145,13 +147,14 @@ def load(
     reseed: int | None = None,
     balanced: bool = False,
     memory_budget: int = MEMORY_BUDGET,
+    verify: bool = True,
     communicator: Communicator | None = None,
     storage: Storage | None = None,
 ) -> RestoreReport | None:
     """Load one checkpoint: a root or an iteration. Collective. Nothing there is changed or locked.
 
     Args:
-        path: as in `CheckpointManager.load`, and so are `model` to `memory_budget`.
+        path: as in `CheckpointManager.load`, and so are `model` to `verify`.
         model: see there.
         optimizer: see there.
         scheduler: see there.
@@ -167,6 +170,7 @@ def load(
         reseed: see there.
         balanced: see there.
         memory_budget: see there.
+        verify: see there.
         communicator: as in `CheckpointManager`.
         storage: likewise.
 
@@ -190,4 +194,5 @@ def load(
             reseed=reseed,
             balanced=balanced,
             memory_budget=memory_budget,
+            verify=verify,
         )

@@ -12,7 +12,7 @@ import xxhash
 from benchmarks import states
 from benchmarks.load import main
 from benchmarks.load_cases import CASES, memory_limit
-from benchmarks.load_ranks import COPIES, DCP, RESHARD, Sample, check
+from benchmarks.load_ranks import COPIES, DCP, RESHARD, VERIFIED, Sample, check
 from benchmarks.load_results import summarize
 from benchmarks.states import FSDP, TENSOR_PARALLEL, TRANSPOSED, TensorSpec
 from reshard.geometry import Region
@@ -43,7 +43,8 @@ def test_the_results_have_every_number(output: Path) -> None:
     assert case["unique_bytes"] == states.unique_bytes(tensors)
     assert case["moved_bytes"] > 1.9 * case["unique_bytes"], "each of two replicas is loaded"
     assert case["reshard"]["bytes_needed"] == case["moved_bytes"]
-    assert set(case["repeated"]) == {DCP, RESHARD, *COPIES}
+    assert set(case["repeated"]) == {DCP, RESHARD, VERIFIED, *COPIES}
+    assert 0 < case["reshard"]["bytes_verified"] < case["reshard"]["bytes_read"], "columns of a row-wise chunk are not verified"
     assert set(case["first"]) == {DCP, RESHARD}
     for times in (*case["repeated"].values(), *case["first"].values()):
         assert len(times["seconds"]) == 1

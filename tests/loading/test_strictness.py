@@ -161,11 +161,12 @@ def test_the_report_as_a_table(root: Path) -> None:
     assert title.startswith(f"iteration 1 of {report.directory}: loaded in ")
     counts = dict(zip(kinds.split(), numbers.split(), strict=True))
     assert counts == {"restored": "1", "cast": "1", "filled": "0", "missing": "1", "unexpected": "0", "mismatched": "1", "skipped": "1"}
-    assert re.split(r"\s{2,}", columns.strip()) == ["rank", "needed", "read", "open s", "plan s", "read s", "install s"]
-    assert [row.split()[:5] for row in rows[:3]] == [
-        ["0", "16", "B", "16", "B"],
-        ["1", "16", "B", "16", "B"],
-        ["all", "32", "B", "32", "B"],
+    timed = ["open s", "plan s", "read s", "install s"]
+    assert re.split(r"\s{2,}", columns.strip()) == ["rank", "needed", "read", "verified", "unverified", *timed]
+    assert [row.split()[:9] for row in rows[:3]] == [
+        ["0", "16", "B", "16", "B", "16", "B", "0", "B"],
+        ["1", "16", "B", "16", "B", "16", "B", "0", "B"],
+        ["all", "32", "B", "32", "B", "32", "B", "0", "B"],
     ]
     for rank in report.ranks:
         assert list(rank.seconds) == ["open", "plan", "read", "install"]
@@ -185,14 +186,14 @@ def test_the_report_as_a_table(root: Path) -> None:
 
 
 def test_a_table_of_many_ranks_and_names_stays_short() -> None:
-    ranks = tuple(RankReport(rank, 1000, 2000, {"read": 0.5 + rank, "warm": 1.0}) for rank in range(5000))
+    ranks = tuple(RankReport(rank, 1000, 2000, {"read": 0.5 + rank, "warm": 1.0}, bytes_verified=500) for rank in range(5000))
     names = tuple(f"w{number}" for number in range(100))
     report = RestoreReport("/there", None, names, (), (), names, (), "untouched", ranks, None, notes=("mind this",))
     lines = report.table().splitlines()
     assert len(lines) < 35
     assert lines[0].startswith("/there: loaded in")
-    assert lines[6].split() == ["0", "1", "KB", "2", "KB", "0.500", "1.000"]
-    assert lines[22].split() == ["all", "5", "MB", "10", "MB", "4999.500", "1.000"]
+    assert lines[6].split() == ["0", "1", "KB", "2", "KB", "500", "B", "1.5", "KB", "0.500", "1.000"]
+    assert lines[22].split() == ["all", "5", "MB", "10", "MB", "2.5", "MB", "7.5", "MB", "4999.500", "1.000"]
     assert lines[23] == "(4984 more ranks are in `ranks`)"
     assert lines[-3].startswith("unexpected: w0, ")
     assert lines[-3].endswith("w7, … (100 in all)")

@@ -5,6 +5,7 @@ It is no defence against somebody who changes a file and its digest. Source: htt
 
 from __future__ import annotations
 
+import ctypes
 import re
 
 import numpy as np
@@ -21,7 +22,7 @@ DIGEST_DIGITS = 2 * DIGEST_BYTES
 _OTHER = re.compile("[^0-9a-f]")
 
 
-def digest_of(data: bytes | bytearray | memoryview | np.ndarray) -> bytes:
+def digest_of(data: bytes | bytearray | memoryview | np.ndarray | ctypes.Array[ctypes.c_char]) -> bytes:
     """The digest of bytes, or of an array's own (C-contiguous) memory."""
     return xxhash.xxh3_128_digest(data)
 

@@ -63,12 +63,14 @@ class How:
         selection: which tensors it is about.
         balanced: whether ranks read for each other.
         memory_budget: bytes beyond the run's own state, on each rank.
+        verify: whether what is read is held against digests.
     """
 
     strictness: Strictness
     selection: Selection
     balanced: bool
     memory_budget: int
+    verify: bool
 
 
 def load_run(storage: Storage, comm: Communicator, path: str, run: Run, rules: Rules, how: How) -> tuple[Resolved, RestoreReport] | None:
@@ -181,6 +183,7 @@ def _fill(
             opening=time.perf_counter() - started,
             balanced=how.balanced,
             memory_budget=how.memory_budget,
+            verify=how.verify,
         )
         _check_refilled(written, _filled_by(planned), directory)
         return opened, planned
@@ -188,7 +191,7 @@ def _fill(
     prepared, error = attempt(prepare)
     options = (
         f"{how.strictness}, {how.selection}, balanced={how.balanced}, memory_budget={how.memory_budget}, "
-        f"on_corrupt={rules.on_corrupt}, skip_unhealthy={rules.skip_unhealthy}"
+        f"verify={how.verify}, on_corrupt={rules.on_corrupt}, skip_unhealthy={rules.skip_unhealthy}"
     )
     mine = b"" if prepared is None else msgspec.msgpack.encode((options, prepared[1].findings))
     told = [msgspec.msgpack.decode(data, type=tuple[str, bytes]) for data in settle(comm, error, mine, what=_UNTOUCHED)]

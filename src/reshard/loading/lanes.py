@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -37,16 +38,20 @@ class Traffic:
 
     Attributes:
         read: of data files, gaps included.
+        verified: of these, how many were held against digests.
         sent: to other ranks.
         received: from other ranks.
     """
 
-    read: int
-    sent: int
-    received: int
+    read: int = 0
+    verified: int = 0
+    sent: int = 0
+    received: int = 0
 
 
-def run_exchange(prepared: PreparedExchange, state: State, comm: Communicator, storage: Storage, directory: str) -> Traffic:
+def run_exchange(
+    prepared: PreparedExchange, state: State, comm: Communicator, storage: Storage, directory: str, *, verify: bool = True
+) -> Traffic:
     """Fill the states of a job. Every rank that has a plan calls it.
 
     A rank that fails tells the others, which then return early, their memory partly filled: whoever calls this must let the ranks tell each
@@ -58,13 +63,14 @@ def run_exchange(prepared: PreparedExchange, state: State, comm: Communicator, s
         comm: the ranks; nothing else uses it meanwhile.
         storage: where the files lie.
         directory: the checkpoint.
+        verify: whether row blocks are held against their digests.
 
     Raises:
-        DamagedCheckpointError: a file is not what it promises.
+        DamagedCheckpointError: a file is not what it promises, or its bytes are not as they were saved.
         StorageError: reading failed.
         CommunicationError: a rank is gone, or this one fell out of step with it.
     """
-    return _Exchange(prepared, state, comm, storage, directory).run()
+    return _Exchange(prepared, state, comm, storage, directory, StagedCheck(prepared, directory) if verify else None).run()
 
 
 class _Stage:
@@ -86,7 +92,9 @@ class _Exchange:
     data: the others hear it where they wait for it, whether or not they have to do with the rank that failed first.
     """
 
-    def __init__(self, prepared: PreparedExchange, state: State, comm: Communicator, storage: Storage, directory: str) -> None:
+    def __init__(
+        self, prepared: PreparedExchange, state: State, comm: Communicator, storage: Storage, directory: str, check: StagedCheck | None
+    ) -> None:
         self._prepared = prepared
         self._schedule = prepared.schedule
         self._tensors = state.tensors
@@ -105,8 +113,8 @@ class _Exchange:
         self._is_broken = False
         self._is_over = False
         self._writing = 0
-        self._check = StagedCheck(prepared, directory)
-        self._counts = {"read": 0, "sent": 0, "received": 0}
+        self._check = check
+        self._counts = Counter[str]()
 
     def run(self) -> Traffic:
         workers: list[Callable[[], None]] = [self._read]
@@ -130,7 +138,7 @@ class _Exchange:
             if self._lost is not None:
                 raise self._lost
             # Exact: bytes beside a run may be another rank's to read.
-            nbytes, error = attempt(
+            amount, error = attempt(
                 lambda: read_plan(
                     prepared.straight,
                     prepared.entries,
@@ -139,12 +147,14 @@ class _Exchange:
                     self._directory,
                     gap_bytes=0,
                     memory_budget=prepared.straight_bytes,
-                    verify=True,
+                    verify=self._check is not None,
                 )
             )
             if error is not None:
                 self._break_off(error)
-            self._count("read", nbytes or 0)
+            if amount is not None:
+                self._count("read", amount.read)
+                self._count("verified", amount.verified)
             for _ in workers:
                 # What a thread can't tell the other ranks ends the exchange here, and leaves the other threads behind.
                 outcome = outcomes.get()
@@ -248,7 +258,8 @@ class _Exchange:
                 future.result()
         self._count("read", sum(nbytes for _, _, _, nbytes in runs))
         for item, place in zip(items, places, strict=True):
-            self._check.update(item, memoryview(data[place : place + item.block.nbytes]))
+            if self._check is not None:
+                self._count("verified", self._check.update(item, memoryview(data[place : place + item.block.nbytes])))
         stage = _Stage(data, places)
         with self._may_write() as allowed:
             if allowed:

@@ -43,6 +43,7 @@ class _Outcome(msgspec.Struct, array_like=True):
 
     bytes_needed: int = 0
     bytes_read: int = 0
+    bytes_verified: int = 0
     seconds: dict[str, float] = {}
     bytes_sent: int = 0
     bytes_received: int = 0
@@ -91,6 +92,7 @@ class PlannedLoad:
         filled: the tensors that have a value without being in the checkpoint.
         balanced: whether ranks read for each other.
         memory_budget: bytes for staging, mapped windows and messages.
+        verify: whether what is read is held against digests.
         findings: what the rank tells the others.
         seconds: how long it took to open and to plan.
     """
@@ -108,6 +110,7 @@ class PlannedLoad:
     filled: tuple[TensorKey, ...]
     balanced: bool
     memory_budget: int
+    verify: bool
     findings: bytes
     seconds: Mapping[str, float]
 
@@ -127,6 +130,7 @@ def plan_load(
     opening: float = 0.0,
     balanced: bool = False,
     memory_budget: int = MEMORY_BUDGET,
+    verify: bool = True,
 ) -> PlannedLoad:
     """Plan what one rank loads, and check the headers of the files that it reads. Local; nothing is written to memory.
 
@@ -144,6 +148,7 @@ def plan_load(
         opening: the seconds that it took to open the checkpoint, for the report.
         balanced: whether ranks read for each other, so that each byte is read once in the whole job; the same on every rank.
         memory_budget: bytes for staging, mapped windows and messages; the same on every rank.
+        verify: whether what is read is held against digests; the same on every rank.
 
     Raises:
         UsageError: a budget too small to work with.
@@ -177,6 +182,7 @@ def plan_load(
         filled,
         balanced,
         memory_budget,
+        verify,
         msgspec.msgpack.encode(found),
         seconds,
     )
@@ -220,10 +226,10 @@ def load_tensors(planned: PlannedLoad, told: Sequence[bytes], comm: Communicator
     def execute() -> Traffic:
         memory = _casting(planned.state, read.cast)
         if prepared is None:
-            nbytes = read_plan(read, planned.entries, memory, storage, catalog.directory, memory_budget=planned.memory_budget)
-            traffic = Traffic(nbytes, 0, 0)
+            budget, verify = planned.memory_budget, planned.verify
+            traffic = Traffic(*read_plan(read, planned.entries, memory, storage, catalog.directory, memory_budget=budget, verify=verify))
         else:
-            traffic = run_exchange(prepared, memory, comm, storage, catalog.directory)
+            traffic = run_exchange(prepared, memory, comm, storage, catalog.directory, verify=planned.verify)
         for key in planned.filled:
             for shard in planned.state.tensors[key].shards:
                 _fill(shard, common.global_step if common is not None else 0)
@@ -231,13 +237,14 @@ def load_tensors(planned: PlannedLoad, told: Sequence[bytes], comm: Communicator
 
     started = time.perf_counter()
     traffic, error = attempt(execute)
-    moved = traffic if traffic is not None else Traffic(0, 0, 0)
+    moved = traffic if traffic is not None else Traffic()
     seconds = {"open": planned.seconds["open"], "plan": planning, "read": time.perf_counter() - started}
-    outcome = _Outcome(read.nbytes, moved.read, seconds, moved.sent, moved.received)
+    outcome = _Outcome(read.nbytes, moved.read, moved.verified, seconds, moved.sent, moved.received)
     payloads = settle(comm, error, msgspec.msgpack.encode(outcome), what="the load broke off; tensors of the run are partly overwritten")
     outcomes = [msgspec.msgpack.decode(data, type=_Outcome) for data in payloads]
     ranks = tuple(
-        RankReport(rank, o.bytes_needed, o.bytes_read, o.seconds, o.bytes_sent, o.bytes_received) for rank, o in enumerate(outcomes)
+        RankReport(rank, o.bytes_needed, o.bytes_read, o.seconds, o.bytes_sent, o.bytes_received, o.bytes_verified)
+        for rank, o in enumerate(outcomes)
     )
     mismatched = {m.key for m in misfits.mismatched}
     restored = tuple(catalog.tensors[key].name for key in present if key not in mismatched)

@@ -7,15 +7,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import groupby, pairwise
+from itertools import groupby
 from queue import SimpleQueue
 from typing import NamedTuple
 
 import numpy as np
 
-from reshard.format.safetensors import BlockCheck, TensorEntry
+from reshard.format.row_blocks import row_blocks_of
+from reshard.format.safetensors import BlockCheck, TensorEntry, check_bytes, count_whole
 from reshard.geometry import Region
 from reshard.loading.budget import MEMORY_BUDGET
+from reshard.loading.scattered import PART_BYTES, Amount, Runs, cut_runs, scatter
+from reshard.loading.verified_reads import PIECE_BYTES, Part, Reading, check_after, parts_of, read_straight, rows_of
 from reshard.planning.byte_runs import plan_blocks, row_places, strides_of
 from reshard.planning.read_plan import ReadPlan, Transfer
 from reshard.sources.native import Headers
@@ -33,12 +36,6 @@ WINDOW_BYTES = 4 << 20
 
 # Reading over a gap of this size costs what another call costs: some 10 µs, in which a page cache or a fast disk gives 64 KiB.
 GAP_BYTES = 64 << 10
-
-# A read is at most this long, so that several are in flight.
-PART_BYTES = 16 << 20
-
-# Runs of a call, gaps not counted: systems take 1,024 pieces of memory in one.
-MOST_RUNS = 512
 
 # The shortest rows of a shard that are read each into its own place. For the kernel a place costs what the copy of some KiB costs: shorter
 # rows are read together and copied on.
@@ -78,9 +75,11 @@ def read_plan(
     *,
     gap_bytes: int = GAP_BYTES,
     memory_budget: int = MEMORY_BUDGET,
-    verify: bool = False,
-) -> int:
+    verify: bool = True,
+) -> Amount:
     """Fill a state's memory as the plan says.
+
+    What is verified is what is read anyway: the row blocks that lie whole in a run of the file. Runs that strided boxes consist of are not.
 
     Args:
         plan: what to read.
@@ -90,50 +89,51 @@ def read_plan(
         directory: the checkpoint.
         gap_bytes: the widest gap between small runs that is read over.
         memory_budget: bytes for staging buffers and mapped windows together.
-        verify: whether stored tensors that are read whole are held against their digests.
+        verify: whether row blocks that are read whole are held against their digests.
 
     Returns:
-        The bytes that were read, gaps included.
+        How much was read, and verified.
 
     Raises:
-        DamagedCheckpointError: a file is not what it promises.
+        DamagedCheckpointError: a file is not what it promises, or its bytes are not as they were saved.
         StorageError: reading failed.
     """
-    total = 0
+    amounts: list[Amount] = []
     located = zip(plan.transfers, entries, strict=True)
     with ThreadPoolExecutor(READERS, "reshard-read") as pool, ExitStack() as files:
         # While the last reads of a file are under way, those of the next one begin; of no more are files open at a time.
-        before: tuple[ReadableFile, list[Future[int]]] | None = None
+        before: tuple[ReadableFile, list[Future[Amount]]] | None = None
         sizes = _Sizes.within(memory_budget, gap_bytes)
         for file, group in groupby(located, key=lambda pair: pair[0].movement.site.file):
             source = files.enter_context(storage.open_read(join(directory, file)))
-            reading: list[Future[int]] = []
+            reading: list[Future[Amount]] = []
             files.callback(_wait, reading)  # nobody may read a file that is closed: not when something fails, either
             reader = _FileReader(source, state, sizes)
             reading += [pool.submit(work) for work in reader.plan(group, verify=verify)]
             if before is not None:
-                total += sum(future.result() for future in before[1])
+                amounts += [future.result() for future in before[1]]
                 before[0].close()
             before = source, reading
         if before is not None:
-            total += sum(future.result() for future in before[1])
-    return total
+            amounts += [future.result() for future in before[1]]
+    return Amount(sum(amount.read for amount in amounts), sum(amount.verified for amount in amounts))
 
 
-def _wait(reading: list[Future[int]]) -> None:
+def _wait(reading: list[Future[Amount]]) -> None:
     for future in reading:
         future.exception()
 
 
 class _Run(NamedTuple):
-    """A transfer's box as one run of bytes of a file."""
+    """A transfer's box as one run of bytes of a file; `entry` where any of it can be verified."""
 
     begin: int
     nbytes: int
     transfer: Transfer
+    entry: TensorEntry | None
 
 
-def _begin_of(run: _Run) -> int:
+def _begin_of(run: _Run | Part) -> int:
     return run.begin
 
 
@@ -169,77 +169,81 @@ class _FileReader:
         for _ in range(READERS):
             self._stages.put(np.empty(0, np.uint8))
 
-    def plan(self, located: Iterable[tuple[Transfer, TensorEntry]], *, verify: bool) -> Iterator[Callable[[], int]]:
-        """Independent pieces of work, each giving the bytes that it read."""
+    def plan(self, located: Iterable[tuple[Transfer, TensorEntry]], *, verify: bool) -> Iterator[Callable[[], Amount]]:
+        """Independent pieces of work, each giving what it read."""
         tensors = self._tensors
-        # Runs that are runs in memory, too: where they begin in the file, how long they are, where they go.
+        # Runs that are runs in memory, too: where they begin in the file, how long they are, where they go, what they are verified by.
         begins: list[int] = []
         sizes: list[int] = []
         addresses: list[int] = []
-        rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        rows: list[Runs] = []
+        checks: list[TensorEntry | None] = []
+        # Long ones of these that are verified.
+        parts: list[Part] = []
         # Small runs that are none there, or that the host can't address.
         staged: list[_Run] = []
         for transfer, entry in located:
             key, _, movement = transfer
-            if verify and entry.digests and movement.nbytes == entry.end - entry.begin:
-                yield self._verifying(transfer, entry)
+            if not movement.is_run:
+                yield from self._strided(transfer, entry.begin)
                 continue
-            if movement.is_run and movement.target_offset is not None:
+            begin, nbytes = entry.begin + movement.offset, movement.nbytes
+            is_whole = nbytes == entry.end - entry.begin  # asked here, for states of many small tensors
+            check = entry if verify and entry.digests and (is_whole or count_whole(entry, movement.offset, nbytes)) else None
+            if movement.target_offset is not None:
                 address = tensors[key].shards[movement.shard].memory.address
                 if address is not None:
-                    begins.append(entry.begin + movement.offset)
-                    sizes.append(movement.nbytes)
-                    addresses.append(address + movement.target_offset)
+                    address += movement.target_offset
+                    if check is not None and nbytes > PIECE_BYTES:
+                        parts += parts_of(Part(begin, nbytes, address, entry))
+                        continue
+                    begins.append(begin)
+                    sizes.append(nbytes)
+                    addresses.append(address)
+                    checks.append(check)
                     continue
-            if movement.is_run and (found := self._rows(transfer, entry)) is not None:
+            if check is None and (found := self._rows(transfer, entry)) is not None:
                 rows.append(found)
-            elif movement.is_run and movement.nbytes <= self._sizes.block // 2:
-                staged.append(_Run(entry.begin + movement.offset, movement.nbytes, transfer))
+            elif nbytes <= self._sizes.block // 2:
+                staged.append(_Run(begin, nbytes, transfer, check))
+            elif check is not None:
+                yield from self._verified(transfer, entry)
             else:
                 yield from self._strided(transfer, entry.begin)
         yield from self._batched(sorted(staged, key=_begin_of))
-        runs = (np.array(begins, np.int64), np.array(sizes, np.int64), np.array(addresses, np.int64))
-        if rows:
-            runs = tuple(np.concatenate(columns) for columns in zip(runs, *rows, strict=True))
-        yield from self._scattered(*_cut(*runs))
+        yield from self._direct(sorted(parts, key=_begin_of))
+        runs, which = cut_runs([Runs.of(begins, sizes, addresses), *rows])
+        if any(check is not None for check in checks):
+            checks += [None] * sum(len(found.begins) for found in rows)
+            ordered = [checks[index] for index in which.tolist()]
+            listed = list(zip(*(array.tolist() for array in runs), ordered, strict=True))
+            readings = (Reading(work, listed[first:end]) for first, end, work in scatter(self._source, runs, PIECE_BYTES, self._sizes.gap))
+            yield from check_after(readings, self._source.path)
+        else:
+            yield from (scattered.work for scattered in scatter(self._source, runs, PART_BYTES, self._sizes.gap))
 
-    def _rows(self, transfer: Transfer, entry: TensorEntry) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-        """A run of the file as the rows of a box of a shard: begins, sizes and addresses; None when they are short, or not addressed."""
+    def _rows(self, transfer: Transfer, entry: TensorEntry) -> Runs | None:
+        """A run of the file as the rows of a box of a shard; None when they are short, or not addressed."""
         movement = transfer.movement
         address = self._memory(transfer).address
         nbytes, places = row_places(movement.target, movement.shard_shape, movement.dtype.itemsize)
         if address is None or nbytes < ROW_BYTES:
             return None
         begins = entry.begin + movement.offset + nbytes * np.arange(len(places))
-        return begins, np.full(len(places), nbytes), address + places
+        return Runs(begins, np.full(len(places), nbytes), address + places)
 
-    def _scattered(self, begins: np.ndarray, sizes: np.ndarray, addresses: np.ndarray) -> Iterator[Callable[[], int]]:
-        """Runs that lie close to each other in the file are read by one call, each into its own place."""
-        gaps = begins[1:] - begins[:-1] - sizes[:-1]
-        apart = np.flatnonzero((gaps < 0) | (gaps > self._sizes.gap)) + 1
-        # What lies between them goes here; nobody looks at it.
-        waste = np.empty(int(gaps[(gaps > 0) & (gaps <= self._sizes.gap)].max(initial=0)), np.uint8)
-        reach = np.cumsum(sizes)
-        bounds = [0, *apart.tolist(), len(begins)]
-        for first, last in pairwise(bounds):
-            while first < last:
-                fits = int(np.searchsorted(reach, reach[first] - sizes[first] + PART_BYTES, "right"))
-                end = max(first + 1, min(last, first + MOST_RUNS, fits))
-                pieces = np.empty((2 * (end - first) - 1, 2), np.int64)
-                pieces[::2, 0], pieces[::2, 1] = addresses[first:end], sizes[first:end]
-                pieces[1::2, 0], pieces[1::2, 1] = waste.ctypes.data, gaps[first : end - 1]
-                yield self._scattering(int(begins[first]), pieces[pieces[:, 1] > 0], waste)
-                first = end
+    def _direct(self, parts: Sequence[Part]) -> Iterator[Callable[[], Amount]]:
+        """Long runs go straight to their places; in one piece of work as much as one part may have."""
+        first = nbytes = 0
+        for index, part in enumerate(parts):
+            if first < index and nbytes + part.nbytes > PART_BYTES:
+                yield read_straight(self._source, parts[first:index])
+                first, nbytes = index, 0
+            nbytes += part.nbytes
+        if parts:
+            yield read_straight(self._source, parts[first:])
 
-    def _scattering(self, begin: int, pieces: np.ndarray, waste: np.ndarray) -> Callable[[], int]:
-        def work() -> int:
-            self._source.scatter(begin, pieces)
-            _ = waste  # it lives as long as something may be written into it
-            return int(pieces[:, 1].sum())
-
-        return work
-
-    def _batched(self, runs: Sequence[_Run]) -> Iterator[Callable[[], int]]:
+    def _batched(self, runs: Sequence[_Run]) -> Iterator[Callable[[], Amount]]:
         """Runs that lie close to each other in the file are read together, and each is copied on."""
         batch: list[_Run] = []
         begin = end = 0
@@ -254,48 +258,53 @@ class _FileReader:
         if batch:
             yield self._copying(batch, begin, end)
 
-    def _copying(self, batch: list[_Run], begin: int, end: int) -> Callable[[], int]:
-        def work() -> int:
+    def _copying(self, batch: list[_Run], begin: int, end: int) -> Callable[[], Amount]:
+        def work() -> Amount:
+            verified = 0
             stage = self._take_stage(end - begin)
             try:
                 self._source.read_into(begin, memoryview(stage)[: end - begin])
-                for at, nbytes, transfer in batch:
+                for at, nbytes, transfer, entry in batch:
                     movement = transfer.movement
+                    data = stage[at - begin : at - begin + nbytes]
+                    if entry is not None:
+                        verified += check_bytes(entry, memoryview(data), self._source.path, at - entry.begin)
                     # The staged bytes may not be aligned for the element type: numpy copes.
-                    data = stage[at - begin : at - begin + nbytes].view(movement.dtype.numpy)
-                    self._memory(transfer).write(movement.target, data.reshape(movement.target.shape))
+                    values = data.view(movement.dtype.numpy).reshape(movement.target.shape)
+                    self._memory(transfer).write(movement.target, values)
             finally:
                 self._stages.put(stage)
-            return end - begin
+            return Amount(end - begin, verified)
 
         return work
 
-    def _verifying(self, transfer: Transfer, entry: TensorEntry) -> Callable[[], int]:
-        """A stored tensor block by block, each hashed while it is in the cache."""
+    def _verified(self, transfer: Transfer, entry: TensorEntry) -> Iterator[Callable[[], Amount]]:
+        """Rows of a stored tensor that are no run in memory, in parts that begin and end at row blocks."""
+        movement = transfer.movement
+        blocks = row_blocks_of(movement.chunk_shape, movement.dtype.itemsize)
+        for box in rows_of(movement.source, blocks):
 
-        def work() -> int:
-            movement, memory = transfer.movement, self._memory(transfer)
-            check = BlockCheck(entry, self._source.path)
-            itemsize = movement.dtype.itemsize
-            blocks = plan_blocks(movement.chunk_shape, movement.source, itemsize, block_bytes=self._sizes.block, gap_bytes=0)
-            for block in blocks:
-                stage = self._take_stage(block.nbytes)
-                try:
-                    data = stage[: block.nbytes]
-                    self._source.read_into(entry.begin + block.offset, memoryview(data))
-                    check.update(block.offset, memoryview(data))
-                    check.raise_if_wrong()
-                    memory.write(_target_of(block.region, transfer), data.view(movement.dtype.numpy).reshape(block.region.shape))
-                finally:
-                    self._stages.put(stage)
-            return movement.nbytes
+            def work(box: Region = box) -> Amount:
+                memory, check = self._memory(transfer), BlockCheck(entry, self._source.path)
+                itemsize = movement.dtype.itemsize
+                for block in plan_blocks(movement.chunk_shape, box, itemsize, block_bytes=self._sizes.block, gap_bytes=0):
+                    stage = self._take_stage(block.nbytes)
+                    try:
+                        data = stage[: block.nbytes]
+                        self._source.read_into(entry.begin + block.offset, memoryview(data))
+                        check.update(block.offset, memoryview(data))
+                        check.raise_if_wrong()
+                        memory.write(_target_of(block.region, transfer), data.view(movement.dtype.numpy).reshape(block.region.shape))
+                    finally:
+                        self._stages.put(stage)
+                return Amount(box.size * itemsize, check.verified)
 
-        return work
+            yield work
 
     def _memory(self, transfer: Transfer) -> Memory:
         return self._tensors[transfer.key].shards[transfer.movement.shard].memory
 
-    def _strided(self, transfer: Transfer, begin: int) -> Iterator[Callable[[], int]]:
+    def _strided(self, transfer: Transfer, begin: int) -> Iterator[Callable[[], Amount]]:
         movement = transfer.movement
         itemsize = movement.dtype.itemsize
         strides = strides_of(movement.chunk_shape, itemsize)
@@ -304,17 +313,17 @@ class _FileReader:
         longest = sizes.block if movement.is_run else sizes.window
         for block in plan_blocks(movement.chunk_shape, movement.source, itemsize, block_bytes=longest, gap_bytes=GAP_BYTES):
 
-            def work(region: Region = block.region, offset: int = block.offset, nbytes: int = block.nbytes) -> int:
+            def work(region: Region = block.region, offset: int = block.offset, nbytes: int = block.nbytes) -> Amount:
                 needed = region.size * itemsize
                 if needed == nbytes and (target := _contiguous_box(memory, _target_of(region, transfer))) is not None:
                     self._source.read_into(begin + offset, target)
-                    return nbytes
+                    return Amount(nbytes, 0)
                 window = None if needed == nbytes else self._source.map(begin + offset, nbytes)
                 if window is not None:
                     # Not by `as_strided`, which knows no float8.
                     box = np.ndarray(region.shape, movement.dtype.numpy, window, strides=strides)
                     memory.write(_target_of(region, transfer), box)
-                    return needed
+                    return Amount(needed, 0)
                 stage = self._take_stage(nbytes)
                 try:
                     self._source.read_into(begin + offset, memoryview(stage)[:nbytes])
@@ -322,24 +331,13 @@ class _FileReader:
                     memory.write(_target_of(region, transfer), box)
                 finally:
                     self._stages.put(stage)
-                return nbytes
+                return Amount(nbytes, 0)
 
             yield work
 
     def _take_stage(self, nbytes: int) -> np.ndarray:
         stage = self._stages.get()
         return stage if stage.nbytes >= nbytes else np.empty(max(nbytes, self._sizes.block), np.uint8)
-
-
-def _cut(begins: np.ndarray, sizes: np.ndarray, addresses: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The runs in the order of the file, long ones in parts."""
-    counts = -(-sizes // PART_BYTES)
-    if (counts > 1).any():
-        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        begins, addresses = (np.repeat(array, counts) + within * PART_BYTES for array in (begins, addresses))
-        sizes = np.minimum(np.repeat(sizes, counts) - within * PART_BYTES, PART_BYTES)
-    order = np.argsort(begins, kind="stable")
-    return begins[order], sizes[order], addresses[order]
 
 
 def _contiguous_box(memory: Memory, box: Region) -> memoryview | None:

@@ -29,6 +29,7 @@ class RankReport:
             schedulers, random states). Waiting for other ranks counts in the phase in which it happens.
         bytes_sent: the bytes that it read for other ranks and sent them, each time it did so; 0 unless the load was balanced.
         bytes_received: the bytes that other ranks sent it.
+        bytes_verified: of the bytes that it read, how many were held against digests and found to be as they were saved.
     """
 
     rank: int
@@ -37,6 +38,14 @@ class RankReport:
     seconds: Mapping[str, float]
     bytes_sent: int = 0
     bytes_received: int = 0
+    bytes_verified: int = 0
+
+    @property
+    def bytes_unverified(self) -> int:
+        """The bytes that it read without knowing whether they are as they were saved: of row blocks that it didn't read whole, of strided
+        boxes, of files without digests, gaps; all, when the load wasn't to verify.
+        """
+        return self.bytes_read - self.bytes_verified
 
 
 @dataclass(frozen=True)
@@ -90,6 +99,16 @@ class RestoreReport:
         return sum(rank.bytes_read for rank in self.ranks)
 
     @property
+    def bytes_verified(self) -> int:
+        """Over all ranks."""
+        return sum(rank.bytes_verified for rank in self.ranks)
+
+    @property
+    def bytes_unverified(self) -> int:
+        """Over all ranks."""
+        return sum(rank.bytes_unverified for rank in self.ranks)
+
+    @property
     def bytes_sent(self) -> int:
         """Over all ranks."""
         return sum(rank.bytes_sent for rank in self.ranks)
@@ -128,7 +147,7 @@ class RestoreReport:
     def _rank_rows(self) -> list[list[str]]:
         met = dict.fromkeys(phase for rank in self.ranks for phase in rank.seconds)
         phases = [*(phase for phase in _PHASES if phase in met), *(phase for phase in met if phase not in _PHASES)]
-        moved = [("needed", "bytes_needed"), ("read", "bytes_read")]
+        moved = [("needed", "bytes_needed"), ("read", "bytes_read"), ("verified", "bytes_verified"), ("unverified", "bytes_unverified")]
         if self.bytes_sent:
             moved += [("sent", "bytes_sent"), ("received", "bytes_received")]
         rows = [["rank", *(word for word, _ in moved), *(f"{phase} s" for phase in phases)]]
@@ -142,7 +161,7 @@ class RestoreReport:
         which = self.directory if self.iteration is None else f"iteration {self.iteration}"
         line = (
             f"{which}: {len(self.restored)} tensors restored, {_size(self.bytes_needed)} needed, {_size(self.bytes_read)} read by "
-            f"{len(self.ranks)} rank{'' if len(self.ranks) == 1 else 's'} in {self.seconds:.2f} s"
+            f"{len(self.ranks)} rank{'' if len(self.ranks) == 1 else 's'} in {self.seconds:.2f} s, {_size(self.bytes_verified)} verified"
         )
         if self.bytes_sent:
             line += f", {_size(self.bytes_sent)} sent from rank to rank"

@@ -14,20 +14,19 @@ class StagedCheck:
     Args:
         prepared: this rank's part of the exchange.
         directory: the checkpoint.
-
-    Attributes:
-        verified: how many bytes were held against digests.
     """
 
     def __init__(self, prepared: PreparedExchange, directory: str) -> None:
-        self.verified = 0
         self._prepared = prepared
         self._directory = directory
         self._which: tuple[int, int] | None = None
         self._check: BlockCheck | None = None
 
-    def update(self, item: Staged, data: memoryview) -> None:
+    def update(self, item: Staged, data: memoryview) -> int:
         """Look at a staged block, gaps included: they are bytes of the tensor, too.
+
+        Returns:
+            How many more bytes were held against digests.
 
         Raises:
             DataFileError: its bytes are not as they were saved.
@@ -39,4 +38,4 @@ class StagedCheck:
         before = self._check.verified
         self._check.update(item.block.offset, data)
         self._check.raise_if_wrong()
-        self.verified += self._check.verified - before
+        return self._check.verified - before

@@ -77,10 +77,15 @@ class ReadableFile(Protocol):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
 
 
+def memory_at(address: int, nbytes: int) -> memoryview:
+    """Memory of this process as writable bytes. Whoever calls vouches for it, and keeps it alive."""
+    return memoryview((ctypes.c_char * nbytes).from_address(address)).cast("B")
+
+
 def scatter_by_reading(file: ReadableFile, offset: int, pieces: np.ndarray) -> None:
     """`ReadableFile.scatter`, for storages that have no call for it."""
     for address, nbytes in pieces.tolist():
-        file.read_into(offset, memoryview((ctypes.c_char * nbytes).from_address(address)).cast("B"))
+        file.read_into(offset, memory_at(address, nbytes))
         offset += nbytes
 
 

@@ -50,37 +50,47 @@ class BlockCheck:
         if not self._digests:
             return
         if not self._size:
-            self._compare(0, digest_of(b""), 0)
+            self._compare(0, [digest_of(b"")], 0)
             return
-        size, block_bytes = self._size, self.block_bytes
-        end = offset + len(data)
-        at = offset
-        if self._begun is None or offset != self._end:
+        block_bytes, end = self.block_bytes, offset + len(data)
+        if self._begun is not None and offset == self._end:
+            at = self._go_on(self._begun, offset, data)
+        else:
             self._begun = None
-            at += -at % block_bytes  # a block that began before is not seen whole
-        while at < end:
-            number = at // block_bytes
-            last = min(number * block_bytes + block_bytes, size)
-            begun = self._begun
-            if begun is None and last <= end:
-                self._compare(number, digest_of(data[at - offset : last - offset]), last - at)
-                at = last
-                continue
-            if begun is None:
-                begun = self._begun = Hasher()
-            if last > end:
-                begun.update(data[at - offset :])
-                self._end = at = end
-            else:
-                begun.update(data[at - offset : last - offset])
-                self._begun = None
-                self._compare(number, begun.digest(), last - number * block_bytes)
-                at = last
+            at = offset + -offset % block_bytes  # a block that began before is not seen whole
+        last = end if end == self._size else end - end % block_bytes
+        if at < last:
+            digests = [digest_of(data[begin : begin + block_bytes]) for begin in range(at - offset, last - offset, block_bytes)]
+            self._compare(at, digests, last - at)
+            at = last
+        if at < end:
+            self._begun, self._end = Hasher(), end
+            self._begun.update(data[at - offset :])
 
-    def _compare(self, number: int, digest: bytes, nbytes: int) -> None:
+    def _go_on(self, begun: Hasher, offset: int, data: memoryview) -> int:
+        """The block that has begun goes on; where the bytes after it begin."""
+        end = offset + len(data)
+        first = (offset - 1) // self.block_bytes * self.block_bytes
+        last = min(first + self.block_bytes, self._size)
+        if end < last:
+            begun.update(data)
+            self._end = end
+            return end
+        begun.update(data[: last - offset])
+        self._begun = None
+        self._compare(first, [begun.digest()], last - first)
+        return last
+
+    def _compare(self, offset: int, digests: list[bytes], nbytes: int) -> None:
+        """Hold digests of neighbouring blocks against the header's, all at once; where they differ, one by one."""
         self.verified += nbytes
-        if self._digests[DIGEST_BYTES * number : DIGEST_BYTES * (number + 1)] != digest:
-            self.wrong.append((number, digest))
+        first = offset // self.block_bytes if offset else 0
+        expected = self._digests[DIGEST_BYTES * first : DIGEST_BYTES * (first + len(digests))]
+        if b"".join(digests) == expected:
+            return
+        for index, digest in enumerate(digests):
+            if expected[DIGEST_BYTES * index : DIGEST_BYTES * (index + 1)] != digest:
+                self.wrong.append((first + index, digest))
 
     def raise_if_wrong(self) -> None:
         """Raise what `error` gives.
@@ -109,15 +119,25 @@ class BlockCheck:
         )
 
 
-def check_bytes(entry: TensorEntry, data: memoryview, path: str) -> None:
-    """See that all bytes of a tensor are those that were written; nothing where the header has no digests.
+def check_bytes(entry: TensorEntry, data: memoryview, path: str, offset: int = 0) -> int:
+    """See that bytes of a tensor are those that were written, as far as they are whole row blocks and the header has digests.
+
+    Args:
+        entry: the tensor.
+        data: the bytes.
+        path: the file, for the error.
+        offset: where they begin, in bytes from the tensor's first one.
+
+    Returns:
+        How many bytes were held against digests.
 
     Raises:
         DataFileError: they aren't.
     """
     check = BlockCheck(entry, path)
-    check.update(0, data)
+    check.update(offset, data)
     check.raise_if_wrong()
+    return check.verified
 
 
 def count_whole(entry: TensorEntry, offset: int, nbytes: int) -> int:

@@ -1,0 +1,115 @@
+"""Runs of a file that go straight to their places in memory, many by one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+
+from reshard.storage import ReadableFile
+
+# A read is at most this long, so that several are in flight.
+PART_BYTES = 16 << 20
+
+# Runs of a call, gaps not counted: systems take 1,024 pieces of memory in one.
+MOST_RUNS = 512
+
+
+class Amount(NamedTuple):
+    """What was read, in bytes.
+
+    Attributes:
+        read: of data files, gaps included.
+        verified: how many of these were held against digests.
+    """
+
+    read: int
+    verified: int
+
+
+class Runs(NamedTuple):
+    """Runs of a file that are runs in memory, too: int64 arrays with a number for each.
+
+    Attributes:
+        begins: where it begins in the file.
+        sizes: its bytes.
+        addresses: where it goes.
+    """
+
+    begins: np.ndarray
+    sizes: np.ndarray
+    addresses: np.ndarray
+
+    @classmethod
+    def of(cls, begins: Sequence[int], sizes: Sequence[int], addresses: Sequence[int]) -> Runs:
+        """Runs of plain numbers."""
+        return cls(np.array(begins, np.int64), np.array(sizes, np.int64), np.array(addresses, np.int64))
+
+
+class Scatter(NamedTuple):
+    """One call that reads runs.
+
+    Attributes:
+        first: the number of the first of them.
+        end: that of the last, exclusive.
+        work: reads them.
+    """
+
+    first: int
+    end: int
+    work: Callable[[], Amount]
+
+
+def cut_runs(parts: Sequence[Runs]) -> tuple[Runs, np.ndarray]:
+    """Runs in the order of the file, long ones in parts.
+
+    Returns:
+        The runs, and of each its number among the given ones, which are counted through.
+    """
+    begins, sizes, addresses = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+    counts = -(-sizes // PART_BYTES)
+    which = np.arange(len(begins))
+    if (counts > 1).any():
+        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        which = np.repeat(which, counts)
+        begins, addresses = (array[which] + within * PART_BYTES for array in (begins, addresses))
+        sizes = np.minimum(sizes[which] - within * PART_BYTES, PART_BYTES)
+    order = np.argsort(begins, kind="stable")
+    return Runs(begins[order], sizes[order], addresses[order]), which[order]
+
+
+def scatter(source: ReadableFile, runs: Runs, most: int, gap_bytes: int) -> Iterator[Scatter]:
+    """Runs that lie close to each other in the file are read by one call, each into its own place.
+
+    Args:
+        source: the file.
+        runs: in the order of the file.
+        most: the bytes of a call (or one run), gaps not counted.
+        gap_bytes: the widest gap that is read over.
+    """
+    begins, sizes, addresses = runs
+    gaps = begins[1:] - begins[:-1] - sizes[:-1]
+    apart = np.flatnonzero((gaps < 0) | (gaps > gap_bytes)) + 1
+    # What lies between them goes here; nobody looks at it.
+    waste = np.empty(int(gaps[(gaps > 0) & (gaps <= gap_bytes)].max(initial=0)), np.uint8)
+    reach = np.cumsum(sizes)
+    for first, last in pairwise([0, *apart.tolist(), len(begins)]):
+        while first < last:
+            fits = int(np.searchsorted(reach, reach[first] - sizes[first] + most, "right"))
+            end = max(first + 1, min(last, first + MOST_RUNS, fits))
+            pieces = np.empty((2 * (end - first) - 1, 2), np.int64)
+            pieces[::2, 0], pieces[::2, 1] = addresses[first:end], sizes[first:end]
+            pieces[1::2, 0], pieces[1::2, 1] = waste.ctypes.data, gaps[first : end - 1]
+            yield Scatter(first, end, _scattering(source, int(begins[first]), pieces[pieces[:, 1] > 0], waste))
+            first = end
+
+
+def _scattering(source: ReadableFile, begin: int, pieces: np.ndarray, waste: np.ndarray) -> Callable[[], Amount]:
+    def work() -> Amount:
+        source.scatter(begin, pieces)
+        _ = waste  # it lives as long as something may be written into it
+        return Amount(int(pieces[:, 1].sum()), 0)
+
+    return work
