@@ -305,7 +305,12 @@ def test_a_truncated_file_changes_nothing(saved: dict[Strategy, MemoryStorage], 
 
 @pytest.mark.parametrize(
     "options",
-    [lambda rank: {"balanced": rank == 1}, lambda rank: {"balanced": rank == 0}, lambda rank: {"memory_budget": (rank + 1) << 20}],
+    [
+        lambda rank: {"balanced": rank == 1},
+        lambda rank: {"balanced": rank == 0},
+        lambda rank: {"memory_budget": (rank + 1) << 20},
+        lambda rank: {"verify": rank == 1},
+    ],
 )
 def test_ranks_with_different_options_hear_so(saved: dict[Strategy, MemoryStorage], options: Callable[[int], dict]) -> None:
     def work(comm: Communicator) -> None:

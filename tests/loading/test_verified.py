@@ -204,3 +204,31 @@ def test_files_without_digests_load_and_are_not_verified(tmp_path: Path) -> None
 
 
 _NOBODY = ShardedTensor(model_key("nobody"), WHOLE["a"].dtype, (), None, ())
+
+
+@pytest.mark.parametrize("how", ["straight", "not a run in memory", "balanced"])
+def test_blocks_longer_than_a_piece_and_tensors_longer_than_a_part(tmp_path: Path, how: str) -> None:
+    shape = (9, 1 << 19)  # a row, of 2 MiB, is a block
+    array = np.arange(math.prod(shape), dtype=np.float32).reshape(shape)
+    reshard.save(tmp_path, 1, model={"w": array})
+    ((path, entry),) = chunks(tmp_path)
+    assert len(entry.digests) == 16 * 9
+
+    def fill(comm: Communicator) -> tuple[reshard.RestoreReport, np.ndarray]:
+        memory = np.zeros(shape, np.float32)
+        if how == "not a run in memory":
+            memory = np.zeros((9, 2 << 19), np.float32)[:, ::2]
+        report = reshard.load(tmp_path, model={"w": memory}, communicator=comm, balanced=how == "balanced")
+        return report, memory
+
+    world = 2 if how == "balanced" else 1
+    for report, memory in run_ranks(world, fill):
+        assert report.bytes_verified == report.bytes_read == array.nbytes
+        assert np.array_equal(memory, array)
+    for row in (0, 7, 8):
+        flip(path, entry.begin + (row + 1) * (2 << 20) - 1)
+        outcomes = run_ranks_settled(world, fill)
+        flip(path, entry.begin + (row + 1) * (2 << 20) - 1)
+        for error in outcomes:
+            assert isinstance(error, DataFileError)
+            assert f"rows {row} to {row + 1} of dimension 0" in str(error)

@@ -150,7 +150,7 @@ def check_same_options(options: Sequence[str]) -> None:
         if other != options[0]:
             raise UsageError(
                 "the ranks were given different options for loading",
-                field="strict, only, exclude, balanced, memory_budget, on_corrupt, skip_unhealthy",
+                field="strict, only, exclude, balanced, memory_budget, verify, on_corrupt, skip_unhealthy",
                 rank=rank,
                 found=other,
                 expected=f"{options[0]}, as on rank 0",
