@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 
 import reshard
 from reshard.comm import Communicator
+from reshard.format import row_blocks
 from reshard.format.names import tensor_name
-from reshard.format.safetensors import read_header
+from reshard.format.safetensors import header, read_header, writer
 from reshard.geometry import Layout, Mesh, Region
 from reshard.geometry import dtypes as element_types
 from reshard.geometry.dtypes import by_numpy
-from reshard.loading import exchange, reader
+from reshard.loading import exchange, reader, scattered, verified_reads
 from reshard.state import HostMemory, Kind, Shard, ShardedTensor, State, TensorKey, model_key, slot_key
 from reshard.storage.memory import MemoryStorage
 from reshard.testing import differences, every_placement, run_ranks, slice_of, split, tensor_on_rank
@@ -31,7 +32,12 @@ WORLDS = (1, 2, 2, 3, 4, 4, 6, 8)
 
 # As they are, nothing that is small enough for a thousand examples would ever be cut in two.
 TINY = {
-    reader: {"BLOCK_BYTES": 200, "WINDOW_BYTES": 96, "GAP_BYTES": 16, "PART_BYTES": 48, "MOST_RUNS": 3},
+    reader: {"BLOCK_BYTES": 200, "WINDOW_BYTES": 96, "GAP_BYTES": 16, "PART_BYTES": 48, "PIECE_BYTES": 20},
+    scattered: {"PART_BYTES": 48, "MOST_RUNS": 3},
+    verified_reads: {"PART_BYTES": 48, "PIECE_BYTES": 20},
+    row_blocks: {"LEAST_BYTES": 40, "MOST_BYTES": 100},
+    header: {"LEAST_BYTES": 40},
+    writer: {"LEAST_BYTES": 40},
     exchange: {"_MESSAGE_BYTES": 128, "_STAGE_BYTES": 700, "_GAP_BYTES": 8},
 }
 
@@ -297,9 +303,9 @@ def needed(arrays: Mapping[TensorKey, np.ndarray], states: Sequence[State]) -> i
 @given(cases())
 def test_any_state_of_any_job_becomes_that_of_any_other(case: Case) -> None:
     storage = MemoryStorage()
-    save(case, storage)
     with ExitStack() as patches:
         for module, sizes in TINY.items() if case.is_tiny else ():
             patches.enter_context(mock.patch.multiple(module, **sizes))
+        save(case, storage)
         load(case, storage, balanced=False)
         load(case, storage, balanced=True)

@@ -14,7 +14,7 @@ from reshard.comm import Communicator
 from reshard.errors import ReshardError
 from reshard.geometry import Region
 from reshard.geometry.dtypes import by_numpy
-from reshard.loading import reader
+from reshard.loading import reader, scattered, verified_reads
 from reshard.state import HostMemory, Shard, ShardedTensor, model_key
 from reshard.storage.posix import PosixStorage
 from reshard.testing import mesh_of, run_ranks, split, tensor_on_rank
@@ -47,8 +47,17 @@ def load_into(root: Path, array: np.ndarray) -> reshard.RestoreReport:
 def test_any_strides_and_any_sizes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: str, axes: tuple[str | None, ...], block: int, window: int, part: int, runs: int
 ) -> None:
-    for name, value in (("BLOCK_BYTES", block), ("WINDOW_BYTES", window), ("PART_BYTES", part), ("MOST_RUNS", runs)):
-        monkeypatch.setattr(reader, name, value)
+    for module, name, value in (
+        (reader, "BLOCK_BYTES", block),
+        (reader, "WINDOW_BYTES", window),
+        (reader, "PART_BYTES", part),
+        (reader, "PIECE_BYTES", block),
+        (scattered, "PART_BYTES", part),
+        (scattered, "MOST_RUNS", runs),
+        (verified_reads, "PART_BYTES", part),
+        (verified_reads, "PIECE_BYTES", block),
+    ):
+        monkeypatch.setattr(module, name, value)
     whole = np.random.default_rng(0).standard_normal((14, 30)).astype(np.float32)
     save_split(tmp_path, whole, *axes)
     target = np.zeros((14, 60), np.float32)[:, ::2] if order == "stepped" else np.zeros((14, 30), np.float32, order=order)  # type: ignore[call-overload]
