@@ -12,9 +12,11 @@ from reshard.testing.oracle import (
     state_on_rank,
     tensor_on_rank,
 )
+from reshard.testing.power_loss import PowerLossStorage
 
 __all__ = [
     "FaultyStorage",
+    "PowerLossStorage",
     "SimulatedDeath",
     "differences",
     "every_placement",
