@@ -15,7 +15,7 @@ export OMP_NUM_THREADS ?= 1
 export SWEEP_SECONDS
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help env demo demo-experts test sweep bench-load lint format clean
+.PHONY: help env demo demo-experts test sweep bench-load bench-save bench-plan lint format clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -59,6 +59,9 @@ sweep: $(BUILT) ## run the long property and fault runs (SWEEP_SECONDS=1200: as 
 
 bench-load: $(BUILT) ## measure loading beside torch's own and a plain copy: numbers and a picture in output/bench (some 10 minutes)
 	@$(PY) -m benchmarks.load $(BENCH_ARGS)
+
+bench-save: $(BUILT) ## measure saving beside torch's own, a plain write and a copy in memory (some 10 minutes)
+	@$(PY) -m benchmarks.save $(BENCH_ARGS)
 
 bench-plan: $(BUILT) ## measure planning alone: DeepSeek-V3's tensors on 16,384 ranks (some minutes, 8 GB of memory)
 	@$(PY) -m benchmarks.plan $(BENCH_ARGS)

@@ -10,10 +10,7 @@ import argparse
 import json
 import shutil
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -21,31 +18,23 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks import load_ranks
-from benchmarks.load_cases import CASES, DCP_LIMIT_SECONDS, FEWEST_ROUNDS, FULL_SCALE, Case
+from benchmarks.judging import FEWEST_ROUNDS, FULL_SCALE, is_judged, rounds_text
+from benchmarks.load_cases import CASES, DCP_LIMIT_SECONDS, Case
 from benchmarks.load_picture import draw
 from benchmarks.load_ranks import COPIES, DCP, RESHARD, VERIFIED
-from benchmarks.load_results import Loads, is_judged, rounds_text, show, summarize
+from benchmarks.load_results import Loads, show, summarize
 from benchmarks.machine import describe_machine
+from benchmarks.running import PATIENCE_SECONDS, Say, clock, fresh_ranks, positive, scratch, turned, within
 from benchmarks.states import WORLD_SIZE, TensorSpec
-from tests.processes import RankFailedError, RankPool
-
-# Ranks that are slower than this hang.
-PATIENCE_SECONDS = 1800.0
 
 # First loads of each library, each in ranks of their own.
 MOST_FIRST_LOADS = 3
-
-Say = Callable[[str], None]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; the exit code, 0 whatever the times are."""
     options = _parser().parse_args(arguments)
-    started = time.monotonic()
-
-    def say(text: str) -> None:
-        print(f"[{time.monotonic() - started:4.0f} s] {text}", flush=True)
-
+    say = clock()
     chosen = [case for case in CASES if case.name in options.cases or (case.is_large and options.large)]
     judged = is_judged(options.scale, options.rounds)
     results: dict[str, Any] = {
@@ -62,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "machine": describe_machine(),
         "cases": [],
     }
-    with _scratch(options.directory) as directory:
+    with scratch(options.directory) as directory:
         bench = _Bench(directory, options.rounds, options.scale, options.dcp_limit, say)
         for number, case in enumerate(chosen):
             results["cases"].append(bench.measure(case, judged=judged, results=results["cases"]))
@@ -82,45 +71,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.load", description=__doc__)
     usual = [case.name for case in CASES if not case.is_large]
-    parser.add_argument("--rounds", type=_positive(int), default=FEWEST_ROUNDS, help="repeated loads of each (default: %(default)s)")
+    parser.add_argument("--rounds", type=positive(int), default=FEWEST_ROUNDS, help="repeated loads of each (default: %(default)s)")
     parser.add_argument("--cases", nargs="+", choices=[c.name for c in CASES], default=usual, help=f"default: {' '.join(usual)}")
     parser.add_argument("--large", action="store_true", help="the case of 100,000 tensors, too; it takes long")
-    parser.add_argument("--scale", type=_positive(float), default=FULL_SCALE, help="the states' sizes, as a part of the full ones")
+    parser.add_argument("--scale", type=positive(float), default=FULL_SCALE, help="the states' sizes, as a part of the full ones")
     parser.add_argument("--output", type=Path, default=Path("output/bench/load.json"), help="the JSON; the picture goes beside it")
     parser.add_argument("--directory", type=Path, default=Path("/dev/shm"), help="where checkpoints lie meanwhile (default: %(default)s)")
     parser.add_argument(
-        "--dcp-limit", type=_positive(float), default=DCP_LIMIT_SECONDS, help="seconds after which DCP's load of the large case is stopped"
+        "--dcp-limit", type=positive(float), default=DCP_LIMIT_SECONDS, help="seconds after which DCP's load of the large case is stopped"
     )
     return parser
-
-
-def _positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
-    def parse(text: str) -> Any:
-        value = kind(text)
-        if value <= 0:
-            raise argparse.ArgumentTypeError(f"{text} is not above 0")
-        return value
-
-    return parse
-
-
-@contextmanager
-def _scratch(parent: Path) -> Iterator[Path]:
-    directory = Path(tempfile.mkdtemp(prefix="reshard-bench-", dir=parent))
-    try:
-        yield directory
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
-
-
-@contextmanager
-def _ranks() -> Iterator[RankPool]:
-    """Fresh ranks."""
-    pool = RankPool(WORLD_SIZE)
-    try:
-        yield pool
-    finally:
-        pool.close()
 
 
 class _Bench:
@@ -148,7 +108,7 @@ class _Bench:
         contenders = [*(() if case.is_large else (DCP,)), RESHARD, VERIFIED, *COPIES]
         self._say(f"{rounds_text(self._rounds)} of {', '.join(contenders)}")
         # One round before, which isn't counted: nobody's first load is among the repeated ones.
-        order = [name for number in range(self._rounds + 1) for name in _turned(contenders, number)]
+        order = [name for number in range(self._rounds + 1) for name in turned(contenders, number)]
         repeated = self._load(case, tensors, order, expected, PATIENCE_SECONDS)
         assert repeated is not None  # patience doesn't end in None
         return summarize(
@@ -166,12 +126,12 @@ class _Bench:
         directory = self._directory / case.state
         directory.mkdir(exist_ok=True)
         has_dcp = True
-        with _ranks() as pool:
+        with fresh_ranks() as pool:
             for name in (RESHARD, DCP):
                 if (directory / name).exists():
                     continue
                 limit = self._limit(case, name)
-                seconds = _within(limit, pool, load_ranks.save, directory, name, tensors, case.saved)
+                seconds = within(limit, pool, load_ranks.save, directory, name, tensors, case.saved)
                 has_dcp = seconds is not None
                 self._say(
                     f"{name}'s save was stopped after {limit:.0f} s" if seconds is None else f"saved by {name} in {max(seconds):.1f} s"
@@ -182,29 +142,12 @@ class _Bench:
         self, case: Case, tensors: Sequence[TensorSpec], order: Sequence[str], expected: Sequence[Sequence[bytes]], limit: float
     ) -> Loads | None:
         """Loads in fresh ranks, each as all ranks saw it; None when the limit is over."""
-        with _ranks() as pool:
-            by_rank = _within(limit, pool, load_ranks.load, self._directory / case.state, order, tensors, case.loaded, expected)
+        with fresh_ranks() as pool:
+            by_rank = within(limit, pool, load_ranks.load, self._directory / case.state, order, tensors, case.loaded, expected)
         return None if by_rank is None else [list(load) for load in zip(*by_rank, strict=True)]
 
     def _limit(self, case: Case, name: str) -> float:
         return self._dcp_limit if case.is_large and name == DCP else PATIENCE_SECONDS
-
-
-def _within(limit: float, pool: RankPool, function: Callable[..., Any], *arguments: Any) -> list[Any] | None:
-    """What ranks give; None when they need longer than a limit that is less than patience."""
-    began = time.monotonic()
-    try:
-        return pool.run(function, *arguments, timeout=limit)
-    except RankFailedError:
-        if limit == PATIENCE_SECONDS or time.monotonic() - began < limit:
-            raise
-        return None
-
-
-def _turned(contenders: Sequence[str], number: int) -> list[str]:
-    """The order of a round: each begins in its turn, so that nobody always comes after the same one."""
-    first = number % len(contenders)
-    return [*contenders[first:], *contenders[:first]]
 
 
 def _by_proportion(tensors: int, results: Sequence[dict[str, Any]]) -> float | None:

@@ -7,9 +7,6 @@ from dataclasses import dataclass
 
 from benchmarks.states import FSDP, TENSOR_PARALLEL, TRANSPOSED, Strategy, TensorSpec, small_tensors, transformer
 
-# What the numbers hold for: 1.0 GB, and medians of so many rounds.
-FULL_SCALE, FEWEST_ROUNDS = 1.0, 9
-
 # Of what the plan's runs cover, gaps included, so many times what is needed.
 MOST_COVERED = 1.02
 

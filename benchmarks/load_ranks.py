@@ -23,7 +23,7 @@ DCP, RESHARD, VERIFIED = "dcp", "reshard", "reshard_verified"
 COPIES = {"copy_read": ReadCopy, "copy_mapped": MappedCopy, "copy_buffered": BufferedCopy}
 """The plain copies by name: straight into the destination, out of the mapped file, through a small buffer."""
 
-# What memory holds before a load, in every word: a load that leaves one out is found.
+# What memory holds before a load, in every word.
 _SPOILED = 0xA5A5A5A5
 
 
@@ -93,20 +93,20 @@ def load(
 
     rank = dist.get_rank()
     model, memory = states.build(tensors, strategy)
-    _spoil(memory)
+    spoil(memory)
     # As in a training loop, which holds one; like the process group that DCP uses it is there before anything is loaded.
     manager = reshard.CheckpointManager(directory / RESHARD, read_only=True)
     loads = _loads(directory, frozenset(contenders), manager, model, tensors, strategy, memory, rank)
     samples = []
     gc.collect()
     for contender in contenders:
-        _spoil(memory)
+        spoil(memory)
         dist.barrier()
         before = _reset_peak()
         begin = time.perf_counter()
         report = loads[contender]()
         end = time.perf_counter()
-        peak = None if before is None else _memory("VmHWM") - before
+        peak = None if before is None else memory_of("VmHWM") - before
         # Also keeps a rank that is done from taking a core from those that are not.
         dist.barrier()
         check(contender, tensors, memory, expected[rank], rank)
@@ -143,7 +143,8 @@ def _loads(
     return loads
 
 
-def _spoil(memory: Sequence[np.ndarray]) -> None:
+def spoil(memory: Sequence[np.ndarray]) -> None:
+    """Overwrite every word, so that a load that leaves one out is found."""
     for local in memory:
         local[...] = _SPOILED
 
@@ -170,7 +171,7 @@ def _facts(report: Any) -> dict[str, Any]:
     }
 
 
-def _memory(field_name: str) -> int:
+def memory_of(field_name: str) -> int:
     """A field of this process's status, in bytes."""
     with open("/proc/self/status", encoding="ascii") as status:
         for line in status:
@@ -185,4 +186,4 @@ def _reset_peak() -> int | None:
         return None
     with open("/proc/self/clear_refs", "w", encoding="ascii") as control:
         control.write("5")
-    return _memory("VmRSS")
+    return memory_of("VmRSS")

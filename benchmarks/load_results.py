@@ -9,7 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.load_cases import FEWEST_ROUNDS, FULL_SCALE, MOST_COVERED, Case, memory_limit
+from benchmarks.judging import check, conclusion, rounds_text, seconds_text, spread, verdict
+from benchmarks.load_cases import MOST_COVERED, Case, memory_limit
 from benchmarks.load_ranks import DCP, RESHARD, VERIFIED, Sample
 from benchmarks.states import moved_bytes, unique_bytes
 
@@ -20,11 +21,6 @@ COPY_NAMES = {"copy_read": "read", "copy_mapped": "mapped", "copy_buffered": "bu
 
 # The limit is the fastest of these; the copy through a buffer is reported beside it.
 LIMITS = ("copy_read", "copy_mapped")
-
-
-def is_judged(scale: float, rounds: int) -> bool:
-    """Whether the targets hold for a run: they are for the whole state and enough rounds."""
-    return scale == FULL_SCALE and rounds >= FEWEST_ROUNDS
 
 
 def summarize(
@@ -48,10 +44,10 @@ def summarize(
     read = [sample.report for load in repeated for sample in load if sample.contender == RESHARD]
     memory = {name: _peak(first, name) for name in (DCP, RESHARD)}
     checks = [
-        _check("DCP's time ÷ ours", _over_dcp(times, first_times, estimate), ">=", case.least_over_dcp, judged),
-        _check("our time ÷ plain copy", times[RESHARD]["median"] / times[limit]["median"], "<=", case.most_over_copy, judged),
-        _check("bytes read ÷ bytes needed", read[0]["bytes_read"] / max(1, read[0]["bytes_needed"]), "<=", MOST_COVERED, judged),
-        _check("peak memory above the state", memory[RESHARD], "<=", memory_limit(len(tensors)), judged),
+        check("DCP's time ÷ ours", _over_dcp(times, first_times, estimate), ">=", case.least_over_dcp, judged),
+        check("our time ÷ plain copy", times[RESHARD]["median"] / times[limit]["median"], "<=", case.most_over_copy, judged),
+        check("bytes read ÷ bytes needed", read[0]["bytes_read"] / max(1, read[0]["bytes_needed"]), "<=", MOST_COVERED, judged),
+        check("peak memory above the state", memory[RESHARD], "<=", memory_limit(len(tensors)), judged),
     ]
     return {
         "name": case.name,
@@ -94,7 +90,7 @@ def _times(loads: Loads) -> dict[str, dict[str, Any]]:
     seconds: dict[str, list[float]] = {}
     for load in loads:
         seconds.setdefault(load[0].contender, []).append(max(s.end for s in load) - min(s.begin for s in load))
-    return {name: {"median": median(taken), "least": min(taken), "most": max(taken), "seconds": taken} for name, taken in seconds.items()}
+    return {name: spread(taken) for name, taken in seconds.items()}
 
 
 def _peak(loads: Loads, contender: str) -> int | None:
@@ -108,16 +104,8 @@ def _phases(loads: Sequence[Sequence[Mapping[str, float]]]) -> dict[str, float]:
     return {name: median(max(rank.get(name, 0.0) for rank in load) for load in loads) for name in names}
 
 
-def _check(what: str, value: float | None, relation: str, target: float | None, judged: bool) -> dict[str, Any]:
-    met = None
-    if judged and value is not None and target is not None:
-        met = value >= target if relation == ">=" else value <= target
-    return {"what": what, "value": value, "relation": relation, "target": target, "met": met}
-
-
 def show(results: Mapping[str, Any], console: Console) -> None:
     """Print the tables."""
-    judged = results["judged"]
     repeated = Table(title="Repeated loads: medians of " + rounds_text(results["settings"]["rounds"]), title_justify="left")
     for column in ("case", "DCP", "reshard", "verifying", "plain copy", "buffered copy", "DCP ÷ ours", "ours ÷ copy", "read ÷ needed"):
         repeated.add_column(column, justify="left" if column == "case" else "right")
@@ -130,17 +118,17 @@ def show(results: Mapping[str, Any], console: Console) -> None:
         buffered = times.get("copy_buffered")
         repeated.add_row(
             case["title"],
-            _seconds(times.get(DCP)),
-            _seconds(times[RESHARD]),
+            seconds_text(times.get(DCP)),
+            seconds_text(times[RESHARD]),
             _verifying(times, case["reshard"]),
-            f"{_seconds(times[case['copy']['fastest']])} ({COPY_NAMES[case['copy']['fastest']]})",
-            _seconds(buffered),
-            _verdict(over_dcp, "{:.2f}"),
-            _verdict(over_copy, "{:.2f}"),
-            _verdict(covered, "{:.3f}"),
+            f"{seconds_text(times[case['copy']['fastest']])} ({COPY_NAMES[case['copy']['fastest']]})",
+            seconds_text(buffered),
+            verdict(over_dcp, "{:.2f}"),
+            verdict(over_copy, "{:.2f}"),
+            verdict(covered, "{:.3f}"),
         )
         dcp = case["dcp"]
-        stopped = f"over {dcp['stopped_after']:.0f} s" if dcp["stopped_after"] is not None else _seconds(starts.get(DCP))
+        stopped = f"over {dcp['stopped_after']:.0f} s" if dcp["stopped_after"] is not None else seconds_text(starts.get(DCP))
         if dcp["stopped_after"] is not None and dcp["estimate"] is not None:
             stopped += f", some {dcp['estimate']:.0f} s by proportion"
         ratio = starts[DCP]["median"] / starts[RESHARD]["median"] if DCP in starts else None
@@ -148,28 +136,15 @@ def show(results: Mapping[str, Any], console: Console) -> None:
         first.add_row(
             case["title"],
             stopped,
-            _seconds(starts[RESHARD]),
+            seconds_text(starts[RESHARD]),
             "–" if ratio is None else f"{ratio:.2f}",
             _mebibytes(peaks[DCP]),
-            _verdict({**memory, "target": None}, "{}", _mebibytes(memory["value"])),
+            verdict({**memory, "target": None}, "{}", _mebibytes(memory["value"])),
             _mebibytes(peaks["limit"]),
         )
     console.print(repeated)
     console.print(first)
-    if not judged:
-        console.print(f"The targets are for --scale {FULL_SCALE:g} and at least {FEWEST_ROUNDS} rounds; this run is held against none.")
-    else:
-        missed = [f"{case['title']}: {check['what']}" for case in results["cases"] for check in case["checks"] if check["met"] is False]
-        console.print("Every target is met." if not missed else "Missed: " + "; ".join(missed) + ".")
-
-
-def _verdict(check: Mapping[str, Any], form: str, text: str | None = None) -> str:
-    if check["value"] is None:
-        return "–"
-    shown = text if text is not None else form.format(check["value"])
-    if check["target"] is not None:
-        shown += f" ({'≥' if check['relation'] == '>=' else '≤'} {check['target']:g})"
-    return shown + {True: " [green]met[/]", False: " [red]missed[/]", None: ""}[check["met"]]
+    console.print(conclusion(results))
 
 
 def _verifying(times: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
@@ -177,17 +152,8 @@ def _verifying(times: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     if VERIFIED not in times:
         return "–"
     ratio = times[VERIFIED]["median"] / times[RESHARD]["median"]
-    return f"{_seconds(times[VERIFIED])} (× {ratio:.2f}; {facts['bytes_verified'] / max(1, facts['bytes_read']):.0%} verified)"
-
-
-def _seconds(times: Mapping[str, Any] | None) -> str:
-    return "–" if times is None else f"{times['median']:.3f} s"
+    return f"{seconds_text(times[VERIFIED])} (× {ratio:.2f}; {facts['bytes_verified'] / max(1, facts['bytes_read']):.0%} verified)"
 
 
 def _mebibytes(nbytes: int | None) -> str:
     return "–" if nbytes is None else f"{nbytes / 2**20:.0f} MiB"
-
-
-def rounds_text(number: int) -> str:
-    """So many rounds, in words."""
-    return f"{number} round{'' if number == 1 else 's'}"

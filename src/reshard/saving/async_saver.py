@@ -119,7 +119,8 @@ class AsyncSaver:
             self._snapshot = None
 
     def close(self) -> None:
-        """Let go of the optimizers. Nothing may be under way."""
+        """Let go of the optimizers, and end the thread. Nothing may be under way."""
+        self._background.close()
         if self._unhook is not None:
             self._unhook()
             self._unhook = None

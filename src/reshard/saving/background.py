@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import threading
+import concurrent.futures
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -12,36 +13,28 @@ T = TypeVar("T")
 class Background(Generic[T]):
     """Runs one piece of work at a time beside its caller, and keeps what became of the last one until it is asked for.
 
-    The thread is no daemon: a process that ends while something is under way finishes it first.
+    Its thread begins with the first piece of work and stays: whoever starts a thread waits until it has had its first turn, on busy cores
+    as long as copying some of the state takes. A process that ends while something is under way finishes it first.
 
     Args:
         name: of the thread.
     """
 
     def __init__(self, name: str) -> None:
-        self._name = name
-        self._thread: threading.Thread | None = None
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix=name)
+        self._work: Future[T] | None = None
         self._result: T | None = None
-        self._error: BaseException | None = None
 
     @property
     def is_busy(self) -> bool:
         """Whether work is under way."""
-        return self._thread is not None and self._thread.is_alive()
+        return self._work is not None and not self._work.done()
 
     def start(self, work: Callable[[], T]) -> None:
         """Begin a piece of work. The one before must have been waited for."""
-        assert self._thread is None
-
-        def run() -> None:
-            try:
-                self._result = work()
-            except BaseException as error:  # noqa: BLE001 - whoever waits gets it
-                self._error = error
-
+        assert self._work is None
         self._result = None
-        self._thread = threading.Thread(target=run, name=self._name)
-        self._thread.start()
+        self._work = self._executor.submit(work)
 
     def wait(self) -> T | None:
         """Return when nothing is under way, with the result of the last work; None when there was none yet.
@@ -49,11 +42,13 @@ class Background(Generic[T]):
         Raises:
             BaseException: what the work raised; once.
         """
-        thread = self._thread
-        if thread is not None:
-            thread.join()
-            self._thread = None
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
+        work = self._work
+        if work is not None:
+            concurrent.futures.wait([work])
+            self._work = None
+            self._result = work.result()
         return self._result
+
+    def close(self) -> None:
+        """End the thread, after what is under way."""
+        self._executor.shutdown()
