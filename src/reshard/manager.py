@@ -12,6 +12,7 @@ from typing import Any, Literal, overload
 
 from reshard.collector import collector_paused
 from reshard.comm import Communicator
+from reshard.comm.heartbeat import lost_ranks_named
 from reshard.comm.together import attempt
 from reshard.errors import UsageError
 from reshard.format.common import CommonInfo
@@ -60,6 +61,8 @@ class CheckpointManager:
         storage: where the root lies; the file system when it isn't given.
         read_only: only load. Nothing is created or locked, so that any number of jobs can read a root, also a read-only one.
         lock_timeout: seconds to wait for the run before, which may be just dying, to let go of the root.
+        timeout: seconds after which a rank that doesn't answer is taken for gone, in a save or a load; one that has died is noticed at
+            once. None: half an hour. Only where the communicator isn't given.
 
     Raises:
         RootLockedError: another run writes this root.
@@ -82,6 +85,7 @@ class CheckpointManager:
         storage: Storage | None = None,
         read_only: bool = False,
         lock_timeout: float = 10.0,
+        timeout: float | None = None,
     ) -> None:
         mode = _mode_of(async_save, when_busy)
         # Before anything that would have to be given back.
@@ -100,7 +104,7 @@ class CheckpointManager:
         self.directory = os.path.abspath(os.fspath(directory))
         self._storage: Storage = storage if storage is not None else PosixStorage()
         self._owns_communicator = communicator is None
-        self._comm = communicator if communicator is not None else default_communicator()
+        self._comm = communicator if communicator is not None else default_communicator(timeout)
         self._saving_comm = self._comm
         self._saver: Saver | None = None
         self._async: AsyncSaver | None = None
@@ -306,7 +310,7 @@ class CheckpointManager:
         rules = Rules(missing_ok, on_corrupt, skip_unhealthy)
         how = How(strict if strict is not None else Strictness(), select(only, exclude), balanced, memory_budget, verify)
         root = self.directory if path is None else os.path.abspath(os.fspath(path))
-        with collector_paused():
+        with collector_paused(), lost_ranks_named(self._comm):
             loaded = load_run(self._storage, self._comm, root, run, rules, how)
         if loaded is None:
             return None

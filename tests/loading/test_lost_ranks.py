@@ -124,6 +124,8 @@ def test_a_killed_rank_is_an_error_on_the_others(
             error, text, _ = outcome
             assert error == "CommunicationError"
             assert f"rank:     {rank}" in text
+            # Rank 0 serves the store in which the others look for signs of life.
+            assert f"gone:     rank {victim}: no sign of life" in text or (victim == 0 and "gone:     the job's store" in text)
             assert "pair.cc" not in text
             assert "next:" in text
     assert digest(root) == before

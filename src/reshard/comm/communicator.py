@@ -16,6 +16,10 @@ class Board(Protocol):
         """A rank's last notice under a topic; None when it left none."""
         ...
 
+    def read_all(self, topic: str, world_size: int) -> list[bytes | None]:
+        """The last notices of all ranks under a topic, in rank order."""
+        ...
+
 
 @runtime_checkable
 class Communicator(Protocol):

@@ -23,6 +23,9 @@ class LocalBoard:
     def read(self, topic: str, rank: int) -> bytes | None:
         return self._notices.get((topic, rank))
 
+    def read_all(self, topic: str, world_size: int) -> list[bytes | None]:
+        return [self.read(topic, rank) for rank in range(world_size)]
+
 
 class SingleProcess:
     """One rank, alone."""

@@ -39,13 +39,16 @@ def select_adapter(model: Any, optimizer: Any) -> Adapter:
     return _torch_adapter() if framework == "torch" else ArrayAdapter()
 
 
-def default_communicator() -> Communicator:
+def default_communicator(timeout: float | None = None) -> Communicator:
     """The communicator of the framework that this process runs: over torch.distributed where it is initialised, else of one process.
 
     Collective.
+
+    Args:
+        timeout: seconds that a collective or a message may take; None for the framework's default.
     """
     if "torch" in sys.modules:
-        return _torch_adapter().communicator()
+        return _torch_adapter(timeout).communicator()
     return SingleProcess()
 
 
@@ -86,7 +89,7 @@ def _kinds(part: Any, items: list[Any]) -> str:
     return where + (", ".join(kinds) or "nothing")
 
 
-def _torch_adapter() -> Adapter:
+def _torch_adapter(timeout: float | None = None) -> Adapter:
     from reshard.frameworks.torch import TorchAdapter
 
-    return TorchAdapter()
+    return TorchAdapter() if timeout is None else TorchAdapter(timeout)

@@ -10,7 +10,7 @@ from typing import Any, Literal, SupportsIndex
 
 from reshard.comm import Communicator
 from reshard.comm.together import attempt
-from reshard.errors import ReshardError
+from reshard.errors import CommunicationError, ReshardError
 from reshard.format.common import CommonInfo
 from reshard.format.names import iteration_name
 from reshard.frameworks.adapter import Adapter
@@ -94,7 +94,13 @@ class AsyncSaver:
                 attempt(lambda: self._saver.announce(step, taken.nbytes))
                 _, failed = attempt(taken.finish)
                 problem = problem if failed is None else failed
-            return self._saver.save(step, State() if snapshot is None else snapshot.state, common, problem, metrics)
+            try:
+                return self._saver.save(step, State() if snapshot is None else snapshot.state, common, problem, metrics)
+            except ReshardError as failed:
+                # Now, too: the next call may be hours away, or never come.
+                if self._comm.rank == 0 or isinstance(failed, CommunicationError):
+                    _logger.error("an asynchronous save failed: %s", failed)  # noqa: TRY400 - whoever asks gets the stack
+                raise
 
         self._background.start(work)
         number, _ = attempt(lambda: operator.index(step))

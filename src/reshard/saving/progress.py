@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -140,5 +139,5 @@ def read_status(board: Board, world_size: int) -> SaveStatus:
     Raises:
         CommunicationError: the notices can't be reached.
     """
-    said: Sequence[bytes | None] = [board.read(_TOPIC, rank) for rank in range(world_size)]
+    said = board.read_all(_TOPIC, world_size)
     return SaveStatus(tuple(None if data is None else msgspec.msgpack.decode(data, type=RankProgress) for data in said))

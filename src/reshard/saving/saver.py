@@ -15,6 +15,7 @@ from typing import Any, SupportsIndex
 import msgspec
 
 from reshard.comm import Communicator
+from reshard.comm.heartbeat import lost_ranks_named
 from reshard.comm.together import attempt, settle
 from reshard.errors import ReshardError, UsageError
 from reshard.format.common import CommonInfo, with_health
@@ -151,7 +152,8 @@ class Saver:
             CommunicationError: a rank is gone. Whether the checkpoint was committed can be seen on disk.
         """
         try:
-            report = self._save(step, state, common, error, metrics)
+            with lost_ranks_named(self._comm):
+                report = self._save(step, state, common, error, metrics)
         except BaseException:
             self._notices.enter("failed")
             raise

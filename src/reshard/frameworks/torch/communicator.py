@@ -55,6 +55,7 @@ class TorchCommunicator:
 
     def __init__(self, timeout: float = DEFAULT_TIMEOUT) -> None:
         self._timeout = timeout
+        self._board: StoreBoard | None = None
         self.rank: int = torch.distributed.get_rank()
         self.world_size: int = torch.distributed.get_world_size()
         self._group: Any = None
@@ -117,7 +118,9 @@ class TorchCommunicator:
         return TorchCommunicator(self._timeout)
 
     def board(self) -> StoreBoard:
-        return StoreBoard(self.rank)
+        if self._board is None:
+            self._board = StoreBoard(self.rank)
+        return self._board
 
     def close(self) -> None:
         group, self._group = self._group, None
@@ -190,6 +193,16 @@ class StoreBoard:
             return self._store.get(key) if self._store.check([key]) else None
         except RuntimeError as error:
             raise _store_is_gone(self._rank, error) from error.with_traceback(None)
+
+    def read_all(self, topic: str, world_size: int) -> list[bytes | None]:
+        keys = [f"{topic}/{rank}" for rank in range(world_size)]
+        try:
+            # Two questions for thousands of ranks.
+            if self._store.check(keys):
+                return list(self._store.multi_get(keys))
+        except RuntimeError as error:
+            raise _store_is_gone(self._rank, error) from error.with_traceback(None)
+        return [self.read(topic, rank) for rank in range(world_size)]
 
 
 def _store_is_gone(rank: int, error: Exception) -> CommunicationError:
