@@ -30,7 +30,7 @@ def slowly(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     quick = snapshot._copy
 
     def slow(*arguments: Any) -> Any:
-        name = threading.current_thread().name
+        name = threading.current_thread().name.partition("_")[0]
         threads.append(name)
         if name == "reshard-save":
             time.sleep(0.03)
