@@ -10,6 +10,7 @@ from reshard.manager import CheckpointManager
 from reshard.saving.policies import Committed, KeepAny, KeepBest, KeepEvery, KeepFor, KeepNewest, KeepPolicy
 from reshard.saving.report import SaveReport
 from reshard.shortcuts import load, save
+from reshard.stopping.graceful import GracefulStop
 from reshard.verification import Fault, Verification, verify
 from reshard.version import __version__
 
@@ -19,6 +20,7 @@ __all__ = [
     "Committed",
     "CommonInfo",
     "Fault",
+    "GracefulStop",
     "KeepAny",
     "KeepBest",
     "KeepEvery",

@@ -18,6 +18,7 @@ ReshardError
 ├── StorageError               the storage refused an operation
 │   └── ShortFileError         a file ended before the bytes that should be in it
 └── CommunicationError         ranks could not reach or understand each other
+    └── NoAgreementError       a run that was to stop: its ranks agreed on no last step
 ```
 
 A message is built from named parts, so that none is forgotten: what happened, where (file, tensor, rank, field), what was found,
@@ -143,6 +144,10 @@ class ShortFileError(StorageError):
 
 class CommunicationError(ReshardError):
     """Ranks could not reach or understand each other."""
+
+
+class NoAgreementError(CommunicationError):
+    """A run was to stop, and its ranks did not agree on a last step in time. Nothing more can be saved; what was committed stays."""
 
 
 # What a checkpoint is that isn't as it was saved: the errors that another checkpoint may be free of.

@@ -8,12 +8,14 @@ from typing import Protocol, runtime_checkable
 class Board(Protocol):
     """Where ranks leave short notices for each other: whoever wants looks, nobody waits. From any thread."""
 
-    def post(self, topic: str, data: bytes) -> None:
-        """Leave a notice of this rank, in the place of its last one under the topic."""
+    def post(self, topic: str, data: bytes, *, shared: bool = False) -> None:
+        """Leave a notice of this rank, in the place of its last one under the topic; or, shared, in the one place that all ranks have
+        in common, where whoever posts last is read.
+        """
         ...
 
-    def read(self, topic: str, rank: int) -> bytes | None:
-        """A rank's last notice under a topic; None when it left none."""
+    def read(self, topic: str, rank: int | None) -> bytes | None:
+        """A rank's last notice under a topic, or with None the shared one; None when there is none."""
         ...
 
     def read_all(self, topic: str, world_size: int) -> list[bytes | None]:

@@ -32,7 +32,7 @@ class SimulatedCluster:
         self._turn = threading.Condition()
         self._queues: defaultdict[tuple[int, int], queue.SimpleQueue[bytes]] = defaultdict(queue.SimpleQueue)
         self._lock = threading.Lock()
-        self._notices: dict[tuple[str, int], bytes] = {}
+        self._notices: dict[tuple[str, int | None], bytes] = {}
         self._twins: list[SimulatedCluster] = []
 
     def communicator(self, rank: int) -> SimulatedCommunicator:

@@ -10,17 +10,17 @@ class LocalBoard:
 
     Args:
         rank: whose notices are posted.
-        notices: of all ranks, by topic and rank; they share it.
+        notices: of all ranks, by topic and rank (None: the shared one); they share it.
     """
 
-    def __init__(self, rank: int, notices: dict[tuple[str, int], bytes]) -> None:
+    def __init__(self, rank: int, notices: dict[tuple[str, int | None], bytes]) -> None:
         self._rank = rank
         self._notices = notices
 
-    def post(self, topic: str, data: bytes) -> None:
-        self._notices[topic, self._rank] = data
+    def post(self, topic: str, data: bytes, *, shared: bool = False) -> None:
+        self._notices[topic, None if shared else self._rank] = data
 
-    def read(self, topic: str, rank: int) -> bytes | None:
+    def read(self, topic: str, rank: int | None) -> bytes | None:
         return self._notices.get((topic, rank))
 
     def read_all(self, topic: str, world_size: int) -> list[bytes | None]:
@@ -34,7 +34,7 @@ class SingleProcess:
     world_size = 1
 
     def __init__(self) -> None:
-        self._notices: dict[tuple[str, int], bytes] = {}
+        self._notices: dict[tuple[str, int | None], bytes] = {}
 
     def all_gather(self, data: bytes) -> list[bytes]:
         return [bytes(data)]

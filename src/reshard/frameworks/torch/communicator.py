@@ -181,14 +181,14 @@ class StoreBoard:
         self._store: Any = distributed.PrefixStore("reshard/board", store.clone() if hasattr(store, "clone") else store)
         self._rank = rank
 
-    def post(self, topic: str, data: bytes) -> None:
+    def post(self, topic: str, data: bytes, *, shared: bool = False) -> None:
         try:
-            self._store.set(f"{topic}/{self._rank}", data)
+            self._store.set(_key(topic, None if shared else self._rank), data)
         except RuntimeError as error:
             raise _store_is_gone(self._rank, error) from error.with_traceback(None)
 
-    def read(self, topic: str, rank: int) -> bytes | None:
-        key = f"{topic}/{rank}"
+    def read(self, topic: str, rank: int | None) -> bytes | None:
+        key = _key(topic, rank)
         try:
             return self._store.get(key) if self._store.check([key]) else None
         except RuntimeError as error:
@@ -203,6 +203,10 @@ class StoreBoard:
         except RuntimeError as error:
             raise _store_is_gone(self._rank, error) from error.with_traceback(None)
         return [self.read(topic, rank) for rank in range(world_size)]
+
+
+def _key(topic: str, rank: int | None) -> str:
+    return f"{topic}/{'all' if rank is None else rank}"
 
 
 def _store_is_gone(rank: int, error: Exception) -> CommunicationError:
