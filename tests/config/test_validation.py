@@ -169,7 +169,6 @@ def test_the_error_counts_the_others(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "name"),
     [
-        ({"callbacks": [MONITOR | {"async_save": True}]}, "callbacks[0].async_save"),
         ({"pretrained_model_dir": "qwen3"}, "pretrained_model_dir"),
     ],
 )

@@ -187,7 +187,7 @@ def failure_of(monkeypatch: pytest.MonkeyPatch, file: Path, error: BaseException
     monkeypatch.setattr(worker, "run_rank", failing(error))
     monkeypatch.setattr(worker, "_AFTER_YOU", 0.0)
     with pytest.raises(SystemExit) as ended:
-        worker.launched(ranks.settings())
+        worker.launched(ranks.settings(), str(file.with_name("outcome.json")))
     message = json.loads(file.read_text())["message"]
     failed = SimpleNamespace(get_first_failure=lambda: (1, SimpleNamespace(local_rank=1, message=message, exitcode=ended.value.code)))
     assert isinstance(ended.value.code, int)

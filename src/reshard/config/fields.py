@@ -167,7 +167,11 @@ class CheckpointMonitor(Section):
         default=None, description="besides, every checkpoint is kept that is no older than so many days"
     )
     keep_checkpoint_best: KeepBestSettings | None = Field(default=None, description="besides, the best by a metric are kept")
-    async_save: bool = Field(default=False, description="whether saving runs in the background")
+    async_save: Literal[True, False, "copy", "deferred"] = Field(
+        default=False,
+        description="whether saving runs in the background: copy (or True) copies the state before training goes on, deferred while the "
+        "next step runs up to its optimizer",
+    )
     checkpoint_format: str = Field(default="safetensors", description="the only format of Checkpoint 2.0; others are converted to it")
     remove_redundancy: bool = Field(
         default=False, description="whether what several ranks hold is written once, by one of them, evenly by bytes"
@@ -219,6 +223,15 @@ class RunConfig(Section):
     skip_unhealthy: bool = Field(
         default=False,
         description="whether a checkpoint marked as unhealthy (its loss was not finite) gives way to the newest older one that is not",
+    )
+    stop_after_minutes: Annotated[float, Field(gt=0)] | None = Field(
+        default=None,
+        description="the run stops by itself so long after its start: after the step in which it is then, which is saved; null: never",
+    )
+    stop_timeout: Annotated[float, Field(gt=0, lt=30)] = Field(
+        default=15.0,
+        description="seconds after a SIGTERM in which all ranks must have come to the same step, or nothing more is saved; torchrun kills "
+        "after 30, and the save needs time too",
     )
     use_legacy_format: bool | None = Field(
         default=None, description="False: Checkpoint 2.0, which is also what absence means; True (Checkpoint 1.0) is not supported"

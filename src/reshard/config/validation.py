@@ -218,11 +218,9 @@ def _check_versions(run: RunConfig, document: Document, notes: list[str]) -> Non
 
 def _check_later_features(run: RunConfig, document: Document) -> None:
     """Options of the format that this version doesn't have: never ignored in silence."""
-    later: list[tuple[FieldPath, Any, str]] = []
-    for index, callback in enumerate(run.callbacks):
-        if isinstance(callback, CheckpointMonitor):
-            later.append((("callbacks", index, "async_save"), callback.async_save, "False: saves are synchronous"))
-    later.append((("pretrained_model_dir",), run.pretrained_model_dir, "nothing; load_checkpoint takes Checkpoint 2.0 checkpoints"))
+    later: list[tuple[FieldPath, Any, str]] = [
+        (("pretrained_model_dir",), run.pretrained_model_dir, "nothing; load_checkpoint takes Checkpoint 2.0 checkpoints")
+    ]
     for path, given, expected in later:
         if given:
             raise ConfigError(

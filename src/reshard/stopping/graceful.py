@@ -31,13 +31,13 @@ _LAST_SECONDS = 5.0
 class GracefulStop:
     """Stops a run after the same step on every rank: on a signal, after a time, or when somebody asks.
 
-    Every rank makes one (collective), enters it in its main thread before its loop, and calls `should_stop` after each step. Where that says
-    yes it does so on all ranks for the same step: save, and leave the loop. Between ranks all goes through the job's store, from a thread of
-    its own; no collective is involved, and training waits for nothing until the run is to stop.
+    Every rank makes one (collective), enters it in its main thread before its loop, and calls `should_stop` after each step. Where that
+    says yes it does so on all ranks for the same step: save, and leave the loop. Between ranks all goes through the job's store, from a
+    thread of its own; no collective is involved, and training waits for nothing until the run is to stop.
 
     A signal at any rank counts for all. It is caught also while the main thread waits for another rank. A rank that has got one, and finds
-    no agreement with the others within the time limit, must end: `should_stop` raises, and if the process is still there 5 seconds later, it
-    ends itself with 128 and the signal's number.
+    no agreement with the others within the time limit, must end: `should_stop` raises, and if the process is still there 5 seconds later,
+    it ends itself with 128 and the signal's number.
 
     Args:
         communicator: how the ranks talk; chosen by the framework that is in use when it isn't given.
@@ -65,6 +65,7 @@ class GracefulStop:
         self._after = None if after_minutes is None else 60 * after_minutes
         self._limits = Limits(timeout, self._comm.world_size)
         self._signals = tuple(signals)
+        self._taking = threading.Lock()
         self._got: signal.Signals | None = None
         self._agreement: Agreement | None = None
         self._pipe: SignalPipe | None = None
@@ -97,7 +98,10 @@ class GracefulStop:
         Raises:
             NoAgreementError: the run was to stop, and the ranks did not agree in time. Nothing may be saved; leave.
         """
-        return self._entered().step_done(step)
+        agreement = self._entered()
+        for number in set() if self._pipe is None else set(self._pipe.handled):
+            self._take(number, agreement)
+        return agreement.step_done(step)
 
     def __enter__(self) -> GracefulStop:
         if self._agreement is not None:
@@ -126,6 +130,14 @@ class GracefulStop:
             raise UsageError("this object isn't entered yet", fix="use it in a `with` statement")
         return self._agreement
 
+    def _take(self, number: signal.Signals, agreement: Agreement) -> None:
+        with self._taking:
+            if self._got is not None:
+                return
+            self._got = number
+        _logger.warning("rank %d got %s: the run will stop", self._comm.rank, number.name)
+        agreement.want(Wish(number.name, urgent=True))
+
     def _watch(self, agreement: Agreement, pipe: SignalPipe) -> None:
         started = time.monotonic()
         is_lost = False
@@ -134,10 +146,7 @@ class GracefulStop:
             is_busy = wish is not None and not (decision is not None and decision.is_final)
             came = pipe.wait(self._limits.interval(busy=is_busy))
             for number in came:
-                if self._got is None:
-                    self._got = number
-                    _logger.warning("rank %d got %s: the run will stop", self._comm.rank, number.name)
-                agreement.want(Wish(number.name, urgent=True))
+                self._take(number, agreement)
             if self._comm.rank == 0 and self._after is not None and wish is None and time.monotonic() - started >= self._after:
                 agreement.want(Wish("time limit", urgent=False))
             if not is_lost:

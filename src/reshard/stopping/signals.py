@@ -24,6 +24,9 @@ class SignalPipe:
     Args:
         signals: which; none: `wake` still ends a wait.
 
+    Attributes:
+        handled: those of which the main thread knows by itself, without waiting.
+
     Raises:
         UsageError: they can't be caught here.
     """
@@ -41,6 +44,7 @@ class SignalPipe:
         os.set_blocking(self._read, False)
         os.set_blocking(self._write, False)
         self._before: dict[signal.Signals, Any] = {}
+        self.handled: set[signal.Signals] = set()
         self._wakeup = -1
         if signals:
             self._install()
@@ -74,6 +78,7 @@ class SignalPipe:
         os.close(self._write)
 
     def _caught(self, number: int, _: FrameType | None) -> None:
+        self.handled.add(signal.Signals(number))
         with suppress(BlockingIOError):
             os.write(self._write, bytes([number]))
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
+import signal
 import sys
 import tempfile
+import time
 from multiprocessing import forkserver
 from typing import Any
 
@@ -17,6 +20,9 @@ from reshard.errors import ConfigError, ReshardError
 
 # Imported once by the process that all ranks are forked from: torch and transformers cost seconds, and ranks share few processors.
 _PRELOADED = ("reshard.training.preload",)
+
+# Ranks that a signal stops have this long (seconds) to save, the launcher's own default among them.
+_GRACE = 30.0
 
 
 class RankFailedError(RuntimeError):
@@ -33,12 +39,13 @@ def launch(configuration: Configuration, nproc: int | None = None) -> None:
     Raises:
         ReshardError: as the first rank that failed.
         RankFailedError: a rank failed with something else.
-        SystemExit: a signal stopped the run; the ranks have been stopped too.
+        SystemExit: the run was stopped before its last step; with the code of `Outcome.exit_code`. A rank that torchrun or a scheduler
+            started ends with 0 when its last step is saved: they would take anything else for a failure.
     """
     run = configuration.run
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         _check_sizes(run, int(os.environ["WORLD_SIZE"]), nproc)
-        _run_here(configuration)
+        _run_here(configuration, is_worker=True)
         return
     ranks = nproc if nproc is not None else expected_ranks(run)
     _check_sizes(run, ranks, nproc)
@@ -47,7 +54,7 @@ def launch(configuration: Configuration, nproc: int | None = None) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         _launch_elastic(configuration, ranks)
     else:
-        _run_here(configuration)
+        _run_here(configuration, is_worker=False)
 
 
 def _check_sizes(run: RunConfig, ranks: int, nproc: int | None) -> None:
@@ -63,10 +70,13 @@ def _check_sizes(run: RunConfig, ranks: int, nproc: int | None) -> None:
     batch_sizes(run, parallel_sizes(run, ranks))
 
 
-def _run_here(configuration: Configuration) -> None:
+def _run_here(configuration: Configuration, *, is_worker: bool) -> None:
+    from reshard.training.outcome import EXIT_STOPPED
     from reshard.training.worker import run_rank
 
-    run_rank(configuration)
+    code = run_rank(configuration).exit_code
+    if code and not (is_worker and code == EXIT_STOPPED):
+        raise SystemExit(code)
 
 
 def _launch_elastic(configuration: Configuration, ranks: int) -> None:
@@ -77,6 +87,8 @@ def _launch_elastic(configuration: Configuration, ranks: int) -> None:
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    from reshard.training.outcome import EXIT_STOPPED, read_outcome
 
     if sys.platform == "linux":
         # All ranks are on this machine, and its name may lead nowhere.
@@ -95,20 +107,36 @@ def _launch_elastic(configuration: Configuration, ranks: int) -> None:
             start_method="forkserver",
             logs_specs=DefaultLogsSpecs(log_dir=logs),
         )
+        outcome_file = os.path.join(logs, "outcome.json")
+        # As a shell says it of a process that a signal ended.
+        code = 0
         try:
-            elastic_launch(config, _rank)(configuration)
+            elastic_launch(config, _rank)(configuration, outcome_file)
         except ChildFailedError as failed:
-            raise _error_of(failed) from None
+            if failed.get_first_failure()[1].exitcode != EXIT_STOPPED:
+                raise _error_of(failed) from None
         except SignalException as stopped:
-            # As a shell says it of a process that a signal ended.
-            raise SystemExit(128 + stopped.sigval) from None
+            code = 128 + stopped.sigval
+            _wait_for_ranks()
+        outcome = read_outcome(outcome_file)
+    code = code if outcome is None else outcome.exit_code
+    if code:
+        raise SystemExit(code)
 
 
-def _rank(configuration: Configuration) -> None:
+def _wait_for_ranks() -> None:
+    """The launcher has told the ranks, and has waited for them, unless a second signal came meanwhile: that changes nothing."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    deadline = time.monotonic() + _GRACE
+    for rank in multiprocessing.active_children():
+        rank.join(max(deadline - time.monotonic(), 0))
+
+
+def _rank(configuration: Configuration, outcome_file: str) -> None:
     """What runs in each rank's process. Only there is the trainer imported, or found imported already."""
     from reshard.training.worker import launched
 
-    launched(configuration)
+    launched(configuration, outcome_file)
 
 
 def _error_of(failed: Any) -> Exception:

@@ -1,6 +1,7 @@
 """`metrics.jsonl`: what a run did, one JSON object per line.
 
-A line with `event` says what happened (`start`, `save`, `end`); a line without is a step. A run that is resumed goes on in the same file
+A line with `event` says what happened (`start`, `save`, `stop`, `end`; `saving`: a save in the background has begun); a line without is a
+step. A run that is resumed goes on in the same file
 with another `start`, so that steps which it repeats stand there twice.
 """
 

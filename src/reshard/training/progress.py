@@ -69,6 +69,11 @@ class Progress:
         self._checkpoint = f"saving {step} …"
         self._renew()
 
+    def under_way(self, step: int, stalled: float) -> None:
+        """A save goes on in the background; training stood still for so many seconds."""
+        if self._live is None and self._shown:
+            self._print(f"saving step {step} in the background; training waited {stalled:.3f} s")
+
     def saved(self, step: int, seconds: float, nbytes: int) -> None:
         """A save is committed; `nbytes` of it are this rank's."""
         self._checkpoint = f"saved {step}"

@@ -6,22 +6,27 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
+from signal import Signals
 from typing import Any
 
 from reshard.config.fields import CheckpointMonitor, LossMonitor, RunConfig
 from reshard.config.sizes import batch_sizes
 from reshard.config.validation import Configuration
+from reshard.errors import NoAgreementError
 from reshard.loading.report import RestoreReport
 from reshard.manager import CheckpointManager
 from reshard.saving.policies import KeepAny, KeepBest, KeepEvery, KeepFor, KeepPolicy
 from reshard.sources.resolve import list_iterations
+from reshard.stopping.graceful import GracefulStop
 from reshard.storage.posix import PosixStorage
-from reshard.training.callbacks import CheckpointCallback, MetricsCallback, all_callbacks
+from reshard.training.callbacks import Callback, CheckpointCallback, MetricsCallback, all_callbacks
 from reshard.training.corpus import open_corpus
 from reshard.training.mesh import Place
 from reshard.training.metrics import METRICS_FILE, MetricsFile, StepMetrics
 from reshard.training.optimization import build_optimizer, build_scheduler, go_to_step
+from reshard.training.outcome import STOPPED_FILE, Outcome, read_outcome, write_outcome
 from reshard.training.parallelize import build_model
 from reshard.training.progress import Progress
 from reshard.training.samples import SampleStream
@@ -55,12 +60,13 @@ class Trainer:
         self.done = 0
         self._seed_from(0)
 
-    def train(self) -> None:
-        """Resume or begin, and train to the last step.
+    def train(self) -> Outcome:
+        """Resume or begin, and train to the last step, or until the run is told to stop.
 
         Raises:
             ReshardError: what was to be loaded can't be, or a save failed.
         """
+        began = time.monotonic()
         with ExitStack() as open_things:
             every = next((callback.per_print_times for callback in self._run.callbacks if isinstance(callback, LossMonitor)), 1)
             progress = open_things.enter_context(Progress(self.max_steps, every, shown=self._place.rank == 0))
@@ -76,17 +82,60 @@ class Trainer:
                 metrics = MetricsFile(os.path.join(self._run.output_dir, METRICS_FILE))
                 open_things.callback(metrics.close)
                 metrics.event("start", **self._start_facts(resumed))
+                self._forget_last_stop(progress)
             saving = self._checkpoint_callback(manager, progress, metrics)
             callbacks = all_callbacks((MetricsCallback(progress, metrics), saving))
             if self.done >= self.max_steps:
                 progress.note(f"nothing to do: the run is at step {self.done} of {self.max_steps}")
-                return
-            while self.done < self.max_steps:
-                result = self.step()
-                for callback in callbacks:
-                    callback.on_step(result)
-            for callback in reversed(callbacks):
-                callback.on_end()
+                return Outcome("finished", self.done)
+            stop = open_things.enter_context(self._stop(began))
+            outcome = self._steps(callbacks, stop, progress)
+            if outcome.details is None:
+                # Only together with the other ranks, and they have lost each other otherwise.
+                for callback in reversed(callbacks):
+                    callback.on_end()
+                outcome = replace(outcome, saved=saving is not None, reason=stop.reason)
+            if outcome.state == "stopped":
+                progress.note(f"stopped {outcome}")
+                if metrics is not None:
+                    metrics.event("stop", step=outcome.step, reason=outcome.reason, saved=outcome.saved)
+                    write_outcome(self._stopped_file, outcome)
+            return outcome
+
+    def _steps(self, callbacks: tuple[Callback, ...], stop: GracefulStop, progress: Progress) -> Outcome:
+        while self.done < self.max_steps:
+            result = self.step()
+            for callback in callbacks:
+                callback.on_step(result)
+            try:
+                if self.done < self.max_steps and stop.should_stop(self.done):
+                    progress.note(f"stopping after step {self.done}: {stop.reason}")
+                    return Outcome("stopped", self.done)
+            except NoAgreementError as error:
+                if stop.reason not in Signals.__members__:
+                    raise
+                progress.note(str(error))
+                return Outcome("stopped", self.done, stop.reason, details=str(error))
+        return Outcome("finished", self.done)
+
+    def _stop(self, began: float) -> GracefulStop:
+        minutes = self._run.stop_after_minutes
+        if minutes is not None:
+            # Counted from the beginning: loading is a part of it. What is over already is over at once.
+            minutes = max(minutes - (time.monotonic() - began) / 60, 1e-6)
+        return GracefulStop(after_minutes=minutes, timeout=self._run.stop_timeout)
+
+    @property
+    def _stopped_file(self) -> str:
+        return os.path.join(self._run.output_dir, STOPPED_FILE)
+
+    def _forget_last_stop(self, progress: Progress) -> None:
+        """What the file says is about the run before; a run that is under way hasn't stopped."""
+        last = read_outcome(self._stopped_file)
+        if last is not None:
+            progress.note(f"the run before stopped {last}")
+        with suppress(FileNotFoundError):
+            os.remove(self._stopped_file)
 
     def step(self) -> StepMetrics:
         """One optimizer step."""
@@ -237,6 +286,7 @@ def _manager(run: RunConfig) -> Iterator[CheckpointManager | None]:
         keep=_keep(monitor),
         remove_redundancy=monitor.remove_redundancy,
         check_replicas=monitor.check_replicas,
+        async_save=monitor.async_save,
         save_optimizer=monitor.save_optimizer,
         read_only=monitor.save_checkpoint_steps is None,
     ) as manager:

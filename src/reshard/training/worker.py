@@ -19,6 +19,7 @@ from reshard.config.sizes import parallel_sizes
 from reshard.config.validation import Configuration
 from reshard.errors import CommunicationError, ReshardError
 from reshard.training.mesh import local_device, make_place
+from reshard.training.outcome import EXIT_STOPPED, Outcome, write_outcome
 from reshard.training.trainer import Trainer
 
 # Longest wait for another rank; saving a large checkpoint is inside of it.
@@ -33,7 +34,7 @@ EXIT_UNEXPECTED = 1
 _AFTER_YOU = 1.0
 
 
-def run_rank(configuration: Configuration) -> None:
+def run_rank(configuration: Configuration) -> Outcome:
     """Train as the rank that the environment says (`RANK`, `WORLD_SIZE`, as torchrun sets them), or alone.
 
     Raises:
@@ -52,17 +53,25 @@ def run_rank(configuration: Configuration) -> None:
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
     try:
-        Trainer(configuration, make_place(sizes)).train()
+        return Trainer(configuration, make_place(sizes)).train()
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def launched(configuration: Configuration) -> None:
-    """What the launcher calls in each of its processes. An error goes into the launcher's error file; the exit code says its kind."""
+def launched(configuration: Configuration, outcome_file: str) -> None:
+    """What the launcher calls in each of its processes.
+
+    An error goes into the launcher's error file, and the exit code says its kind. Ranks that were told to stop write into `outcome_file`
+    how that went, each of them the same.
+    """
     threading.Thread(target=_end_with_launcher, name="reshard-launcher-watch", daemon=True).start()
     try:
-        run_rank(configuration)
+        outcome = run_rank(configuration)
+        if outcome.reason is not None:
+            write_outcome(outcome_file, outcome)
+            # Not a return: who returns waits until the launcher has taken the result, and a signal has ended the launcher's listening.
+            sys.exit(EXIT_STOPPED)
     except CommunicationError as error:
         _leave_error(error)
         time.sleep(_AFTER_YOU)
