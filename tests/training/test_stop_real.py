@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,11 @@ def train_to(output: Path, steps: int, callbacks: list[dict[str, Any]], kill_at:
     return []
 
 
+def children_of(launcher: int) -> list[int]:
+    """Torchrun gives its ranks sessions of their own."""
+    return [int(pid) for task in Path(f"/proc/{launcher}/task").glob("*/children") for pid in task.read_text().split()]
+
+
 @contextmanager
 def running(folder: Path, environment: dict[str, str], command: list[str], steps: int, **fields: Any) -> Iterator[subprocess.Popen[str]]:
     """A run of two ranks that has done some steps."""
@@ -70,8 +75,12 @@ def running(folder: Path, environment: dict[str, str], command: list[str], steps
             time.sleep(0.05)
         yield process
     finally:
+        left = children_of(process.pid)
         if group_members(process.pid):
             os.killpg(process.pid, signal.SIGKILL)
+        for pid in left:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         process.communicate()
 
 
@@ -128,15 +137,11 @@ def test_a_time_limit_of_a_whole_job(tmp_path: Path, process_environment: dict[s
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "reshard", "train"]
 
 
-def workers_of(launcher: int) -> list[int]:
-    return [pid for pid, parent in group_members(launcher).items() if parent == launcher]
-
-
 @pytest.mark.sweep
 def test_under_torchrun_ranks_end_with_0_and_leave_a_file(tmp_path: Path, process_environment: dict[str, str]) -> None:
     with running(tmp_path, process_environment, TORCHRUN, 3, callbacks=DEFERRED) as process:
         # Of one rank only: torchrun hears of nothing but that its ranks ended well.
-        os.kill(workers_of(process.pid)[1], signal.SIGTERM)
+        os.kill(children_of(process.pid)[1], signal.SIGTERM)
         _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     outcome = read_outcome(tmp_path / "stopped.json")
@@ -149,7 +154,7 @@ def test_under_torchrun_ranks_end_with_0_and_leave_a_file(tmp_path: Path, proces
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_under_torchrun_the_others_end_before_they_are_killed(tmp_path: Path, process_environment: dict[str, str], how: int) -> None:
     with running(tmp_path, process_environment, TORCHRUN, 3, callbacks=DEFERRED) as process:
-        first, second = workers_of(process.pid)
+        first, second = children_of(process.pid)
         os.kill(second, how)
         if how == signal.SIGSTOP:
             # It is there, and never comes: rank 0 is in the middle of a collective with it.

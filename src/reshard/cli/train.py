@@ -31,7 +31,11 @@ def train(
         ),
     ] = None,
 ) -> None:
-    """Train a Qwen3 under the strategy of a configuration; save, resume and reshard as it says. Under torchrun it is one rank of it."""
+    """Train a Qwen3 under the strategy of a configuration; save, resume and reshard as it says. Under torchrun it is one rank of it.
+
+    The exit code is 0 when the last step is done; 75 when the run stopped before, after SIGTERM or stop_after_minutes, and can be
+    started again to go on; 128 and the number of the signal when one stopped it and nothing could be saved.
+    """
     configuration = read_config(config, overrides or ())
     # Torch is imported only now: a mistake in the configuration shows at once.
     from reshard.training.launcher import RankFailedError, launch
