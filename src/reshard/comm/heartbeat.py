@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from reshard.comm.communicator import Communicator
+from reshard.comm.single import LocalBoard
 from reshard.errors import CommunicationError, extended
 
 _ALIVE = "alive"
@@ -37,7 +38,7 @@ def lost_ranks_named(comm: Communicator) -> Iterator[None]:
     Raises:
         CommunicationError: the work's own, with a line `gone`.
     """
-    if comm.world_size == 1:
+    if comm.world_size == 1 or isinstance(comm.board(), LocalBoard):  # then they live and die together
         yield
         return
     beat = _Heartbeat(comm)

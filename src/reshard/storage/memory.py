@@ -15,27 +15,32 @@ from reshard.storage.storage import Entry, Lock, ReadableFile, WritableFile, sca
 
 
 @dataclass(eq=False)
-class _File:
+class FileNode:
+    """A file: its bytes, and when they changed."""
+
     data: bytearray
     modified: float = field(default_factory=time.time)
 
 
 @dataclass(eq=False)
-class _Directory:
-    children: dict[str, _File | _Directory] = field(default_factory=dict)
+class DirectoryNode:
+    """A directory: what lies in it, by name."""
+
+    children: dict[str, FileNode | DirectoryNode] = field(default_factory=dict)
     modified: float = field(default_factory=time.time)
 
 
-def _parts(path: str) -> list[str]:
+def parts_of(path: str) -> list[str]:
+    """The names along a path, from the top."""
     return [part for part in path.split("/") if part]
 
 
-def _bytes_below(node: _File | _Directory) -> int:
-    return len(node.data) if isinstance(node, _File) else sum(_bytes_below(child) for child in node.children.values())
+def _bytes_below(node: FileNode | DirectoryNode) -> int:
+    return len(node.data) if isinstance(node, FileNode) else sum(_bytes_below(child) for child in node.children.values())
 
 
 class _MemoryReadable:
-    def __init__(self, path: str, file: _File) -> None:
+    def __init__(self, path: str, file: FileNode) -> None:
         self.path = path
         self.size = len(file.data)
         self._file = file
@@ -70,8 +75,10 @@ class _MemoryReadable:
         self.close()
 
 
-class _MemoryWritable:
-    def __init__(self, storage: MemoryStorage, path: str, file: _File) -> None:
+class MemoryWritable:
+    """A new file that is being written."""
+
+    def __init__(self, storage: MemoryStorage, path: str, file: FileNode) -> None:
         self.path = path
         self._storage = storage
         self._file = file
@@ -92,7 +99,7 @@ class _MemoryWritable:
     def close(self) -> None:
         return None
 
-    def __enter__(self) -> _MemoryWritable:
+    def __enter__(self) -> MemoryWritable:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -127,24 +134,24 @@ class MemoryStorage:
     def __init__(self, *, capacity: int | None = None, can_exchange: bool = True) -> None:
         self.capacity = capacity
         self.can_exchange = can_exchange
-        self._root = _Directory()
+        self._root = DirectoryNode()
         self._locks: dict[str, str] = {}
         self._guard = threading.RLock()
 
-    def _find(self, path: str) -> _File | _Directory | None:
-        node: _File | _Directory | None = self._root
-        for part in _parts(path):
-            if not isinstance(node, _Directory):
+    def _find(self, path: str) -> FileNode | DirectoryNode | None:
+        node: FileNode | DirectoryNode | None = self._root
+        for part in parts_of(path):
+            if not isinstance(node, DirectoryNode):
                 return None
             node = node.children.get(part)
         return node
 
-    def _parent(self, path: str, what: str) -> tuple[_Directory, str]:
-        parts = _parts(path)
+    def _parent(self, path: str, what: str) -> tuple[DirectoryNode, str]:
+        parts = parts_of(path)
         if not parts:
             raise StorageError(what, file=path, found="the top of the storage")
         parent = self._find("/".join(parts[:-1]))
-        if not isinstance(parent, _Directory):
+        if not isinstance(parent, DirectoryNode):
             raise StorageError(what, file=path, found="No such directory")
         return parent, parts[-1]
 
@@ -159,24 +166,24 @@ class MemoryStorage:
             node = self._find(path)
             if node is None:
                 return None
-            return self._entry((_parts(path) or [""])[-1], node)
+            return self._entry((parts_of(path) or [""])[-1], node)
 
     @staticmethod
-    def _entry(name: str, node: _File | _Directory) -> Entry:
-        is_directory = isinstance(node, _Directory)
+    def _entry(name: str, node: FileNode | DirectoryNode) -> Entry:
+        is_directory = isinstance(node, DirectoryNode)
         return Entry(name, is_directory, 0 if is_directory else len(node.data), node.modified)
 
     def list(self, path: str) -> Sequence[Entry]:
         with self._guard:
             node = self._find(path)
-            if not isinstance(node, _Directory):
+            if not isinstance(node, DirectoryNode):
                 raise StorageError("can't list the directory", file=path, found="No such directory" if node is None else "a file")
             return [self._entry(name, node.children[name]) for name in sorted(node.children)]
 
     def open_read(self, path: str) -> ReadableFile:
         with self._guard:
             node = self._find(path)
-            if not isinstance(node, _File):
+            if not isinstance(node, FileNode):
                 raise StorageError("can't open the file", file=path, found="No such file" if node is None else "a directory")
             return _MemoryReadable(path, node)
 
@@ -192,9 +199,9 @@ class MemoryStorage:
             if name in parent.children:
                 raise StorageError("can't create the file", file=path, found="File exists")
             self._claim(size, path)
-            file = _File(bytearray(size))
+            file = FileNode(bytearray(size))
             parent.children[name] = file
-            return _MemoryWritable(self, path, file)
+            return MemoryWritable(self, path, file)
 
     def write_bytes(self, path: str, data: bytes) -> None:
         with self.create(path, len(data)) as file:
@@ -203,17 +210,17 @@ class MemoryStorage:
 
     def make_directory(self, path: str) -> None:
         with self._guard:
-            node: _File | _Directory = self._root
-            for part in _parts(path):
-                if not isinstance(node, _Directory):
+            node: FileNode | DirectoryNode = self._root
+            for part in parts_of(path):
+                if not isinstance(node, DirectoryNode):
                     break
-                node = node.children.setdefault(part, _Directory())
-            if not isinstance(node, _Directory):
+                node = node.children.setdefault(part, DirectoryNode())
+            if not isinstance(node, DirectoryNode):
                 raise StorageError("can't make the directory", file=path, found="a file is in the way")
 
     def sync_directory(self, path: str) -> None:
         with self._guard:
-            if not isinstance(self._find(path), _Directory):
+            if not isinstance(self._find(path), DirectoryNode):
                 raise StorageError("can't make the directory durable", file=path, found="No such directory")
 
     def rename(self, source: str, target: str) -> None:
@@ -223,7 +230,7 @@ class MemoryStorage:
     def replace(self, source: str, target: str) -> None:
         with self._guard:
             what = f"can't put the file in the place of {target}"
-            if isinstance(self._find(source), _Directory) or isinstance(self._find(target), _Directory):
+            if isinstance(self._find(source), DirectoryNode) or isinstance(self._find(target), DirectoryNode):
                 raise StorageError(what, file=source, found="Is a directory")
             self._move(source, target, what, replace=True)
 
@@ -251,7 +258,7 @@ class MemoryStorage:
     def remove(self, path: str) -> None:
         with self._guard:
             parent, name = self._parent(path, "can't remove the file")
-            if not isinstance(parent.children.get(name), _File):
+            if not isinstance(parent.children.get(name), FileNode):
                 raise StorageError("can't remove the file", file=path, found="a directory" if name in parent.children else "No such file")
             del parent.children[name]
 
@@ -260,14 +267,14 @@ class MemoryStorage:
             node = self._find(path)
             if node is None:
                 return
-            if isinstance(node, _File):
+            if isinstance(node, FileNode):
                 raise StorageError("can't remove the directory", file=path, found="a file")
             parent, name = self._parent(path, "can't remove the directory")
             del parent.children[name]
 
     def free_bytes(self, path: str) -> int | None:
         with self._guard:
-            if not isinstance(self._find(path), _Directory):
+            if not isinstance(self._find(path), DirectoryNode):
                 raise StorageError("can't ask for free space", file=path, found="No such directory")
             return None if self.capacity is None else max(0, self.capacity - _bytes_below(self._root))
 

@@ -15,17 +15,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType
 
-from reshard.storage.memory import MemoryStorage, _Directory, _File, _MemoryWritable, _parts
+from reshard.storage.memory import DirectoryNode, FileNode, MemoryStorage, MemoryWritable, parts_of
 from reshard.storage.storage import WritableFile
 
-_Node = _File | _Directory
+_Node = FileNode | DirectoryNode
 
 
 @dataclass(frozen=True)
 class _Change:
     """Names that change together: each directory and name with what it means from then on, None for nothing; and who changed them."""
 
-    entries: tuple[tuple[_Directory, str, _Node | None], ...]
+    entries: tuple[tuple[DirectoryNode, str, _Node | None], ...]
     client: str
 
 
@@ -42,7 +42,7 @@ class Moment:
     """
 
     operation: tuple[str, str]
-    top: _Directory
+    top: DirectoryNode
     names: Mapping[int, Mapping[str, _Node]]
     pending: tuple[_Change, ...]
     contents: Mapping[int, tuple[bytes, bytes]]
@@ -79,16 +79,16 @@ class Moment:
                         entries[name] = node
 
         def build(node: _Node) -> _Node:
-            if isinstance(node, _File):
+            if isinstance(node, FileNode):
                 durable, latest = self.contents[id(node)]
                 # What was there, all that was written, or the first half of it.
                 half = latest[: len(latest) // 2] + bytes(len(latest) - len(latest) // 2)
-                return _File(bytearray((durable, latest, half)[written.get(id(node), 0)]))
-            return _Directory({name: build(child) for name, child in names.get(id(node), {}).items()})
+                return FileNode(bytearray((durable, latest, half)[written.get(id(node), 0)]))
+            return DirectoryNode({name: build(child) for name, child in names.get(id(node), {}).items()})
 
         storage = MemoryStorage(can_exchange=self.can_exchange)
         built = build(self.top)
-        assert isinstance(built, _Directory)
+        assert isinstance(built, DirectoryNode)
         storage._root = built
         return storage
 
@@ -113,7 +113,7 @@ def _chosen(choices: list[Sequence[int]], limit: int, seed: int) -> Iterator[tup
 
 
 def _listing(node: _Node, path: str = "") -> Iterator[tuple[str, bytes | None]]:
-    if isinstance(node, _File):
+    if isinstance(node, FileNode):
         yield path, bytes(node.data)
         return
     yield path, None
@@ -163,7 +163,7 @@ class PowerLossStorage(MemoryStorage):
         Args:
             operation: what was just done.
         """
-        files = [node for node in self._alive if isinstance(node, _File)]
+        files = [node for node in self._alive if isinstance(node, FileNode)]
         contents = {id(file): (self._contents.get(id(file), b""), bytes(file.data)) for file in files}
         names = {identity: dict(entries) for identity, entries in self._names.items()}
         return Moment(operation, self._root, names, tuple(self._pending), contents, self.can_exchange)
@@ -173,7 +173,7 @@ class PowerLossStorage(MemoryStorage):
             super().create(path, size)
             parent, name = self._parent(path, "")
             file = parent.children[name]
-            assert isinstance(file, _File)
+            assert isinstance(file, FileNode)
             self._alive.append(file)
             self._change("create", path, (parent, name, file))
             return _Watched(self, path, file)
@@ -181,12 +181,12 @@ class PowerLossStorage(MemoryStorage):
     def make_directory(self, path: str) -> None:
         with self._guard:
             node: _Node | None = self._root
-            for part in _parts(path):
-                if not isinstance(node, _Directory):
+            for part in parts_of(path):
+                if not isinstance(node, DirectoryNode):
                     break
                 child = node.children.get(part)
                 if child is None:
-                    child = node.children[part] = _Directory()
+                    child = node.children[part] = DirectoryNode()
                     self._alive.append(child)
                     self._names[id(child)] = {}
                     self._change("make_directory", path, (node, part, child))
@@ -222,10 +222,10 @@ class PowerLossStorage(MemoryStorage):
     def remove_tree(self, path: str) -> None:
         with self._guard:
             node = self._find(path)
-            if isinstance(node, _Directory):
+            if isinstance(node, DirectoryNode):
                 for name in list(node.children):
                     child = f"{path}/{name}"
-                    if isinstance(node.children[name], _Directory):
+                    if isinstance(node.children[name], DirectoryNode):
                         self.remove_tree(child)
                     else:
                         self.remove(child)
@@ -243,14 +243,14 @@ class PowerLossStorage(MemoryStorage):
     def _keep(self, node: _Node) -> None:
         """All that is here is durable."""
         self._alive.append(node)
-        if isinstance(node, _File):
+        if isinstance(node, FileNode):
             self._contents[id(node)] = bytes(node.data)
             return
         self._names[id(node)] = dict(node.children)
         for child in node.children.values():
             self._keep(child)
 
-    def _change(self, operation: str, path: str, *entries: tuple[_Directory, str, _Node | None]) -> None:
+    def _change(self, operation: str, path: str, *entries: tuple[DirectoryNode, str, _Node | None]) -> None:
         self._pending.append(_Change(entries, self._client()))
         self._done(operation, path)
 
@@ -272,10 +272,10 @@ class PowerLossStorage(MemoryStorage):
             self._watch(self.moment((operation, path)))
 
 
-class _Watched(_MemoryWritable):
+class _Watched(MemoryWritable):
     """A file whose contents are durable when they have been synced."""
 
-    def __init__(self, storage: PowerLossStorage, path: str, file: _File) -> None:
+    def __init__(self, storage: PowerLossStorage, path: str, file: FileNode) -> None:
         super().__init__(storage, path, file)
         self._watched = storage
 
