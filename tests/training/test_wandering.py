@@ -62,6 +62,7 @@ def axes(checkpoint: reshard.Checkpoint, name: str) -> tuple[tuple[str, ...], ..
     return tuple(tuple(layout.mesh.axes[axis] for axis in split if layout.mesh.shape[axis] > 1) for split in layout.split)
 
 
+@pytest.mark.sweep
 def test_a_dense_run(rank_pool: Pools, tmp_path: Path) -> None:
     tied = {"model": {"tie_word_embeddings": True}}
     straight, _ = train(rank_pool, tmp_path / "straight", 10, **tied)
@@ -75,6 +76,7 @@ def test_a_dense_run(rank_pool: Pools, tmp_path: Path) -> None:
     np.testing.assert_allclose(wander(rank_pool, tmp_path / "wandering", legs, **tied), straight, rtol=1e-5)
 
 
+@pytest.mark.sweep
 def test_experts(rank_pool: Pools, tmp_path: Path) -> None:
     """Over other numbers of ranks, with parts of their width, as copies, and all on one."""
     experts = {"model": ranks.EXPERTS}
