@@ -7,15 +7,12 @@ Every loaded byte is checked, outside the measured time. `docs/benchmarks.md` sa
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
 
 from benchmarks import load_ranks
 from benchmarks.judging import FEWEST_ROUNDS, FULL_SCALE, is_judged, rounds_text
@@ -24,7 +21,7 @@ from benchmarks.load_picture import draw
 from benchmarks.load_ranks import COPIES, DCP, RESHARD, VERIFIED
 from benchmarks.load_results import Loads, show, summarize
 from benchmarks.machine import describe_machine
-from benchmarks.running import PATIENCE_SECONDS, Say, clock, fresh_ranks, positive, scratch, turned, within
+from benchmarks.running import PATIENCE_SECONDS, Say, clock, conclude, fresh_ranks, positive, scratch, turned, within
 from benchmarks.states import WORLD_SIZE, TensorSpec
 
 # First loads of each library, each in ranks of their own.
@@ -57,14 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             results["cases"].append(bench.measure(case, judged=judged, results=results["cases"]))
             if all(later.state != case.state for later in chosen[number + 1 :]):
                 shutil.rmtree(directory / case.state)
-    results["machine"]["load_average_after"] = describe_machine()["load_average"]
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    picture = options.output.with_suffix(".png")
-    draw(results, picture)
-    print()
-    show(results, Console(width=None if sys.stdout.isatty() else 190))
-    say(f"the numbers are in {options.output}, the picture in {picture}")
+    conclude(results, options.output, draw, show, say, width=190)
     return 0
 
 

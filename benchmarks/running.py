@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,6 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
+from benchmarks.machine import describe_machine
 from benchmarks.states import WORLD_SIZE
 from tests.processes import RankFailedError, RankPool
 
@@ -77,3 +82,32 @@ def turned(contenders: Sequence[str], number: int) -> list[str]:
     """The order of a round: each begins in its turn, so that nobody always comes after the same one."""
     first = number % len(contenders)
     return [*contenders[first:], *contenders[:first]]
+
+
+def conclude(
+    results: dict[str, Any],
+    output: Path,
+    draw: Callable[[dict[str, Any], Path], None],
+    show: Callable[[dict[str, Any], Console], None],
+    say: Say,
+    *,
+    width: int,
+) -> None:
+    """Write the results as JSON, draw them beside it, and show them as tables.
+
+    Args:
+        results: of all cases.
+        output: the JSON.
+        draw: makes the picture.
+        show: prints the tables.
+        say: is told where everything is.
+        width: of the tables, in columns, where no terminal has one.
+    """
+    results["machine"]["load_average_after"] = describe_machine()["load_average"]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    picture = output.with_suffix(".png")
+    draw(results, picture)
+    print()
+    show(results, Console(width=None if sys.stdout.isatty() else width))
+    say(f"the numbers are in {output}, the picture in {picture}")

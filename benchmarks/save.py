@@ -7,19 +7,16 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from benchmarks import save_ranks, save_stalls
 from benchmarks.judging import FEWEST_ROUNDS, FULL_SCALE, is_judged, rounds_text
 from benchmarks.machine import REPOSITORY, describe_machine
-from benchmarks.running import PATIENCE_SECONDS, Say, clock, fresh_ranks, positive, scratch, turned
+from benchmarks.running import PATIENCE_SECONDS, Say, clock, conclude, fresh_ranks, positive, scratch, turned
 from benchmarks.save_cases import CASES, MOMENTS, SAVES, SAVES_BEFORE, SaveCase
 from benchmarks.save_picture import draw
 from benchmarks.save_results import show, summarize, summarize_endless
@@ -48,14 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for case in CASES:
         if case.name in options.cases:
             results["cases"].append(_measure(case, options, say))
-    results["machine"]["load_average_after"] = describe_machine()["load_average"]
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    picture = options.output.with_suffix(".png")
-    draw(results, picture)
-    print()
-    show(results, Console(width=None if sys.stdout.isatty() else 160))
-    say(f"the numbers are in {options.output}, the picture in {picture}")
+    conclude(results, options.output, draw, show, say, width=160)
     return 0
 
 

@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ def save(directory: Path, contenders: Sequence[str], tensors: Sequence[TensorSpe
             manager.close()
             manager = manager_of(RESHARD)
         target = directory / (RESHARD if contender == RESHARD else f"{contender}-{number}")
-        samples.append(_timed(contender, lambda: _save(contender, manager, model, number, target, write)))  # noqa: B023 - called at once
+        samples.append(_timed(contender, partial(_save, contender, manager, model, number, target, write)))
         if contender == RESHARD:
             spoil(memory)
             manager.load(model=model)

@@ -55,10 +55,10 @@ class SocketCommunicator:
         self.all_gather(b"")
 
     def send(self, data: bytes | memoryview, target: int) -> None:
-        raise NotImplementedError
+        raise CommunicationError("these ranks have collectives only", rank=self.rank)
 
     def recv(self, source: int) -> bytes:
-        raise NotImplementedError
+        raise CommunicationError("these ranks have collectives only", rank=self.rank)
 
     def duplicate(self) -> SocketCommunicator:
         return SocketCommunicator(self.rank, self.world_size, self._spare)

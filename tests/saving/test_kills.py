@@ -7,17 +7,21 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pytest
 
 import reshard
 from reshard.errors import CheckpointNotFoundError
+from reshard.saving.report import AsyncSave
 from reshard.sources.resolve import list_iterations
 from reshard.state import ShardedTensor, model_key
 from reshard.storage import PosixStorage
 from reshard.testing import FaultyStorage, mesh_of, split, tensor_on_rank
 from tests.forked import REFUSED, SAVED, SocketCommunicator, run_job
+
+T = TypeVar("T")
 
 # What is saved when 1 and 2 are there, of which at most two are kept; and when nothing is.
 FIRST, NEXT, AGAIN = "the first", "another", "the newest again"
@@ -32,7 +36,7 @@ class KillingStorage(FaultyStorage):
         super().__init__(PosixStorage())
         self._kill_at, self._torn = kill_at, torn
 
-    def _do(self, name: str, path: str, work: Callable[[], object], torn: Callable[[], object] | None = None):  # type: ignore[no-untyped-def]
+    def _do(self, name: str, path: str, work: Callable[[], T], torn: Callable[[], object] | None = None) -> T:
         with self._guard:
             self.count += 1
             is_last = self.count == self._kill_at
@@ -54,14 +58,14 @@ def tensors(rank: int, world_size: int, version: int) -> dict[str, ShardedTensor
     return made
 
 
-def save(root: Path, comm: SocketCommunicator, step: int, version: int, storage: FaultyStorage | None, mode: str | None) -> None:
+def save(root: Path, comm: SocketCommunicator, step: int, version: int, storage: FaultyStorage | None, mode: AsyncSave | None) -> None:
     with reshard.CheckpointManager(
         root,
         communicator=comm,
         storage=storage,
         keep_checkpoint_max=2,
         lock_timeout=5.0,
-        async_save=mode or False,  # type: ignore[arg-type]
+        async_save=mode or False,
     ) as manager:
         manager.save(step, model=tensors(comm.rank, comm.world_size, version), extra={"version": version})
 
@@ -115,7 +119,7 @@ def check(root: Path, action: str, world_size: int, codes: list[int], victim: in
     assert left == [], where
 
 
-def count_operations(tmp_path: Path, start: Path, action: str, world_size: int, mode: str | None) -> list[int]:
+def count_operations(tmp_path: Path, start: Path, action: str, world_size: int, mode: AsyncSave | None) -> list[int]:
     """How many operations each rank's save takes, as a recording of a real one says."""
     root, counts = tmp_path / "counted", tmp_path / "counts"
     counts.mkdir()
@@ -131,7 +135,7 @@ def count_operations(tmp_path: Path, start: Path, action: str, world_size: int, 
     return [int((counts / str(rank)).read_text()) for rank in range(world_size)]
 
 
-def kill_everywhere(tmp_path: Path, action: str, world_size: int, mode: str | None, every: int) -> int:
+def kill_everywhere(tmp_path: Path, action: str, world_size: int, mode: AsyncSave | None, every: int) -> int:
     """Kill each rank at every so many of its operations; how many kills that were."""
     start = tmp_path / "start"
     prepare(start, action, world_size)
@@ -156,12 +160,12 @@ def kill_everywhere(tmp_path: Path, action: str, world_size: int, mode: str | No
 
 @pytest.mark.parametrize("mode", [None, "copy"])
 @pytest.mark.parametrize("action", [FIRST, NEXT, AGAIN])
-def test_a_process_is_killed(tmp_path: Path, action: str, mode: str | None) -> None:
+def test_a_process_is_killed(tmp_path: Path, action: str, mode: AsyncSave | None) -> None:
     assert kill_everywhere(tmp_path, action, 1, mode, every=4) >= 12
 
 
 @pytest.mark.parametrize("mode", [None, pytest.param("copy", marks=pytest.mark.sweep)])
-def test_one_of_four_processes_is_killed(tmp_path: Path, mode: str | None) -> None:
+def test_one_of_four_processes_is_killed(tmp_path: Path, mode: AsyncSave | None) -> None:
     assert kill_everywhere(tmp_path, NEXT, 4, mode, every=12) >= 8
 
 
@@ -169,5 +173,5 @@ def test_one_of_four_processes_is_killed(tmp_path: Path, mode: str | None) -> No
 @pytest.mark.parametrize("mode", [None, "copy", "deferred"])
 @pytest.mark.parametrize("world_size", [1, 4])
 @pytest.mark.parametrize("action", [FIRST, NEXT, AGAIN])
-def test_a_process_is_killed_at_every_operation(tmp_path: Path, action: str, world_size: int, mode: str | None) -> None:
+def test_a_process_is_killed_at_every_operation(tmp_path: Path, action: str, world_size: int, mode: AsyncSave | None) -> None:
     assert kill_everywhere(tmp_path, action, world_size, mode, every=1) >= (50 if world_size == 1 else 95)

@@ -6,6 +6,7 @@ Policies are joined by `|`: what any of them keeps stays.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -33,7 +34,7 @@ class Committed:
     metrics: Mapping[str, float] | None
 
 
-class KeepPolicy:
+class KeepPolicy(ABC):
     """Which committed iterations stay. Derive from it for a rule of your own.
 
     Attributes:
@@ -42,6 +43,7 @@ class KeepPolicy:
 
     needs_metrics: bool = False
 
+    @abstractmethod
     def keeps(self, iterations: Sequence[Committed], now: float) -> frozenset[int]:
         """The steps of those that stay.
 
@@ -49,7 +51,7 @@ class KeepPolicy:
             iterations: in the order in which they would go: those first that a run gave up when it went back, the newest last.
             now: seconds since the epoch.
         """
-        raise NotImplementedError
+        ...
 
     def __or__(self, other: KeepPolicy) -> KeepPolicy:
         """The policy that keeps what either keeps."""

@@ -140,10 +140,10 @@ def test_without_the_wait_before_steps_it_would_be_another_state(
 def test_an_optimizer_that_steps_inside_the_backward_pass(tmp_path: Path, slowly: list[str]) -> None:
     torch.manual_seed(3)
     model = plain()
-    optimizers = {parameter: optim.AdamW([parameter]) for parameter in model.parameters()}
+    optimizers: dict[torch.Tensor, optim.Optimizer] = {parameter: optim.AdamW([parameter]) for parameter in model.parameters()}
 
     def step(parameter: torch.Tensor) -> None:
-        optimizer = optimizers[parameter]  # type: ignore[index]
+        optimizer = optimizers[parameter]
         optimizer.step()
         optimizer.zero_grad()
 
