@@ -22,8 +22,11 @@ from reshard.format.safetensors import BlockCheck, TensorEntry
 from reshard.format.seal import Seal
 from reshard.geometry import DType, Layout, Region
 from reshard.planning.byte_runs import plan_blocks, strides_of
-from reshard.sources.native import Headers, check_promises, open_stored, read_own_extra
+from reshard.sources.huggingface import read_model_config
+from reshard.sources.native import check_promises, read_own_extra
+from reshard.sources.opening import open_source
 from reshard.sources.resolve import resolve
+from reshard.sources.stored import Headers
 from reshard.state import ParameterGroup, TensorKey
 from reshard.storage import Storage
 from reshard.storage.posix import PosixStorage
@@ -40,7 +43,7 @@ class Checkpoint:
     """A stored checkpoint, as a collection of global tensors by their names in files.
 
     Args:
-        path: a checkpoint root (its tracker is obeyed) or the directory of one checkpoint.
+        path: a checkpoint root (its tracker is obeyed), the directory of one checkpoint, or a folder of Hugging Face weights.
         storage: where it lies; the file system by default.
 
     Attributes:
@@ -62,7 +65,7 @@ class Checkpoint:
         found = resolve(self._storage, os.path.abspath(os.fspath(path)))
         self.directory: str = found.directory
         self.iteration: int | None = found.iteration
-        stored = open_stored(self._storage, found.directory)
+        stored = open_source(self._storage, found.directory)
         self.catalog: Catalog = stored.catalog
         self.seal: Seal | None = stored.seal
         self.common: CommonInfo | None = read_common(self._storage, join(found.directory, COMMON_FILE))
@@ -79,6 +82,17 @@ class Checkpoint:
     def metrics(self) -> Mapping[str, float]:
         """The numbers that were saved with it, by name; empty when there are none."""
         return read_metrics(self._storage, self.directory, self.seal)
+
+    @cached_property
+    def config(self) -> Mapping[str, Any] | None:
+        """The description of the model in Hugging Face's words (`config.json`): the folder's, or the value `config` of the extras that a
+        run saved (`extra={"config": model.config.to_dict()}`); None when there is none.
+        """
+        given = read_model_config(self._storage, self.directory)
+        if given is None:
+            extra = self.values.get("extra")
+            given = extra.get("config") if isinstance(extra, Mapping) else None
+        return given if isinstance(given, Mapping) else None
 
     @property
     def groups(self) -> tuple[ParameterGroup, ...]:

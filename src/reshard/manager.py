@@ -270,13 +270,15 @@ class CheckpointManager:
         """Load a checkpoint into the run, resharded to its strategy.
 
         Args:
-            path: a root (then the iteration in its tracker is loaded) or one iteration; this manager's root when it isn't given.
+            path: a root (then the iteration in its tracker is loaded), one iteration, or a folder of Hugging Face weights, which has
+                nothing for an optimizer; this manager's root when it isn't given.
             model: as in `save`; its parameters and buffers are filled in place.
             optimizer: as in `save`; a fresh one gets its slots. None loads weights only.
             scheduler: has `load_state_dict`, or None.
             dataloader: has `load_state_dict`, or None.
             extra: an object or a dictionary of objects with `load_state_dict`, or None; all values come back in the report.
-            strict: what to do about tensors that don't fit; the same on every rank.
+            strict: what to do about tensors that don't fit; the same on every rank. Not given it is `Strictness()`, but of a folder of
+                weights floating types are converted into the run's (`dtype="cast"`).
             only: patterns of names (`layers.0.*`): nothing but what matches one is loaded. They are globs (`*` goes over dots, too) of the
                 names in files, and of an optimizer's tensors also of their parameters' names. What is left out is neither missing nor
                 unexpected, is not read, and keeps the run's values. The same on every rank.
@@ -308,7 +310,7 @@ class CheckpointManager:
         self.wait()
         run = Run(model, optimizer, {"scheduler": scheduler, "dataloader": dataloader, "extra": extra}, restore_random, reseed)
         rules = Rules(missing_ok, on_corrupt, skip_unhealthy)
-        how = How(strict if strict is not None else Strictness(), select(only, exclude), balanced, memory_budget, verify)
+        how = How(strict, select(only, exclude), balanced, memory_budget, verify)
         root = self.directory if path is None else os.path.abspath(os.fspath(path))
         with collector_paused(), lost_ranks_named(self._comm):
             loaded = load_run(self._storage, self._comm, root, run, rules, how)

@@ -151,7 +151,7 @@ def load(
     communicator: Communicator | None = None,
     storage: Storage | None = None,
 ) -> RestoreReport | None:
-    """Load one checkpoint: a root or an iteration. Collective. Nothing there is changed or locked.
+    """Load one checkpoint: a root, an iteration, or a folder of Hugging Face weights. Collective. Nothing there is changed or locked.
 
     Args:
         path: as in `CheckpointManager.load`, and so are `model` to `verify`.

@@ -19,8 +19,9 @@ from reshard.format.names import rank_extra_file, tensor_name
 from reshard.format.seal import read_seal
 from reshard.geometry import Region
 from reshard.geometry.dtypes import by_name
-from reshard.sources.native import Headers, check_promises, open_catalog, open_stored, read_own_extra
+from reshard.sources.native import check_promises, open_catalog, open_stored, read_own_extra
 from reshard.sources.relay import read_for_all
+from reshard.sources.stored import Headers
 from reshard.state import GLOBAL_STEP, Kind, model_key, slot_key
 from reshard.storage import PosixStorage
 from tests import saving_runs as runs
@@ -265,12 +266,12 @@ def test_without_a_seal_there_is_a_note_and_every_rank_hears_it(sealed):
 
 
 def test_a_header_is_read_once(copy, monkeypatch):
-    from reshard.sources import native
+    from reshard.sources import stored
 
     directory = copy("dp2_tp2_noopt")
     read = []
-    real = native.read_header
-    monkeypatch.setattr(native, "read_header", lambda storage, path, sealed: read.append(path) or real(storage, path, sealed))
+    real = stored.read_header
+    monkeypatch.setattr(stored, "read_header", lambda storage, path, sealed: read.append(path) or real(storage, path, sealed))
     catalog, headers = opened(directory)
     assert read == [], "metadata alone makes the catalog"
     check_promises(catalog, headers)

@@ -12,7 +12,7 @@ from reshard.planning.agreement import RankDescription
 from reshard.planning.exchange_plan import Share, plan_exchange
 from reshard.planning.exchange_schedule import Schedule, schedule_exchange
 from reshard.planning.read_plan import ReadPlan
-from reshard.sources.native import Headers
+from reshard.sources.stored import Headers
 
 LANES = 2
 """Pairs of threads that send and receive, each with messages of its own in flight."""

@@ -59,14 +59,14 @@ class How:
     """How it is filled; the same on every rank.
 
     Attributes:
-        strictness: what is done about misfits.
+        strictness: what is done about misfits; None: what is usual for the kind of checkpoint.
         selection: which tensors it is about.
         balanced: whether ranks read for each other.
         memory_budget: bytes beyond the run's own state, on each rank.
         verify: whether what is read is held against digests.
     """
 
-    strictness: Strictness
+    strictness: Strictness | None
     selection: Selection
     balanced: bool
     memory_budget: int
@@ -164,6 +164,7 @@ def _fill(
 ) -> RestoreReport:
     """Collective: fill the run from one checkpoint. What may have been overwritten is added to `written`."""
     model, optimizer = run.model, run.optimizer
+    strictness = how.strictness if how.strictness is not None else Strictness.default(is_weights=choice.relayed.is_weights)
     kinds = frozenset(kind for kind, given in ((Kind.MODEL, model), (Kind.OPTIMIZER, optimizer)) if given is not None)
 
     def prepare() -> tuple[Opened, PlannedLoad]:
@@ -176,7 +177,7 @@ def _fill(
             common=opened.common,
             storage=storage,
             seal=choice.relayed.seal,
-            strictness=how.strictness,
+            strictness=strictness,
             kinds=kinds,
             has_random=opened.rank_values is not None and "random" in opened.rank_values,
             selection=opened.selection,

@@ -30,7 +30,7 @@ from reshard.loading.strictness import Misfits, Strictness, apply_strictness
 from reshard.planning.agreement import RankDescription
 from reshard.planning.read_plan import Mismatch, ReadPlan, plan_reads
 from reshard.planning.telling import decode_all, encode
-from reshard.sources.native import Headers
+from reshard.sources.stored import Headers
 from reshard.state import GLOBAL_STEP, Kind, Shard, State, TensorKey
 from reshard.storage import Storage
 

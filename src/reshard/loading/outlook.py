@@ -18,7 +18,7 @@ from reshard.planning.forecast import Fitting, JobTraffic, Match, forecast_balan
 from reshard.planning.naming import understand
 from reshard.planning.placement import GlobalTensor, Placement, WantedTensor, lay_out
 from reshard.planning.strategy import Strategy
-from reshard.sources.native import Headers
+from reshard.sources.stored import Headers
 from reshard.state import Kind
 from reshard.storage import Storage
 

@@ -21,7 +21,7 @@ from reshard.loading.scattered import PART_BYTES, Amount, Runs, cut_runs, scatte
 from reshard.loading.verified_reads import PIECE_BYTES, Part, Reading, check_after, parts_of, read_straight, rows_of
 from reshard.planning.byte_runs import plan_blocks, row_places, strides_of
 from reshard.planning.read_plan import ReadPlan, Transfer
-from reshard.sources.native import Headers
+from reshard.sources.stored import Headers
 from reshard.state import Memory, State
 from reshard.storage import ReadableFile, Storage
 from reshard.storage.storage import join

@@ -80,6 +80,13 @@ class Strictness:
         # A copy: what was checked stays.
         object.__setattr__(self, "rules", {pattern: Actions(**actions) for pattern, actions in self.rules.items()})
 
+    @classmethod
+    def default(cls, *, is_weights: bool) -> Strictness:
+        """What holds where the caller says nothing: a model's weights alone are published in whatever type their authors had, so they are
+        converted into the run's; a run's own checkpoint has the run's types.
+        """
+        return cls(dtype="cast" if is_weights else "error")
+
     def action(self, kind: Literal["missing", "unexpected", "shape", "dtype"], key: TensorKey) -> DTypeAction:
         """What to do about a kind of misfit of a tensor."""
         found: DTypeAction = getattr(self, kind)

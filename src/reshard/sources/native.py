@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
-from threading import Lock
+from dataclasses import replace
 from typing import Any
 
 from reshard.catalog import Arrangement, Catalog, Piece, Place, Site, StoredTensor
@@ -12,7 +11,7 @@ from reshard.errors import CheckpointNotFoundError, DataFileError, MetadataError
 from reshard.format.common import read_common
 from reshard.format.digest import digest_of
 from reshard.format.extra import FrameworkArray, read_extra
-from reshard.format.index import INDEX_FILE, decode_index, encode_index
+from reshard.format.index import INDEX_FILE, decode_index
 from reshard.format.metadata import MOST_METADATA_BYTES, SEALED_SINCE, decode_metadata
 from reshard.format.names import (
     COMMON_FILE,
@@ -25,96 +24,15 @@ from reshard.format.names import (
     parse_tensor_name,
     total_of_file,
 )
-from reshard.format.safetensors import Header, TensorEntry, read_header
 from reshard.format.seal import SEAL_FILE, Seal, read_seal
 from reshard.format.small_file import read_small
 from reshard.geometry import DType, Region
+from reshard.sources.stored import Headers, Stored
 from reshard.state import Kind, TensorKey
 from reshard.storage import Storage
 from reshard.storage.storage import join
 
 _RESTORE = "restore the file from a copy, or resume from another iteration"
-
-
-class Headers:
-    """The headers of a checkpoint's files, each read when it is first needed. Use from several threads is safe.
-
-    Args:
-        storage: where the files lie.
-        directory: the checkpoint's directory.
-        seal: the checkpoint's: then every header must be as it was sealed.
-    """
-
-    def __init__(self, storage: Storage, directory: str, seal: Seal | None = None) -> None:
-        self._storage = storage
-        self._directory = directory
-        self._seal = seal
-        self._headers: dict[str, Header] = {}
-        self._lock = Lock()
-
-    def get(self, file: str) -> Header:
-        """The header of a file, by its name in the directory.
-
-        Raises:
-            DataFileError: the file is missing or damaged, or isn't the one that was sealed.
-        """
-        with self._lock:
-            header = self._headers.get(file)
-            if header is None:
-                path = join(self._directory, file)
-                sealed = None if self._seal is None else self._seal.file(file, path)
-                header = self._headers[file] = read_header(self._storage, path, sealed)
-            return header
-
-    def entry(self, place: Place, dtype: DType, shape: tuple[int, ...]) -> TensorEntry:
-        """The tensor of a place, held against what metadata promises.
-
-        Args:
-            place: where it is to be.
-            dtype: the promised element type.
-            shape: the promised shape.
-
-        Raises:
-            DataFileError: the file is missing or damaged, or doesn't hold what was promised.
-        """
-        entry = self.get(place.file).entries.get(place.name)
-        if entry is not None and entry.shape == shape and entry.dtype == dtype:
-            return entry
-        raise self.broken_promise(place.file, place.name, dtype, shape)
-
-    def broken_promise(self, file: str, name: str, dtype: DType, shape: tuple[int, ...]) -> DataFileError:
-        """The error for a tensor that a file doesn't hold as metadata promises."""
-        entry = self.get(file).entries.get(name)
-        path = join(self._directory, file)
-        if entry is None:
-            return DataFileError("the metadata promises a tensor that the file doesn't hold", file=path, tensor=name, fix=_RESTORE)
-        return DataFileError(
-            "a tensor in a file is not what the metadata promises",
-            file=path,
-            tensor=name,
-            found=f"{entry.dtype} of shape {list(entry.shape)}",
-            expected=f"{dtype} of shape {list(shape)}",
-            fix=_RESTORE,
-        )
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A checkpoint's directory, opened.
-
-    Attributes:
-        catalog: what it holds.
-        seal: what it consists of; None when another program wrote it, or an older version.
-        index: the bytes of its compact index, where there is one and it is up to date.
-    """
-
-    catalog: Catalog
-    seal: Seal | None
-    index: bytes | None
-
-    def encode_index(self) -> bytes:
-        """The catalog as the bytes of an index, for the other ranks of a job: one of them opens a checkpoint for all."""
-        return encode_index(self.catalog, b"") if self.index is None else self.index
 
 
 def open_stored(storage: Storage, directory: str) -> Stored:

@@ -7,7 +7,7 @@ import msgspec
 from reshard.format.common import read_common
 from reshard.format.names import COMMON_FILE, EXTRA_DIRECTORY, GLOBAL_EXTRA_FILE
 from reshard.format.seal import Seal
-from reshard.sources.native import open_stored
+from reshard.sources.opening import open_source
 from reshard.storage import Storage
 from reshard.storage.memory import MemoryStorage
 from reshard.storage.storage import join
@@ -20,11 +20,13 @@ class Relayed(msgspec.Struct, array_like=True):
         index: the catalog, as an index.
         seal: the checkpoint's; None when it has none.
         files: the bytes of small files, by path; None when every rank reads them itself.
+        is_weights: whether it is a model's weights and nothing else.
     """
 
     index: bytes
     seal: Seal | None = None
     files: dict[str, bytes] | None = None
+    is_weights: bool = False
 
     def storage(self, storage: Storage) -> Storage:
         """Where to read the small files: what was sent, else the storage itself."""
@@ -46,12 +48,12 @@ def read_for_all(storage: Storage, directory: str, *, balanced: bool) -> Relayed
         balanced: whether the training information and the extras are read for the others, too.
 
     Raises:
-        ReshardError: as `open_stored` and `read_common`.
+        ReshardError: as `open_source` and `read_common`.
     """
-    stored = open_stored(storage, directory)
+    stored = open_source(storage, directory)
     index = stored.encode_index()
     if not balanced:
-        return Relayed(index, stored.seal)
+        return Relayed(index, stored.seal, is_weights=stored.is_weights)
     common = join(directory, COMMON_FILE)
     # Whether it is sound, before it goes to everyone.
     read_common(storage, common)
@@ -59,4 +61,4 @@ def read_for_all(storage: Storage, directory: str, *, balanced: bool) -> Relayed
     for path in (common, join(directory, EXTRA_DIRECTORY, GLOBAL_EXTRA_FILE)):
         if storage.stat(path) is not None:
             files[path] = storage.read_bytes(path)
-    return Relayed(index, stored.seal, files)
+    return Relayed(index, stored.seal, files, stored.is_weights)

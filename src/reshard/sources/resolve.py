@@ -20,6 +20,7 @@ from reshard.format.names import (
     total_of_file,
 )
 from reshard.format.tracker import read_tracker
+from reshard.sources.huggingface import holds_weights
 from reshard.storage import Entry, Storage
 from reshard.storage.storage import join
 
@@ -42,11 +43,12 @@ class Resolved:
 
 
 def resolve(storage: Storage, path: str) -> Resolved:
-    """The checkpoint that a path means: of a root the one that its tracker names, else its newest; or the iteration itself.
+    """The checkpoint that a path means: of a root the one that its tracker names, else its newest; or the iteration itself, or a folder
+    of Hugging Face weights.
 
     Args:
         storage: where it lies.
-        path: a checkpoint root, or the directory of one checkpoint.
+        path: a checkpoint root, the directory of one checkpoint, or a folder of weights.
 
     Raises:
         CheckpointNotFoundError: there is none.
@@ -221,7 +223,8 @@ def _replaced_note(directory: str) -> tuple[str, ...]:
 
 
 def _has_checkpoint_files(entries: Sequence[Entry]) -> bool:
-    return any(not e.is_directory and (e.name in (METADATA_FILE, COMMON_FILE) or e.name.endswith(DATA_SUFFIX)) for e in entries)
+    names = {entry.name for entry in entries if not entry.is_directory}
+    return METADATA_FILE in names or COMMON_FILE in names or any(name.endswith(DATA_SUFFIX) for name in names) or holds_weights(names)
 
 
 def _numbers(steps: Sequence[int]) -> str:

@@ -10,7 +10,8 @@ from reshard.format.index import INDEX_FILE
 from reshard.format.names import DATA_SUFFIX, EXTRA_DIRECTORY
 from reshard.format.safetensors import read_header
 from reshard.format.seal import Seal
-from reshard.sources.native import Headers, check_promises, open_stored
+from reshard.sources.native import check_promises, open_stored
+from reshard.sources.stored import Headers
 from reshard.storage import Storage
 from reshard.storage.storage import join
 
