@@ -148,22 +148,33 @@ def check_agreement(descriptions: Sequence[RankDescription]) -> None:
     """
     sound: set[int] = set()
     for key, holders in find_holders(descriptions).items():
-        if id(holders) in sound:
-            continue
-        different = holders.different()
-        expected, first = different[0]
-        for holding, ranks in different:
-            for field, mine, theirs in (
-                ("shape", holding.global_shape, expected.global_shape),
-                ("dtype", holding.dtype.name, expected.dtype.name),
-            ):
-                if mine != theirs:
-                    raise CaptureError(
-                        f"two ranks give one tensor different {field}s",
-                        tensor=f"{key.slot}.{key.parameter}" if key.slot else key.parameter,
-                        rank=ranks[0],
-                        found=mine,
-                        expected=f"{theirs}, as on rank {first[0]}",
-                        fix="give different tensors different names, or the same tensor the same shape and dtype on every rank",
-                    )
-        sound.add(id(holders))
+        if id(holders) not in sound:
+            check_same(key, holders.different())
+            sound.add(id(holders))
+
+
+def check_same(key: TensorKey, different: Sequence[tuple[Holding, tuple[int, ...]]]) -> None:
+    """See that all ranks mean the same tensor.
+
+    Args:
+        key: the tensor.
+        different: its holdings with their ranks.
+
+    Raises:
+        CaptureError: two ranks give it different shapes or dtypes.
+    """
+    expected, first = different[0]
+    for holding, ranks in different[1:]:
+        for field, mine, theirs in (
+            ("shape", holding.global_shape, expected.global_shape),
+            ("dtype", holding.dtype.name, expected.dtype.name),
+        ):
+            if mine != theirs:
+                raise CaptureError(
+                    f"two ranks give one tensor different {field}s",
+                    tensor=f"{key.slot}.{key.parameter}" if key.slot else key.parameter,
+                    rank=ranks[0],
+                    found=mine,
+                    expected=f"{theirs}, as on rank {first[0]}",
+                    fix="give different tensors different names, or the same tensor the same shape and dtype on every rank",
+                )

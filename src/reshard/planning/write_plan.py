@@ -17,7 +17,7 @@ from reshard.geometry.cover import cover_fault
 from reshard.geometry.tensor_map import slices_of
 from reshard.planning.agreement import Holding, RankDescription
 from reshard.planning.file_plan import stored_parts
-from reshard.planning.holders import Holders, find_holders
+from reshard.planning.holders import Holders, check_same, find_holders
 from reshard.planning.writers import Lot, runs_of, share_lots
 from reshard.state import Kind, TensorKey
 
@@ -45,7 +45,8 @@ def plan_catalog(
             write have files, which are counted by kind, in the order of the ranks.
 
     Raises:
-        CaptureError: the ranks' parts of a tensor don't make up the whole, or a part is not where its layout says.
+        CaptureError: two ranks give one tensor different shapes or dtypes, their parts don't make up the whole, or a part is not where its
+            layout says.
         UsageError: the prefix can't be part of a file name.
     """
     holders = {key: held for key, held in find_holders(descriptions).items() if save_optimizer or key.kind is not Kind.OPTIMIZER}
@@ -135,6 +136,7 @@ _Written = tuple[Sequence[TensorKey], _Kin, Sequence[tuple[tuple[int, str], ...]
 
 def _lie(keys: list[TensorKey], holders: Holders) -> _Kin:
     held = holders.different()
+    check_same(keys[0], held)
     first = held[0][0]
     parts = _collect(held)
     layout = None

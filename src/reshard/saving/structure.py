@@ -18,7 +18,6 @@ from reshard.format.metadata import FORMAT_VERSION, encode_metadata
 from reshard.format.safetensors import PlannedHeader, plan_header
 from reshard.planning.agreement import RankDescription, describe, digest, place_of
 from reshard.planning.file_plan import FilePlan, WriteEntry, plan_rank_files, plan_sole_files
-from reshard.planning.holders import check_agreement
 from reshard.planning.replicas import SharedRegions, find_shared
 from reshard.planning.telling import decode_all, encode
 from reshard.planning.write_plan import plan_catalog
@@ -242,7 +241,6 @@ class Structures:
             except CommunicationError as cause:
                 # As the error of a collective it would end this rank, and the others would wait for it.
                 raise SaveError(cause.what, found=cause.found, fix=cause.fix) from cause
-            check_agreement(descriptions)
             # The directory is in none of the files that are made of it.
             self._catalog = plan_catalog(descriptions, self._prefix, self._save_optimizer, directory="", remove_redundancy=self._removes)
         return self._catalog

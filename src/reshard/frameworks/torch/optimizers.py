@@ -15,7 +15,7 @@ from reshard.errors import CaptureError, UsageError
 from reshard.format.names import tensor_name
 from reshard.frameworks.torch.layout import Meshes, mirrored
 from reshard.frameworks.torch.modules import NamedTensors
-from reshard.frameworks.torch.recipes import is_adam, recipe_of
+from reshard.frameworks.torch.recipes import has_recipe, is_adam
 from reshard.frameworks.torch.values import to_value
 from reshard.geometry import Region
 from reshard.geometry.dtypes import by_numpy
@@ -153,7 +153,7 @@ def capture_slots(parameters: Iterable[OptimizedParameter], meshes: Meshes, glob
         for slot, value in one.state.items():
             if not (slot == STEP and _is_implied(one, counts, global_step)):
                 found.setdefault(one.key(slot), []).append(slot_tensor(one, slot, value, meshes))
-    tensors = {key: mirrored(group, tensor_name(key)) for key, group in found.items()}
+    tensors = {key: group[0] if len(group) == 1 else mirrored(group, tensor_name(key)) for key, group in found.items()}
     if global_step is not None:
         tensors[GLOBAL_STEP] = global_step_tensor(global_step, meshes)
     return tensors
@@ -164,7 +164,7 @@ def _is_implied(one: OptimizedParameter, counts: Mapping[int, float], global_ste
 
     An optimizer that torch doesn't come with has all its counts stored: nothing else would tell a later load that it counts.
     """
-    return counts[id(one.parameter)] == global_step and recipe_of(one.optimizer, one.group, one.parameter) is not None
+    return counts[id(one.parameter)] == global_step and has_recipe(one.optimizer)
 
 
 def slot_tensor(one: OptimizedParameter, slot: str, value: Any, meshes: Meshes) -> ShardedTensor:

@@ -25,18 +25,29 @@ def recipe_of(optimizer: optim.Optimizer, group: Group, parameter: torch.Tensor)
         group: the parameter's group.
         parameter: the parameter.
     """
-    for base in type(optimizer).__mro__:
-        recipe = _RECIPES.get(base.__name__) if base.__module__.startswith("torch.optim") else None
-        if recipe is not None:
-            # A subclass that makes its state in its own way is an optimizer that torch doesn't come with.
-            maker = "_init_group" if hasattr(base, "_init_group") else "step"
-            return recipe(optimizer, group, parameter) if getattr(type(optimizer), maker) is getattr(base, maker) else None
-    return None
+    recipe = _recipe_of_class(type(optimizer))
+    return None if recipe is None else recipe(optimizer, group, parameter)
+
+
+def has_recipe(optimizer: optim.Optimizer) -> bool:
+    """Whether torch comes with the optimizer, so that `recipe_of` knows its slots."""
+    return _recipe_of_class(type(optimizer)) is not None
 
 
 def is_adam(optimizer: optim.Optimizer) -> bool:
     """Whether an optimizer's `exp_avg` and `exp_avg_sq` are Adam's first and second moment, by the names of its class and their bases."""
     return _is_adam_class(type(optimizer))
+
+
+@cache
+def _recipe_of_class(kind: type) -> Callable[[optim.Optimizer, Group, torch.Tensor], Slots] | None:
+    for base in kind.__mro__:
+        recipe = _RECIPES.get(base.__name__) if base.__module__.startswith("torch.optim") else None
+        if recipe is not None:
+            # A subclass that makes its state in its own way is an optimizer that torch doesn't come with.
+            maker = "_init_group" if hasattr(base, "_init_group") else "step"
+            return recipe if getattr(kind, maker) is getattr(base, maker) else None
+    return None
 
 
 @cache
