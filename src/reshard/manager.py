@@ -25,11 +25,11 @@ from reshard.loading.job import How, Run, load_run
 from reshard.loading.report import RestoreReport
 from reshard.loading.selection import select
 from reshard.loading.strictness import Strictness
-from reshard.saving.async_saver import AsyncSaver, WhenBusy
+from reshard.saving.async_saver import AsyncSaver
 from reshard.saving.options import SaveOptions
 from reshard.saving.policies import KeepPolicy
 from reshard.saving.progress import SaveStatus, read_status
-from reshard.saving.report import AsyncSave, SaveReport
+from reshard.saving.report import AsyncSave, SaveReport, WhenBusy
 from reshard.saving.saver import Saver
 from reshard.state import State
 from reshard.stateful import values_of
@@ -100,6 +100,7 @@ class CheckpointManager:
             check_replicas=check_replicas,
             lock_timeout=lock_timeout,
             async_save=mode,
+            when_busy=when_busy,
         )
         self.directory = os.path.abspath(os.fspath(directory))
         self._storage: Storage = storage if storage is not None else PosixStorage()
@@ -114,11 +115,13 @@ class CheckpointManager:
                 if mode is not None:
                     self._saving_comm = self._comm.duplicate()
                 self._saver = Saver(self._storage, self._saving_comm, self.directory, options)
+                if mode is not None:
+                    self._async = AsyncSaver(self._saver, self._comm, mode)
             except BaseException:
+                if self._saver is not None:
+                    self._saver.close()
                 self._close_communicators()
                 raise
-            if mode is not None:
-                self._async = AsyncSaver(self._saver, self._comm, mode, when_busy)
 
     def save(
         self,

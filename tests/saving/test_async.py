@@ -169,12 +169,48 @@ manager.save(4, model={"w": np.full((64, 32), 4, np.float32), "b": np.arange(5) 
     assert same(loaded(tmp_path, 4), weights(4))
 
 
-def test_ranks_that_save_differently_are_told_so(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("field", "values"), [("async_save", ("copy", "deferred")), ("when_busy", ("wait", "skip"))])
+def test_ranks_that_save_differently_are_told_so(tmp_path: Path, field: str, values: tuple[str, str]) -> None:
     def work(comm: Communicator) -> None:
-        reshard.CheckpointManager(tmp_path, async_save=["copy", "deferred"][comm.rank], communicator=comm)  # type: ignore[arg-type]
+        options: dict[str, Any] = {"async_save": True, field: values[comm.rank]}
+        with reshard.CheckpointManager(tmp_path, communicator=comm, **options) as manager:
+            manager.save(1, model=weights(1))
+            manager.save(2, model=weights(2))
 
-    outcomes = run_ranks_settled(2, work)
-    assert all(isinstance(outcome, UsageError) and "async_save" in str(outcome) for outcome in outcomes), outcomes
+    outcomes = run_ranks_settled(2, work, timeout=5)
+    assert all(isinstance(outcome, UsageError) and field in str(outcome) for outcome in outcomes), outcomes
+
+
+def test_a_thread_that_can_not_be_had_is_noticed_before_anything_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Later it would be too late: work that has no thread waits, and would be done with the buffers of the next save."""
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name.startswith("reshard-save"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="new thread"):
+            reshard.CheckpointManager(tmp_path, async_save=True)
+    with reshard.CheckpointManager(tmp_path, async_save=True, lock_timeout=0.0) as manager:
+        manager.save(2, model=weights(2))
+    assert [path.name for path in tmp_path.glob("iteration_*")] == ["iteration_00000002"]
+    assert same(loaded(tmp_path, 2), weights(2))
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_the_status_of_a_save_that_never_wrote_is_of_that_save(tmp_path: Path, asynchronous: bool) -> None:
+    with reshard.CheckpointManager(tmp_path, async_save=asynchronous) as manager:
+        manager.save(1, model=weights(1))
+        manager.wait()
+        with pytest.raises(UsageError):
+            manager.save(2, model=weights(2), extra={"what": object()})
+            manager.wait()
+        said = manager.status().ranks[0]
+        assert said is not None
+        assert (said.step, said.phase) == (2, "failed")
 
 
 @pytest.mark.parametrize("option", [{"async_save": "later"}, {"async_save": 1}, {"when_busy": "drop"}])

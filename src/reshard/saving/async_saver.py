@@ -6,7 +6,7 @@ import logging
 import operator
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, SupportsIndex
+from typing import Any, SupportsIndex
 
 from reshard.comm import Communicator
 from reshard.comm.together import attempt
@@ -23,10 +23,6 @@ from reshard.storage.storage import join
 
 _logger = logging.getLogger("reshard")
 
-WhenBusy = Literal["wait", "skip"]
-"""What becomes of a save while the one before is under way: it waits for that one's end, or it isn't done, on all ranks."""
-
-
 class AsyncSaver:
     """Takes snapshots, and has a saver write them in a thread of its own. At most one is under way.
 
@@ -36,14 +32,12 @@ class AsyncSaver:
         saver: writes and commits.
         comm: another communicator over the same ranks, for the thread that calls.
         mode: how much is copied before a call returns.
-        when_busy: what happens when the save before is still under way.
     """
 
-    def __init__(self, saver: Saver, comm: Communicator, mode: AsyncSave, when_busy: WhenBusy) -> None:
+    def __init__(self, saver: Saver, comm: Communicator, mode: AsyncSave) -> None:
         self._saver = saver
         self._comm = comm
         self._mode: AsyncSave = mode
-        self._when_busy: WhenBusy = when_busy
         self._background: Background[SaveReport] = Background("reshard-save")
         self._buffers: SnapshotBuffers | None = None
         self._snapshot: Snapshot | None = None
@@ -56,7 +50,7 @@ class AsyncSaver:
         Raises:
             ReshardError: the save before failed.
         """
-        if self._when_busy == "skip" and any(map(any, self._comm.all_gather(bytes([self._background.is_busy])))):
+        if self._saver.options.when_busy == "skip" and any(map(any, self._comm.all_gather(bytes([self._background.is_busy])))):
             return False
         self.wait()
         return True
@@ -102,7 +96,11 @@ class AsyncSaver:
                     _logger.error("an asynchronous save failed: %s", failed)  # noqa: TRY400 - whoever asks gets the stack
                 raise
 
-        self._background.start(work)
+        try:
+            self._background.start(work)
+        except RuntimeError:
+            # From a handler at the process's exit. Nothing can go on after the call; but a save that was called for is made.
+            return work()
         number, _ = attempt(lambda: operator.index(step))
         directory = self._saver.root if number is None else join(self._saver.root, iteration_name(number))
         nbytes = 0 if snapshot is None else snapshot.nbytes
@@ -122,7 +120,9 @@ class AsyncSaver:
         try:
             return self._background.wait()
         finally:
-            self._snapshot = None
+            # An interrupt ends the waiting, not the copying.
+            if not self._background.is_busy:
+                self._snapshot = None
 
     def close(self) -> None:
         """Let go of the optimizers, and end the thread. Nothing may be under way."""

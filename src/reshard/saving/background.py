@@ -23,15 +23,20 @@ class Background(Generic[T]):
 
     Where cores are busy, the caller's threads come first.
 
-    Its thread begins with the first piece of work and stays: whoever starts a thread waits until it has had its first turn, on busy cores
-    as long as copying some of the state takes. A process that ends while something is under way finishes it first.
+    Its thread is there from the begin and stays: whoever starts a thread waits until it has had its first turn, on busy cores as long as
+    copying some of the state takes. And where no thread can be had, nothing was begun yet. A process that ends while something is under
+    way finishes it first.
 
     Args:
         name: of the thread.
+
+    Raises:
+        RuntimeError: the system gives no thread.
     """
 
     def __init__(self, name: str) -> None:
         self._executor = ThreadPoolExecutor(1, thread_name_prefix=name, initializer=_yield_to_training)
+        self._executor.submit(int)
         self._work: Future[T] | None = None
         self._result: T | None = None
 
@@ -41,7 +46,11 @@ class Background(Generic[T]):
         return self._work is not None and not self._work.done()
 
     def start(self, work: Callable[[], T]) -> None:
-        """Begin a piece of work. The one before must have been waited for."""
+        """Begin a piece of work. The one before must have been waited for.
+
+        Raises:
+            RuntimeError: the process comes to its end, and runs nothing beside it any more.
+        """
         assert self._work is None
         self._result = None
         self._work = self._executor.submit(work)

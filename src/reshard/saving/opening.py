@@ -19,6 +19,7 @@ class Opening(msgspec.Struct, array_like=True):
         remove_redundancy: likewise.
         check_replicas: whether ranks compare what they hold together; who does hashes it, and tells of it.
         async_save: likewise; ranks that save at once and ranks that don't would wait for each other.
+        when_busy: likewise; ranks ask each other whether a save is skipped, or don't.
     """
 
     token: str
@@ -27,6 +28,7 @@ class Opening(msgspec.Struct, array_like=True):
     remove_redundancy: bool
     check_replicas: bool
     async_save: str | None = None
+    when_busy: str = "wait"
 
 
 def agree_on_opening(told: Sequence[Opening]) -> Opening:
@@ -37,7 +39,7 @@ def agree_on_opening(told: Sequence[Opening]) -> Opening:
     """
     first = told[0]
     for rank, other in enumerate(told):
-        for field in ("prefix", "save_optimizer", "remove_redundancy", "check_replicas", "async_save"):
+        for field in ("prefix", "save_optimizer", "remove_redundancy", "check_replicas", "async_save", "when_busy"):
             if getattr(other, field) != getattr(first, field):
                 raise UsageError(
                     "the ranks were given different options for saving",

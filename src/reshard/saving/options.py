@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from reshard.errors import UsageError
 from reshard.format.names import data_file_name
 from reshard.saving.policies import KeepPolicy
-from reshard.saving.report import AsyncSave
+from reshard.saving.report import AsyncSave, WhenBusy
 from reshard.state import Kind
 
 
@@ -24,6 +24,7 @@ class SaveOptions:
         check_replicas: whether equal regions on several ranks are compared, by their digests, before a save commits.
         lock_timeout: seconds to wait for a root that another process holds.
         async_save: how much training waits for; None: until the checkpoint is committed.
+        when_busy: what an asynchronous save does while the one before is under way.
 
     Raises:
         UsageError: an option that can't be.
@@ -37,6 +38,7 @@ class SaveOptions:
     check_replicas: bool = False
     lock_timeout: float = 10.0
     async_save: AsyncSave | None = None
+    when_busy: WhenBusy = "wait"
 
     def __post_init__(self) -> None:
         data_file_name(self.prefix, Kind.MODEL, 0, 1)

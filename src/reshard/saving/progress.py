@@ -108,6 +108,11 @@ class ProgressNotices:
         self._done = self._total = 0
         self._since = self._posted = 0.0
 
+    def turn_to(self, step: int) -> None:
+        """What is noted from now on is of this iteration. Leaves no notice: a save may fail before there is anything to do."""
+        if self._phase != "copying":
+            self._step, self._done, self._total, self._since = step, 0, 0, time.time()
+
     def begin(self, step: int, total: int, phase: str = "copying") -> None:
         """A save begins, or a part of it of which it is known how much there is to do."""
         if self._phase != "copying":

@@ -9,6 +9,9 @@ AsyncSave = Literal["copy", "deferred"]
 """*copy*: training waits while its state is copied. *deferred*: only until what a forward pass changes is copied; the next step of an
 optimizer waits for the rest."""
 
+WhenBusy = Literal["wait", "skip"]
+"""What becomes of a save while the one before is under way: it waits for that one's end, or it isn't done, on all ranks."""
+
 
 @dataclass(frozen=True)
 class SaveReport:

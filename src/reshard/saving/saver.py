@@ -109,6 +109,7 @@ class Saver:
                 given.remove_redundancy,
                 given.check_replicas,
                 given.async_save,
+                given.when_busy,
             )
             told = settle(comm, error, msgspec.msgpack.encode(mine), what="this run can't save there")
             self._token = agree_on_opening([msgspec.msgpack.decode(data, type=Opening) for data in told]).token
@@ -151,6 +152,10 @@ class Saver:
             UsageError: likewise; or the saver is closed.
             CommunicationError: a rank is gone. Whether the checkpoint was committed can be seen on disk.
         """
+        if not self._is_open:
+            raise UsageError("this saver is closed", field="step", found=step)
+        # Whatever is no number fails below, on every rank.
+        attempt(lambda: self._notices.turn_to(operator.index(step)))
         try:
             with lost_ranks_named(self._comm):
                 report = self._save(step, state, common, error, metrics)
@@ -163,8 +168,6 @@ class Saver:
     def _save(
         self, step: SupportsIndex, state: State, common: CommonInfo, error: ReshardError | None, metrics: Mapping[str, Any] | None
     ) -> SaveReport:
-        if not self._is_open:
-            raise UsageError("this saver is closed", field="step", found=step)
         started = time.perf_counter()
         self._clear()
         self._sequence += 1

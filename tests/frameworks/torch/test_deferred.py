@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -20,7 +22,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import reshard
 from reshard.frameworks.torch import TorchAdapter
-from reshard.saving import snapshot
+from reshard.saving import background, snapshot
 
 
 @pytest.fixture
@@ -225,3 +227,58 @@ def test_arrays_have_no_optimizer_to_wait_in_and_are_copied(tmp_path: Path, slow
         model["w"][...] = 0
     assert np.array_equal(reshard.Checkpoint(tmp_path)["w"][:], np.arange(6.0))
     assert set(slowly) == {"MainThread"}
+
+
+def test_an_interrupt_while_a_save_is_waited_for_does_not_let_training_change_what_is_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(plain(), lambda parameters: optim.SGD(parameters, 0.5))
+    run.backward()
+    may_copy = threading.Event()
+    quick = snapshot._copy
+
+    def held(*arguments: Any) -> Any:
+        if threading.current_thread().name.startswith("reshard-save"):
+            assert may_copy.wait(60)
+        return quick(*arguments)
+
+    monkeypatch.setattr(snapshot, "_copy", held)
+    expected = copy.deepcopy(run.model.state_dict())
+    with reshard.CheckpointManager(tmp_path, async_save="deferred") as manager:
+        manager.save(1, **run.parts())
+
+        def interrupt(_: object) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched:
+            patched.setattr(background.concurrent.futures, "wait", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                manager.wait()
+        threading.Timer(0.2, may_copy.set).start()
+        run.step()
+        assert may_copy.is_set()
+    found = copy.deepcopy(run.model)
+    reshard.load(tmp_path, model=found)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.state_dict().items())
+
+
+def test_a_save_at_the_end_of_the_process_is_made_at_once_and_holds_nobody(
+    tmp_path: Path, run_python: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    program = f"""
+        import atexit, torch, reshard
+
+        model = torch.nn.Linear(4, 4)
+        optimizer = torch.optim.SGD(model.parameters())
+        manager = reshard.CheckpointManager({str(tmp_path)!r}, async_save="deferred")
+
+        def at_exit():
+            print(manager.save(1, model=model, optimizer=optimizer).state)
+            optimizer.step()
+            print("stepped")
+
+        atexit.register(at_exit)
+    """
+    ended = run_python(textwrap.dedent(program))
+    assert ended.stdout.split() == ["committed", "stepped"], ended.stderr
+    assert reshard.Checkpoint(tmp_path).iteration == 1
