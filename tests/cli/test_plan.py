@@ -29,6 +29,7 @@ from reshard.testing import differences, run_ranks, state_on_rank
 from tests.golden import GOLDEN
 from tests.loading.test_matrix import parts
 from tests.planning.test_placement import tensors
+from tests.seals import seal_again
 
 Run = Callable[..., Any]
 
@@ -199,7 +200,7 @@ def test_names_that_say_nothing_are_noted(tmp_path: Path) -> None:
     model = {"encoder.mixer.weight": np.zeros((8, 8), np.float32)}
     reshard.save(str(tmp_path), 1, model=model)
     document = plan(tmp_path, "-s", "tp=2,pp=2,dp=2,ep=2", "--no-optimizer")
-    assert any("tp splits none of 1 tensors" in note and "encoder.mixer.weight" in note for note in document["notes"])
+    assert any("tp splits none of 1 tensor " in note and "encoder.mixer.weight" in note for note in document["notes"])
     assert any("2 pipeline stages share 0 layers" in note for note in document["notes"])
     assert any("ep splits nothing" in note for note in document["notes"])
     told = plan(tmp_path, "-s", "tp=2", "--no-optimizer", "--split", "*.mixer.weight=tp:1")
@@ -233,6 +234,24 @@ def break_promise(root: Path) -> None:
     tensors_of_file = load_file(data_file(root))
     tensors_of_file.popitem()
     save_file(tensors_of_file, data_file(root))
+    seal_again(data_file(root).parent)
+
+
+def lengthen(root: Path) -> None:
+    with data_file(root).open("ab") as file:
+        file.write(b"x")
+
+
+def garble_header(root: Path) -> None:
+    """Another digest of a tensor: a header that makes sense, but is not the one that was sealed."""
+    data = bytearray(data_file(root).read_bytes())
+    digit = data.index(b'"xxh3_128":"') + len(b'"xxh3_128":"')
+    data[digit] = ord("1" if data[digit] == ord("0") else "0")
+    data_file(root).write_bytes(data)
+
+
+def lose_random_states(root: Path) -> None:
+    (data_file(root).parent / "extra" / "rank-0000000.safetensors").unlink()
 
 
 def garble_extra(root: Path) -> None:
@@ -244,7 +263,10 @@ def garble_extra(root: Path) -> None:
     [
         (lose, "data files is missing"),
         (empty, "data files is truncated"),
-        (truncate, "truncated"),
+        (truncate, "another size than when saved"),
+        (lengthen, "another size than when saved"),
+        (garble_header, "not as it was saved"),
+        (lose_random_states, "extra/rank-0000000.safetensors"),
         (break_promise, "promises a tensor that the file doesn't hold"),
         (garble_extra, "global.safetensors"),
     ],
@@ -272,7 +294,7 @@ def test_damage_that_a_load_would_not_meet(root: Path) -> None:
 
 def test_many_files_are_looked_at_by_their_sizes(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("reshard.loading.outlook._MOST_HEADERS", 3)
-    break_promise(root)
+    garble_header(root)
     assert any("by their sizes only" in note for note in plan(root, "-s", "tp=2")["notes"])
     lose(root)
     assert plan(root, "-s", "tp=2", code=1)["failures"][0]["what"].endswith("data files is missing")

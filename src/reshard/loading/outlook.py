@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from reshard.catalog import Catalog, Place
 from reshard.checkpoint import Checkpoint
 from reshard.errors import DataFileError, MismatchError, ReshardError, UsageError
-from reshard.format.names import tensor_name
+from reshard.format.names import EXTRA_DIRECTORY, rank_extra_file, tensor_name
+from reshard.format.seal import Seal
 from reshard.geometry import DType
 from reshard.loading.budget import check_budget
 from reshard.loading.casting import can_cast
@@ -21,6 +22,8 @@ from reshard.planning.strategy import Strategy
 from reshard.sources.stored import Headers
 from reshard.state import Kind
 from reshard.storage import Storage
+from reshard.storage.storage import join
+from reshard.verification.glance import measure, missing_files
 
 # Headers are read one after the other, and so many parts of tensors looked up in them: it takes some seconds. A load has its many ranks for
 # more than that; one process would take minutes.
@@ -105,7 +108,7 @@ def foresee(
     traffic = (forecast_balanced if balanced else forecast_direct)(placement, found.fitting)
 
     failures, warnings = _judged(found, strictness, catalog, optimizer=optimizer and model_of is None)
-    faults, notes = _look_at_files(checkpoint, storage, found.fitting, traffic.file_names)
+    faults, notes = _look_at_files(checkpoint, storage, found.fitting, traffic.file_names, strategy.world_size)
     skipped = {tensor.key for tensor in whole.tensors} | set(stored)
     skipped -= {tensor.key for tensor in placement.tensors} | set(chosen)
     return Outlook(
@@ -163,7 +166,7 @@ def _judged(found: Match, strictness: Strictness, catalog: Catalog, *, optimizer
 
 
 def _look_at_files(
-    checkpoint: Checkpoint, storage: Storage, fitting: Sequence[Fitting], files: Sequence[str]
+    checkpoint: Checkpoint, storage: Storage, fitting: Sequence[Fitting], files: Sequence[str], world_size: int
 ) -> tuple[list[ReshardError], list[str]]:
     """What is wrong with the files that would be read, and what wasn't looked at."""
     catalog = checkpoint.catalog
@@ -172,7 +175,7 @@ def _look_at_files(
         _ = checkpoint.groups
     except ReshardError as error:
         faults.append(error)
-    sizes = {entry.name: entry.size for entry in storage.list(catalog.directory) if not entry.is_directory}
+    sizes, _ = measure(storage, catalog.directory)
     promised = _promised_bytes(catalog)
     missing = [file for file in files if file not in sizes]
     short = [file for file in files if file in sizes and sizes[file] < promised[file]]
@@ -181,10 +184,18 @@ def _look_at_files(
             count = f"{len(wrong)} of {len(files)} data files {'is' if len(wrong) == 1 else 'are'} {words}"
             faults.append(DataFileError(count, file=catalog.directory, found=_some(wrong), fix=_RESTORE))
     whole = set(files) - {*missing, *short}
+    if checkpoint.seal is not None:
+        # Those of tensors that are of another size, too; and each rank reads the extras of its own number.
+        extras = (join(EXTRA_DIRECTORY, rank_extra_file(rank)) for rank in range(world_size))
+        sealed = {name: file for name in (*whole, *extras) if (file := checkpoint.seal.files.get(name)) is not None}
+        problem = missing_files(Seal(sealed), sizes)
+        if problem is not None:
+            faults.append(DataFileError(problem, file=catalog.directory, fix=_RESTORE))
+        whole -= {name for name, file in sealed.items() if sizes.get(name) != file.size}
     parts = sum(len(part.tensors) * len(part.arrangement.pieces) for part in fitting)
     if len(whole) > _MOST_HEADERS or (whole and parts > _MOST_PARTS):
         return faults, [f"{len(whole)} data files were looked at by their sizes only, not by their headers"]
-    headers = Headers(storage, catalog.directory)
+    headers = Headers(storage, catalog.directory, checkpoint.seal)
     broken: set[str] = set()
     for place, dtype, shape in _places(fitting, whole):
         if place.file not in broken:
@@ -228,7 +239,7 @@ def _notes_on_names(strategy: Strategy, wanted: Sequence[GlobalTensor]) -> Itera
         unknown = [t for name, t in model if name.role is None and len(t.global_shape) > 1 and strategy.rule(t.key.parameter) is None]
         if unknown:
             yield (
-                f"tp splits none of {len(unknown)} tensors, since their names aren't known "
+                f"tp splits none of {len(unknown)} tensor{'' if len(unknown) == 1 else 's'} whose names aren't known "
                 f"({_some([tensor_name(tensor.key) for tensor in unknown])}); --split 'PATTERN=tp:DIMENSION' says how it does"
             )
     layers = {(name.stack, name.layer) for name, _ in model if name.layer is not None}
