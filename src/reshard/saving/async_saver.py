@@ -23,6 +23,7 @@ from reshard.storage.storage import join
 
 _logger = logging.getLogger("reshard")
 
+
 class AsyncSaver:
     """Takes snapshots, and has a saver write them in a thread of its own. At most one is under way.
 
