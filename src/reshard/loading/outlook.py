@@ -23,7 +23,7 @@ from reshard.sources.stored import Headers
 from reshard.state import Kind
 from reshard.storage import Storage
 from reshard.storage.storage import join
-from reshard.verification.glance import measure, missing_files
+from reshard.verification.glance import missing_files
 
 # Headers are read one after the other, and so many parts of tensors looked up in them: it takes some seconds. A load has its many ranks for
 # more than that; one process would take minutes.
@@ -175,7 +175,7 @@ def _look_at_files(
         _ = checkpoint.groups
     except ReshardError as error:
         faults.append(error)
-    sizes, _ = measure(storage, catalog.directory)
+    sizes = {entry.name: entry.size for entry in storage.list(catalog.directory) if not entry.is_directory}
     promised = _promised_bytes(catalog)
     missing = [file for file in files if file not in sizes]
     short = [file for file in files if file in sizes and sizes[file] < promised[file]]
@@ -188,6 +188,8 @@ def _look_at_files(
         # Those of tensors that are of another size, too; and each rank reads the extras of its own number.
         extras = (join(EXTRA_DIRECTORY, rank_extra_file(rank)) for rank in range(world_size))
         sealed = {name: file for name in (*whole, *extras) if (file := checkpoint.seal.files.get(name)) is not None}
+        if storage.stat(below := join(catalog.directory, EXTRA_DIRECTORY)) is not None:
+            sizes |= {join(EXTRA_DIRECTORY, entry.name): entry.size for entry in storage.list(below)}
         problem = missing_files(Seal(sealed), sizes)
         if problem is not None:
             faults.append(DataFileError(problem, file=catalog.directory, fix=_RESTORE))
