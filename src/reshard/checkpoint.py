@@ -24,7 +24,8 @@ from reshard.geometry import DType, Layout, Region
 from reshard.planning.byte_runs import plan_blocks, strides_of
 from reshard.sources.huggingface import read_model_config
 from reshard.sources.native import check_promises, read_own_extra
-from reshard.sources.opening import open_source
+from reshard.sources.opening import headers_of, open_source
+from reshard.sources.relay import held_in_memory
 from reshard.sources.resolve import resolve
 from reshard.sources.stored import Headers
 from reshard.state import ParameterGroup, TensorKey
@@ -53,6 +54,7 @@ class Checkpoint:
         seal: which files it consists of, and their digests; None when it has none.
         common: the progress of the run (`common.json`); None when there is no such file.
         notes: what the reader should know about how it was found and what it lacks.
+        headers: where in its files the tensors lie.
 
     Raises:
         CheckpointNotFoundError: there is no checkpoint.
@@ -68,9 +70,12 @@ class Checkpoint:
         stored = open_source(self._storage, found.directory)
         self.catalog: Catalog = stored.catalog
         self.seal: Seal | None = stored.seal
-        self.common: CommonInfo | None = read_common(self._storage, join(found.directory, COMMON_FILE))
+        # A foreign checkpoint has no files of ours: what it says is made into them.
+        made = {join(found.directory, name): data for name, data in stored.files.items()}
+        self._small = self._storage if stored.items is None else held_in_memory(made)
+        self.common: CommonInfo | None = read_common(self._small, join(found.directory, COMMON_FILE))
         self.notes: tuple[str, ...] = (*found.notes, *self.catalog.notes)
-        self._headers = Headers(self._storage, found.directory, stored.seal)
+        self.headers: Headers = headers_of(self._storage, stored.catalog, stored.seal, stored.items)
         self._tensors = {tensor_name(key): tensor for key, tensor in self.catalog.tensors.items()}
 
     @property
@@ -105,7 +110,7 @@ class Checkpoint:
 
     @cached_property
     def _extra(self) -> Any:
-        return read_own_extra(self._storage, self.directory, GLOBAL_EXTRA_FILE, self.seal)
+        return read_own_extra(self._small, self.directory, GLOBAL_EXTRA_FILE, self.seal)
 
     def check(self, names: Iterable[str] | None = None) -> tuple[str, ...]:
         """Hold the headers of files against the metadata.
@@ -120,9 +125,9 @@ class Checkpoint:
             DataFileError: a file is missing or damaged, or doesn't hold what was promised.
         """
         if names is None:
-            return check_promises(self.catalog, self._headers)
+            return check_promises(self.catalog, self.headers)
         chosen = {place.file for name in names for chunk in self._tensors[name].chunks for place in chunk.places}
-        return check_promises(self.catalog, self._headers, chosen)
+        return check_promises(self.catalog, self.headers, chosen)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -143,7 +148,7 @@ class Checkpoint:
                 tensor=name,
                 expected=f"one of {len(self)} names" + (f", such as {', '.join(near)}" if near else ""),
             )
-        return TensorView(name, tensor, self._storage, self.directory, self._headers)
+        return TensorView(name, tensor, self._storage, self.catalog.directory, self.headers)
 
     def __repr__(self) -> str:
         return f"Checkpoint({self.directory!r}, {len(self)} tensors)"

@@ -126,7 +126,7 @@ def save(jobs: list[tuple[Path, Placed]]) -> None:
 
 
 def load(root: Path, placed: Placed) -> list[dict[str, tuple[tuple[int, ...], bytes]]]:
-    """What a rank holds after a load by DCP, a direct and a balanced one; and what it must hold."""
+    """What a rank holds after a load by DCP, a direct and a balanced one of our checkpoint and of DCP's; and what it must hold."""
     import torch.distributed.checkpoint as dcp
 
     def loaded(by: Callable[[Any], Any]) -> dict[str, tuple[tuple[int, ...], bytes]]:
@@ -138,6 +138,8 @@ def load(root: Path, placed: Placed) -> list[dict[str, tuple[tuple[int, ...], by
         loaded(lambda model: dcp.load(model.state_dict(), checkpoint_id=root / "dcp")),
         loaded(lambda model: reshard.load(root / "reshard", model=model)),
         loaded(lambda model: reshard.load(root / "reshard", model=model, balanced=True)),
+        loaded(lambda model: reshard.load(root / "dcp", model=model)),
+        loaded(lambda model: reshard.load(root / "dcp", model=model, balanced=True)),
         local_bytes(module(placed, blank=False)),
     ]
 
@@ -152,9 +154,11 @@ def roots(rank_pool: Callable[[int], RankPool], tmp_path_factory: pytest.TempPat
 
 
 def check(pool: RankPool, root: Path, target: Placed) -> None:
-    for rank, (dcp, direct, balanced, expected) in enumerate(pool.run(load, root, target)):
+    for rank, (dcp, direct, balanced, foreign, foreign_balanced, expected) in enumerate(pool.run(load, root, target)):
         assert direct == dcp, f"direct, rank {rank}"
         assert balanced == dcp, f"balanced, rank {rank}"
+        assert foreign == dcp, f"direct of DCP's own checkpoint, rank {rank}"
+        assert foreign_balanced == dcp, f"balanced of DCP's own checkpoint, rank {rank}"
         assert dcp == expected, f"rank {rank}"
 
 

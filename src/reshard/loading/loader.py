@@ -15,7 +15,6 @@ from reshard.comm.together import attempt, settle
 from reshard.format.common import CommonInfo
 from reshard.format.names import tensor_name
 from reshard.format.safetensors import TensorEntry
-from reshard.format.seal import Seal
 from reshard.geometry import Region
 from reshard.geometry.dtypes import by_name
 from reshard.loading.budget import MEMORY_BUDGET, check_budget
@@ -121,8 +120,7 @@ def plan_load(
     catalog: Catalog,
     *,
     common: CommonInfo | None,
-    storage: Storage,
-    seal: Seal | None,
+    headers: Headers,
     strictness: Strictness,
     kinds: frozenset[Kind],
     has_random: bool,
@@ -139,8 +137,7 @@ def plan_load(
         description: of the state.
         catalog: what the checkpoint holds, the same on every rank.
         common: the checkpoint's training information; gives the step count when there is no tensor for it.
-        storage: where the checkpoint lies.
-        seal: the checkpoint's; None when it has none.
+        headers: where the tensors lie in its files.
         strictness: what to do about misfits.
         kinds: the kinds of tensors that this rank loads; those that no rank loads are not unexpected in the checkpoint.
         has_random: whether this rank found the random states of its place.
@@ -157,7 +154,6 @@ def plan_load(
     started = time.perf_counter()
     check_budget(memory_budget)
     chosen, wanted = selection.catalog(catalog), selection.description(description)
-    headers = Headers(storage, catalog.directory, seal)
     plan = plan_reads(wanted, chosen, strictness.casts)
     entries = [] if balanced else locate(plan, headers)
     filled = (GLOBAL_STEP,) if GLOBAL_STEP in plan.missing and common is not None and common.global_step is not None else ()

@@ -83,7 +83,7 @@ def open_checkpoint(
         UsageError: a model or an optimizer that no adapter knows.
     """
     adapter = select_adapter(model, optimizer)
-    catalog = decode_index(relayed.index, directory)
+    catalog = decode_index(relayed.index, directory if relayed.directory is None else relayed.directory)
     if catalog is None:
         raise MetadataError("rank 0's index can't be understood", file=directory, fix="run the same version of reshard on every rank")
     small = relayed.storage(storage)

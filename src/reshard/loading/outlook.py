@@ -19,7 +19,6 @@ from reshard.planning.forecast import Fitting, JobTraffic, Match, forecast_balan
 from reshard.planning.naming import understand
 from reshard.planning.placement import GlobalTensor, Placement, WantedTensor, lay_out
 from reshard.planning.strategy import Strategy
-from reshard.sources.stored import Headers
 from reshard.state import Kind
 from reshard.storage import Storage
 from reshard.storage.storage import join
@@ -197,7 +196,7 @@ def _look_at_files(
     parts = sum(len(part.tensors) * len(part.arrangement.pieces) for part in fitting)
     if len(whole) > _MOST_HEADERS or (whole and parts > _MOST_PARTS):
         return faults, [f"{len(whole)} data files were looked at by their sizes only, not by their headers"]
-    headers = Headers(storage, catalog.directory, checkpoint.seal)
+    headers = checkpoint.headers
     broken: set[str] = set()
     for place, dtype, shape in _places(fitting, whole):
         if place.file not in broken:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import msgspec
 
+from reshard.catalog import Catalog
 from reshard.format.common import read_common
 from reshard.format.names import COMMON_FILE, EXTRA_DIRECTORY, GLOBAL_EXTRA_FILE
 from reshard.format.seal import Seal
-from reshard.sources.opening import open_source
+from reshard.sources.items import ItemTable
+from reshard.sources.opening import headers_of, open_source
+from reshard.sources.pytorch.naming import Prefixes
+from reshard.sources.stored import Headers
 from reshard.storage import Storage
 from reshard.storage.memory import MemoryStorage
 from reshard.storage.storage import join
@@ -21,37 +27,54 @@ class Relayed(msgspec.Struct, array_like=True):
         seal: the checkpoint's; None when it has none.
         files: the bytes of small files, by path; None when every rank reads them itself.
         is_weights: whether it is a model's weights and nothing else.
+        directory: where the files lie; None for the path that was opened.
+        items: as in `Stored`.
     """
 
     index: bytes
     seal: Seal | None = None
     files: dict[str, bytes] | None = None
     is_weights: bool = False
+    directory: str | None = None
+    items: ItemTable | None = None
 
     def storage(self, storage: Storage) -> Storage:
         """Where to read the small files: what was sent, else the storage itself."""
         if self.files is None:
             return storage
-        held = MemoryStorage()
-        for path, data in self.files.items():
-            held.make_directory(path.rpartition("/")[0])
-            held.write_bytes(path, data)
-        return held
+        return held_in_memory(self.files)
+
+    def headers(self, storage: Storage, catalog: Catalog) -> Headers:
+        """Where in its files the tensors of the catalog lie."""
+        return headers_of(storage, catalog, self.seal, self.items)
 
 
-def read_for_all(storage: Storage, directory: str, *, balanced: bool) -> Relayed:
+def held_in_memory(files: Mapping[str, bytes]) -> Storage:
+    """Small files by path, as a storage."""
+    held = MemoryStorage()
+    for path, data in files.items():
+        held.make_directory(path.rpartition("/")[0])
+        held.write_bytes(path, data)
+    return held
+
+
+def read_for_all(storage: Storage, directory: str, *, balanced: bool, prefixes: Prefixes = Prefixes()) -> Relayed:  # noqa: B008 - frozen
     """Read what all ranks need: on one of them.
 
     Args:
         storage: where the checkpoint lies.
-        directory: its directory.
+        directory: its directory, or the file that is all of it.
         balanced: whether the training information and the extras are read for the others, too.
+        prefixes: as in `open_source`.
 
     Raises:
         ReshardError: as `open_source` and `read_common`.
     """
-    stored = open_source(storage, directory)
+    stored = open_source(storage, directory, prefixes)
     index = stored.encode_index()
+    if stored.items is not None:
+        files = {join(directory, name): data for name, data in stored.files.items()}
+        return Relayed(index, None, files, stored.is_weights, stored.catalog.directory, stored.items)
     if not balanced:
         return Relayed(index, stored.seal, is_weights=stored.is_weights)
     common = join(directory, COMMON_FILE)

@@ -21,8 +21,13 @@ from reshard.format.names import (
 )
 from reshard.format.tracker import read_tracker
 from reshard.sources.huggingface import holds_weights
+from reshard.sources.pytorch.dcp import is_dcp
+from reshard.sources.pytorch.dcp_metadata import DCP_METADATA_FILE
 from reshard.storage import Entry, Storage
 from reshard.storage.storage import join
+
+# Files of a checkpoint's directory that are no checkpoint by themselves; of any other file its begin says whether it is one.
+_TEXT_SUFFIXES = (".json", ".txt", ".yaml", ".index", ".distcp", DCP_METADATA_FILE)
 
 
 @dataclass(frozen=True)
@@ -65,9 +70,11 @@ def resolve(storage: Storage, path: str) -> Resolved:
             "there is no such checkpoint", file=path, found="nothing", fix="give a checkpoint root or an iteration"
         )
     if not there.is_directory:
-        raise CheckpointNotFoundError(
-            "a checkpoint is a directory, and this is a file", file=path, fix="give the directory that it lies in"
-        )
+        if path.endswith((DATA_SUFFIX, *_TEXT_SUFFIXES)):
+            raise CheckpointNotFoundError(
+                "a checkpoint is a directory, and this is a file", file=path, fix="give the directory that it lies in"
+            )
+        return Resolved(path, None, None)
     entries = storage.list(path)
     if any(entry.name == TRACKER_FILE for entry in entries):
         return _tracked(storage, path)
@@ -224,7 +231,13 @@ def _replaced_note(directory: str) -> tuple[str, ...]:
 
 def _has_checkpoint_files(entries: Sequence[Entry]) -> bool:
     names = {entry.name for entry in entries if not entry.is_directory}
-    return METADATA_FILE in names or COMMON_FILE in names or any(name.endswith(DATA_SUFFIX) for name in names) or holds_weights(names)
+    return (
+        METADATA_FILE in names
+        or COMMON_FILE in names
+        or any(name.endswith(DATA_SUFFIX) for name in names)
+        or holds_weights(names)
+        or is_dcp(names)
+    )
 
 
 def _numbers(steps: Sequence[int]) -> str:

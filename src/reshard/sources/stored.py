@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from threading import Lock
 
 from reshard.catalog import Catalog, Place
@@ -11,6 +12,7 @@ from reshard.format.index import encode_index
 from reshard.format.safetensors import Header, TensorEntry, read_header
 from reshard.format.seal import Seal
 from reshard.geometry import DType
+from reshard.sources.items import ItemTable
 from reshard.storage import Storage
 from reshard.storage.storage import join
 
@@ -26,12 +28,16 @@ class Stored:
         seal: what it consists of; None when another program wrote it, or an older version.
         index: the bytes of its compact index, where there is one and it is up to date.
         is_weights: whether it is a model's weights and nothing else: no run can be resumed from it.
+        files: small files as a checkpoint of ours has them, by their names in it: made of what a foreign one says.
+        items: where the tensors lie, when the files have no headers that say it.
     """
 
     catalog: Catalog
     seal: Seal | None = None
     index: bytes | None = None
     is_weights: bool = False
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    items: ItemTable | None = None
 
     def encode_index(self) -> bytes:
         """The catalog as the bytes of an index, for the other ranks of a job: one of them opens a checkpoint for all."""

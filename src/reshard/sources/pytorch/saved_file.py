@@ -1,0 +1,136 @@
+"""A file of `torch.save` (`.pt`, `.pth`, `.bin`) becomes a catalog of whole tensors."""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from reshard.catalog import Arrangement, Piece, Site
+from reshard.errors import DataFileError
+from reshard.geometry import Region
+from reshard.sources.items import ItemTable
+from reshard.sources.pytorch.assembly import StateDictionary, assemble
+from reshard.sources.pytorch.items import check_order
+from reshard.sources.pytorch.naming import Path, Prefixes
+from reshard.sources.pytorch.objects import MAX_DEPTH, TensorRef
+from reshard.sources.pytorch.values import ValueReader, open_archive, place_of, value_or_problem
+from reshard.sources.pytorch.zip_records import ZipRecords
+from reshard.sources.stored import Stored
+from reshard.storage import ReadableFile, Storage
+
+_ZIP_START = b"PK\x03\x04"
+
+# A state of 100,000 parameters has 3 tensors for each; the same dictionary twice in a file is not read without end.
+_MOST_LEAVES = 4_000_000
+
+Keyed = dict[str, Any]
+
+
+def open_saved_file(storage: Storage, path: str, prefixes: Prefixes) -> Stored:
+    """Open such a file: what it describes is read, of the tensors nothing.
+
+    Args:
+        storage: where it lies.
+        path: the file.
+        prefixes: where model and optimizer begin in it, as far as the caller says.
+
+    Raises:
+        DataFileError: it is no such file, of the format before PyTorch 1.6, or damaged; or it names what isn't taken from files.
+        UsageError: it can't be told which part is the model's.
+        StorageError: the storage refuses.
+    """
+    directory, name = posixpath.split(path)
+    with storage.open_read(path) as file:
+        _check_kind(_start_of(file), path)
+        records, root = open_archive(file)
+        leaves, paths = _flatten(root, path)
+        tensors = {key: value for key, value in leaves.items() if type(value) is TensorRef}
+        for key, tensor in tensors.items():
+            check_order(tensor, key, path)
+        places = {key: place_of(records, tensor) for key, tensor in tensors.items()}
+
+        def read(keys: Sequence[str]) -> tuple[Keyed, dict[str, str]]:
+            return _read_values(file, records, leaves, keys)
+
+        known: dict[tuple[object, ...], Arrangement] = {}
+        arrangements = {key: _whole(tensor, name, known) for key, tensor in tensors.items()}
+        storages = {key: (tensor.storage.key, tensor.offset, tensor.shape) for key, tensor in tensors.items()}
+        others = [key for key in leaves if key not in tensors]
+        made = assemble(StateDictionary(directory, path, arrangements, others, paths, read, storages), prefixes)
+    rows = [(number, 0, places[key], tensors[key].nbytes) for number, key in enumerate(made.keys)]
+    return Stored(made.catalog, is_weights=made.is_weights, files=made.files, items=ItemTable.of("raw", {name: rows}))
+
+
+def _start_of(file: ReadableFile) -> bytes:
+    start = bytearray(min(4, file.size))
+    file.read_into(0, memoryview(start))
+    return bytes(start)
+
+
+def _check_kind(start: bytes, path: str) -> None:
+    if start == _ZIP_START:
+        return
+    is_old = start[:1] == b"\x80"
+    raise DataFileError(
+        "a file of torch.save in the format before PyTorch 1.6" if is_old else "not a file that torch.save wrote",
+        file=path,
+        found="a pickle with the tensors behind it" if is_old else (repr(start) if start else "an empty file"),
+        expected="a zip archive",
+        fix="load it with torch.load(..., weights_only=True) and save it again with torch.save, which writes the new format"
+        if is_old
+        else "give a checkpoint's directory, or a file of torch.save",
+    )
+
+
+def _flatten(root: Any, path: str) -> tuple[Keyed, dict[str, Path]]:
+    """The leaves of a nested dictionary by their paths joined by dots, as torch.distributed.checkpoint flattens one: a list without
+    tensors and dictionaries is a leaf.
+    """
+    if type(root) is not dict:
+        what = "a tensor" if type(root) is TensorRef else f"a {type(root).__name__}"
+        raise DataFileError("a file that holds no state dictionary", file=path, found=what, expected="a dictionary of tensors by name")
+    leaves: Keyed = {}
+    paths: dict[str, Path] = {}
+    for where, value in _leaves(root, (), path, [_MOST_LEAVES]):
+        key = ".".join(map(str, where))
+        if key in leaves:
+            raise DataFileError("two values have the same path", file=path, tensor=key, fix="rename one of them")
+        leaves[key] = value
+        paths[key] = where
+    return leaves, paths
+
+
+def _leaves(value: Any, where: Path, path: str, left: list[int]) -> Iterator[tuple[Path, Any]]:
+    left[0] -= 1
+    if len(where) > MAX_DEPTH or left[0] < 0:
+        raise DataFileError("values that are nested too deeply, or repeat without end", file=path, found=f"at {where[:3]}")
+    if type(value) is dict and value:
+        for key, item in value.items():
+            part = key if type(key) in (str, int) else str(key) if type(key) in (bool, float, bytes) else type(key).__name__
+            yield from _leaves(item, (*where, part), path, left)
+    elif type(value) in (list, tuple) and any(type(item) in (dict, TensorRef) for item in value):
+        for index, item in enumerate(value):
+            yield from _leaves(item, (*where, index), path, left)
+    else:
+        yield where, value
+
+
+def _whole(tensor: TensorRef, file: str, known: dict[tuple[object, ...], Arrangement]) -> Arrangement:
+    alike = (tensor.dtype.name, tensor.shape)
+    found = known.get(alike)
+    if found is None:
+        found = known[alike] = Arrangement(tensor.dtype, tensor.shape, None, (Piece(Region.whole(tensor.shape), (Site(file, 0),), (0,)),))
+    return found
+
+
+def _read_values(file: ReadableFile, records: ZipRecords, leaves: Mapping[str, Any], keys: Sequence[str]) -> tuple[Keyed, dict[str, str]]:
+    values: Keyed = {}
+    problems: dict[str, str] = {}
+    for key in keys:
+        value, problem = value_or_problem(lambda leaf=leaves[key]: ValueReader(file, records).read(leaf))
+        if problem is None:
+            values[key] = value
+        else:
+            problems[key] = problem
+    return values, problems
