@@ -69,7 +69,7 @@ def plain(lines: list[str]) -> list[str]:
 def test_the_versions_in_the_readme_are_those_of_the_test_environment() -> None:
     pins = dict(re.findall(r"^([\w.-]+)==(\S+)$", (REPOSITORY / "requirements-dev.txt").read_text(encoding="utf-8"), re.MULTILINE))
     readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    for row, package in (("PyTorch", "torch"), ("transformers", "transformers"), ("numpy", "numpy")):
+    for row, package in (("PyTorch", "torch"), ("transformers", "transformers"), ("MindSpore", "mindspore"), ("numpy", "numpy")):
         match = re.search(rf"^\| {row} \| ([\d.]+\d)", readme, re.MULTILINE)
         assert match is not None, f"the README doesn't say which {row} was tested"
         assert match[1] == pins[package]

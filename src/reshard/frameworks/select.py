@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from reshard.comm import Communicator, SingleProcess
@@ -16,8 +16,8 @@ def select_adapter(model: Any, optimizer: Any) -> Adapter:
     """The adapter for a model and an optimizer.
 
     Args:
-        model: a torch module, a list or dictionary of modules, a dictionary of arrays (or a list of such), or None.
-        optimizer: a torch optimizer, a list or dictionary of optimizers, a dictionary of arrays, or None.
+        model: a torch module or a MindSpore cell, a list or dictionary of them, a dictionary of arrays (or a list of such), or None.
+        optimizer: an optimizer, a list or dictionary of optimizers, a dictionary of arrays, or None.
 
     Returns:
         The adapter; when both are None or empty that of the framework in use, whose random states are part of the run.
@@ -35,21 +35,31 @@ def select_adapter(model: Any, optimizer: Any) -> Adapter:
             found=frameworks["optimizer"],
             expected=f"{frameworks['model']}, as the model",
         )
-    framework = named.pop() if named else ("torch" if "torch" in sys.modules else "numpy")
-    return _torch_adapter() if framework == "torch" else ArrayAdapter()
+    framework = named.pop() if named else _framework_in_use()
+    return _ADAPTERS[framework](None)
 
 
 def default_communicator(timeout: float | None = None) -> Communicator:
-    """The communicator of the framework that this process runs: over torch.distributed where it is initialised, else of one process.
+    """The communicator of the framework that this process runs: over its ranks where they have found each other, else of one process.
 
     Collective.
 
     Args:
         timeout: seconds that a collective or a message may take; None for the framework's default.
     """
-    if "torch" in sys.modules:
-        return _torch_adapter(timeout).communicator()
-    return SingleProcess()
+    framework = _framework_in_use()
+    return SingleProcess() if framework == "numpy" else _ADAPTERS[framework](timeout).communicator()
+
+
+def _framework_in_use() -> str:
+    """The framework that this process runs: of two that are imported the one whose ranks have found each other."""
+    mindspore_ranks: Any = sys.modules.get("mindspore.communication")
+    torch_ranks: Any = sys.modules.get("torch.distributed")
+    if mindspore_ranks is not None and mindspore_ranks.GlobalComm.INITED:
+        return "mindspore"
+    if torch_ranks is not None and torch_ranks.is_available() and torch_ranks.is_initialized():
+        return "torch"
+    return next((framework for framework in ("torch", "mindspore") if framework in sys.modules), "numpy")
 
 
 def _is_nothing(part: Any) -> bool:
@@ -57,18 +67,31 @@ def _is_nothing(part: Any) -> bool:
 
 
 def _framework_of(part: Any, field: str) -> str:
-    torch: Any = sys.modules.get("torch")
     items = list(_items(part))
-    if torch is not None and items and all(isinstance(item, torch.nn.Module | torch.optim.Optimizer) for item in items):
-        return "torch"
+    for framework, kinds in _kinds_of_parts().items():
+        if items and all(isinstance(item, kinds) for item in items):
+            return framework
     if holds_arrays(part):
         return "numpy"
     raise UsageError(
         f"a {field} of a kind that no adapter knows",
         field=field,
         found=_kinds(part, items),
-        expected=f"a torch {'module' if field == 'model' else 'optimizer'}, a list or dictionary of such, or a dictionary of numpy arrays",
+        expected=f"a torch {'module' if field == 'model' else 'optimizer'}, a MindSpore {'cell' if field == 'model' else 'optimizer'}, "
+        "a list or dictionary of such, or a dictionary of numpy arrays",
     )
+
+
+def _kinds_of_parts() -> dict[str, tuple[type, ...]]:
+    """The classes of models and optimizers of the frameworks that are imported."""
+    torch: Any = sys.modules.get("torch")
+    mindspore: Any = sys.modules.get("mindspore")
+    kinds: dict[str, tuple[type, ...]] = {}
+    if torch is not None:
+        kinds["torch"] = (torch.nn.Module, torch.optim.Optimizer)
+    if mindspore is not None:
+        kinds["mindspore"] = (mindspore.nn.Cell,)  # its optimizers are cells too
+    return kinds
 
 
 def _items(part: Any) -> Iterator[Any]:
@@ -89,7 +112,24 @@ def _kinds(part: Any, items: list[Any]) -> str:
     return where + (", ".join(kinds) or "nothing")
 
 
-def _torch_adapter(timeout: float | None = None) -> Adapter:
+def _torch_adapter(timeout: float | None) -> Adapter:
     from reshard.frameworks.torch import TorchAdapter
 
     return TorchAdapter() if timeout is None else TorchAdapter(timeout)
+
+
+def _mindspore_adapter(timeout: float | None) -> Adapter:
+    from reshard.frameworks.mindspore import MindSporeAdapter
+
+    return MindSporeAdapter() if timeout is None else MindSporeAdapter(timeout)
+
+
+def _array_adapter(timeout: float | None) -> Adapter:
+    return ArrayAdapter()
+
+
+_ADAPTERS: Mapping[str, Callable[[float | None], Adapter]] = {
+    "torch": _torch_adapter,
+    "mindspore": _mindspore_adapter,
+    "numpy": _array_adapter,
+}
