@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 import reshard
+from reshard.errors import CommunicationError
 from reshard.frameworks.select import default_communicator
 from reshard.verification import verify
 from tests.counted import Counted
@@ -71,3 +78,42 @@ def test_replicas_on_real_ranks(rank_pool: Callable[[int], RankPool], tmp_path: 
     (error,) = errors
     assert "model.norm.weight, offset [10], shape [10]: one value on rank 1, another on rank 3" in error
     assert reshard.Checkpoint(tmp_path / "b").iteration == 2
+
+
+def save_beside_collectives(root: Path) -> list[tuple[int, int]]:
+    """Asynchronous saves, with training's collectives beside them: how many files and threads there are after some, and after more."""
+    import torch
+    import torch.distributed as dist
+
+    left = []
+    with reshard.CheckpointManager(root, async_save=True, remove_redundancy=True) as manager:
+        model = torch.nn.Linear(64, 64)
+        for step in range(1, 13):
+            manager.save(step, model=model)
+            summed = torch.full((256,), float(step))
+            dist.all_reduce(summed)
+            assert summed.eq(step * dist.get_world_size()).all()
+            if step in (4, 12):
+                manager.wait()
+                deadline = time.monotonic() + 60
+                while any(thread.name == "reshard-heartbeat" for thread in threading.enumerate()):
+                    assert time.monotonic() < deadline
+                    time.sleep(0.01)
+                left.append((len(os.listdir("/proc/self/fd")), threading.active_count()))
+    return left
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="the system doesn't tell which files are open")
+def test_asynchronous_saves_leave_no_files_and_no_threads(rank_pool: Callable[[int], RankPool], tmp_path: Path) -> None:
+    for early, late in rank_pool(2).run(save_beside_collectives, tmp_path):
+        assert early == late
+    assert reshard.Checkpoint(tmp_path).iteration == 12
+
+
+def test_who_ends_torch_distributed_before_the_manager_is_told_so() -> None:
+    from reshard.frameworks.torch.communicator import TorchCommunicator
+
+    left: Any = TorchCommunicator.__new__(TorchCommunicator)
+    left.rank, left.world_size, left._group = 0, 2, object()
+    with pytest.raises(CommunicationError, match=r"destroy_process_group[\s\S]*close the manager first"):
+        left.broadcast(b"")

@@ -159,11 +159,13 @@ class TorchCommunicator:
         try:
             return action()
         except (RuntimeError, ValueError) as error:
+            is_over = not torch.distributed.is_initialized()
+            fix = "look at the other ranks' messages first: one of them may have ended; then start the run again"
             raise CommunicationError(
                 f"ranks could not {what}",
                 rank=self.rank,
-                found=_words_of(error),
-                fix="look at the other ranks' messages first: one of them may have ended; then start the run again",
+                found="destroy_process_group() was called before" if is_over else _words_of(error),
+                fix="close the manager first: it waits for the save that is under way" if is_over else fix,
             ) from error.with_traceback(None)  # its frames hold the group: connections end when nobody holds it any more
 
 
