@@ -51,7 +51,8 @@ class CheckpointManager:
         async_save: save while training goes on. True or "copy": `save` returns when the state is copied. "deferred": when what a forward
             pass changes is copied; the next step of any optimizer waits for the rest. What else changes parameters in place (averaging
             weights, `load_state_dict`) must call `before_update` first. The same on every rank.
-        when_busy: what an asynchronous save does while the one before is under way: "wait" for its end, or "skip" this one.
+        when_busy: what an asynchronous save does while the one before is under way: "wait" for its end, or "skip" this one. The same on
+            every rank.
         remove_redundancy: whether of equal regions that several ranks hold only one is written, by one of them: evenly by bytes, model and
             optimizer together. A checkpoint is then as large as the state itself, however many replicas there are.
         check_replicas: whether what several ranks hold is compared before a save commits. Each rank hashes its part of it, which takes
