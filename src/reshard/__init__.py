@@ -2,6 +2,7 @@
 
 from reshard.checkpoint import Checkpoint
 from reshard.errors import ReshardError
+from reshard.export.job import ExportReport, export_checkpoint
 from reshard.format.common import CommonInfo
 from reshard.loading.choice import PassedOver
 from reshard.loading.report import RestoreReport
@@ -19,6 +20,7 @@ __all__ = [
     "CheckpointManager",
     "Committed",
     "CommonInfo",
+    "ExportReport",
     "Fault",
     "GracefulStop",
     "KeepAny",
@@ -34,6 +36,7 @@ __all__ = [
     "Strictness",
     "Verification",
     "__version__",
+    "export_checkpoint",
     "load",
     "save",
     "verify",

@@ -8,13 +8,15 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import EllipsisType, TracebackType
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from reshard.collector import collector_paused
 from reshard.comm import Communicator
 from reshard.comm.heartbeat import lost_ranks_named
 from reshard.comm.together import attempt
 from reshard.errors import UsageError
+from reshard.export.job import ExportHow, ExportOptions, ExportReport, run_export
+from reshard.export.live import export_model
 from reshard.format.common import CommonInfo
 from reshard.format.metrics import numbers_of
 from reshard.frameworks.adapter import Adapter
@@ -26,15 +28,19 @@ from reshard.loading.report import RestoreReport
 from reshard.loading.selection import select
 from reshard.loading.strictness import Strictness
 from reshard.saving.async_saver import AsyncSaver
-from reshard.saving.options import SaveOptions
+from reshard.saving.options import SaveOptions, mode_of
 from reshard.saving.policies import KeepPolicy
 from reshard.saving.progress import SaveStatus, read_status
 from reshard.saving.report import AsyncSave, SaveReport, WhenBusy
+from reshard.saving.root import is_same_directory
 from reshard.saving.saver import Saver
 from reshard.state import State
 from reshard.stateful import values_of
 from reshard.storage import Storage
 from reshard.storage.posix import PosixStorage
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # in typing from Python 3.11 on
 
 _logger = logging.getLogger("reshard")
 
@@ -88,7 +94,7 @@ class CheckpointManager:
         lock_timeout: float = 10.0,
         timeout: float | None = None,
     ) -> None:
-        mode = _mode_of(async_save, when_busy)
+        mode = mode_of(async_save, when_busy)
         # Before anything that would have to be given back.
         if isinstance(keep_checkpoint_max, EllipsisType):
             keep_checkpoint_max = 5 if keep is None else None
@@ -159,7 +165,6 @@ class CheckpointManager:
         self._check_open()
         if self._saver is None:
             raise UsageError("this manager is read-only", field="read_only", found=True, fix="make another one without read_only to save")
-
         started = time.perf_counter()
         if self._async is not None and not self._async.has_room():
             return SaveReport(step, self.directory, 0, time.perf_counter() - started, (), "skipped")
@@ -321,9 +326,30 @@ class CheckpointManager:
         if loaded is None:
             return None
         resolved, report = loaded
-        if self._saver is not None and resolved.iteration is not None and _is_same(resolved.root, self.directory):
+        if self._saver is not None and resolved.iteration is not None and is_same_directory(resolved.root, self.directory):
             self._saver.protect(resolved.iteration)
         return report
+
+    def export(
+        self, folder: str | os.PathLike[str], *, model: Any = None, path: str | os.PathLike[str] | None = None, **options: Unpack[ExportHow]
+    ) -> ExportReport:
+        """Write a model as a folder that transformers' `from_pretrained` opens, all ranks together.
+
+        Args:
+            folder: the folder to make, on a file system that all ranks share.
+            model: as in `save`: exported as it is now. While that happens the disk holds it twice.
+            path: without a model: a root or one iteration; by default this manager's root.
+            options: those of `export_checkpoint` from `dtype` to `progress`; of a model of transformers `config` need not be given.
+
+        Raises:
+            ReshardError: as `export_checkpoint` and `save`.
+        """
+        self._check_open()
+        self.wait()
+        target, how = os.path.abspath(os.fspath(folder)), ExportOptions(**options)
+        if model is not None:
+            return export_model(self._storage, self._comm, target, model, how)
+        return run_export(self._storage, self._comm, self.directory if path is None else os.path.abspath(os.fspath(path)), target, how)
 
     def wait(self) -> SaveReport | None:
         """Return when no save is under way, with what became of the last asynchronous one; None when there was none.
@@ -371,22 +397,3 @@ class CheckpointManager:
             self._saving_comm.close()
         if self._owns_communicator:
             self._comm.close()
-
-
-def _mode_of(async_save: bool | str, when_busy: str) -> AsyncSave | None:
-    if when_busy not in ("wait", "skip"):
-        raise UsageError(
-            "not a thing to do while a save is under way", field="when_busy", found=repr(when_busy), expected='"wait" or "skip"'
-        )
-    if async_save is True or async_save == "copy":
-        return "copy"
-    if async_save == "deferred":
-        return "deferred"
-    if async_save is False:
-        return None
-    raise UsageError("not a way to save", field="async_save", found=repr(async_save), expected='True, False, "copy" or "deferred"')
-
-
-def _is_same(root: str | None, other: str) -> bool:
-    """Whether two paths mean the same directory; one may lead through a symbolic link."""
-    return root is not None and os.path.realpath(root) == os.path.realpath(other)

@@ -166,16 +166,16 @@ def test_the_error_counts_the_others(tmp_path: Path) -> None:
     assert error.fix == "then look at model.hidden_size, which is wrong too"
 
 
-@pytest.mark.parametrize(
-    ("fields", "name"),
-    [
-        ({"pretrained_model_dir": "qwen3"}, "pretrained_model_dir"),
-    ],
-)
-def test_what_comes_later_is_never_ignored(tmp_path: Path, fields: dict[str, Any], name: str) -> None:
-    error = refused(tmp_path, **fields)
-    assert error.field == name
-    assert "later" in error.what
+def test_pretrained_weights_give_way_to_a_checkpoint_with_a_line(tmp_path: Path) -> None:
+    assert read(tmp_path, use_legacy_format=False, pretrained_model_dir="qwen3").notes == ()
+    configuration = read(tmp_path, use_legacy_format=False, pretrained_model_dir="qwen3", load_checkpoint="run")
+    assert configuration.notes == ("pretrained_model_dir is ignored: load_checkpoint is set (run)",)
+
+
+def test_pretrained_weights_are_no_run_to_resume(tmp_path: Path) -> None:
+    error = refused(tmp_path, pretrained_model_dir="qwen3", resume_training=True)
+    assert error.field == "resume_training"
+    assert "qwen3, has weights only" in error.what
 
 
 def test_absent_legacy_format_means_two_with_a_line(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from reshard.cli.export import export
 from reshard.cli.ls import ls
 from reshard.cli.output import EXIT_ERROR, is_output_lost, print_error, reporting
 from reshard.cli.plan import plan
@@ -40,6 +41,7 @@ def options(
     """Save a training run under any parallel strategy, resume it under any other."""
 
 
+app.command()(reporting(export))
 app.command()(reporting(ls))
 app.command()(reporting(show))
 app.command()(reporting(plan))

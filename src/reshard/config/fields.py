@@ -212,7 +212,11 @@ class RunConfig(Section):
     no_load_optim: bool = Field(
         default=False, description="whether a resumed run leaves the checkpoint's optimizer out and begins with fresh moments"
     )
-    pretrained_model_dir: str = Field(default="", description="a folder with Hugging Face weights")
+    pretrained_model_dir: str = Field(
+        default="",
+        description="a folder of Hugging Face weights that a run begins with, where it doesn't continue another; ignored, with a line that "
+        "says so, beside load_checkpoint",
+    )
     balanced_load: bool = Field(
         default=False, description="whether ranks share the reading of a checkpoint: each byte is read once in the whole job, and sent on"
     )

@@ -75,7 +75,7 @@ def validate(document: Document) -> Configuration:
         raise _config_error(error, document) from error
     notes: list[str] = []
     _check_versions(run, document, notes)
-    _check_later_features(run, document)
+    _check_sources(run, document, notes)
     check_model(run, document)
     _check_schedule(run, document)
     _check_callbacks(run, document)
@@ -216,21 +216,19 @@ def _check_versions(run: RunConfig, document: Document, notes: list[str]) -> Non
     ]
 
 
-def _check_later_features(run: RunConfig, document: Document) -> None:
-    """Options of the format that this version doesn't have: never ignored in silence."""
-    later: list[tuple[FieldPath, Any, str]] = [
-        (("pretrained_model_dir",), run.pretrained_model_dir, "nothing; load_checkpoint takes Checkpoint 2.0 checkpoints")
-    ]
-    for path, given, expected in later:
-        if given:
-            raise ConfigError(
-                f"{dotted(path)} is not in this version of reshard; it comes with a later one",
-                file=document.where(path),
-                field=dotted(path),
-                found=given,
-                expected=expected,
-                fix="take the line out",
-            )
+def _check_sources(run: RunConfig, document: Document, notes: list[str]) -> None:
+    """What a run begins with."""
+    if run.pretrained_model_dir and run.load_checkpoint:
+        notes.append(f"pretrained_model_dir is ignored: load_checkpoint is set ({run.load_checkpoint})")
+    if run.resume_training and not run.load_checkpoint:
+        only_weights = f"; pretrained_model_dir, {run.pretrained_model_dir}, has weights only" if run.pretrained_model_dir else ""
+        raise ConfigError(
+            f"resume_training needs a checkpoint to continue from{only_weights}",
+            file=document.where(("resume_training",)),
+            field="resume_training",
+            found="True without load_checkpoint",
+            fix="set load_checkpoint, or set resume: auto to continue from the newest checkpoint of the run's own root",
+        )
 
 
 def _check_schedule(run: RunConfig, document: Document) -> None:
@@ -263,14 +261,6 @@ def _check_callbacks(run: RunConfig, document: Document) -> None:
                 field=f"callbacks[{index}]",
                 fix="keep one of them",
             )
-    if run.resume_training and not run.load_checkpoint:
-        raise ConfigError(
-            "resume_training needs a checkpoint to continue from",
-            file=document.where(("resume_training",)),
-            field="resume_training",
-            found="True without load_checkpoint",
-            fix="set load_checkpoint, or set resume: auto to continue from the newest checkpoint of the run's own root",
-        )
     if run.resume == "auto" and run.monitor is None:
         raise ConfigError(
             "resume: auto looks for checkpoints in the root of the CheckpointMonitor, and there is none",

@@ -51,3 +51,22 @@ class SaveOptions:
             raise UsageError("not a policy of retention", field="keep", found=repr(self.keep), expected="such as reshard.KeepEvery(1000)")
         if not self.lock_timeout >= 0:
             raise UsageError("a waiting time is not negative", field="lock_timeout", found=self.lock_timeout, expected="seconds, 0 or more")
+
+
+def mode_of(async_save: bool | str, when_busy: str) -> AsyncSave | None:
+    """How much training waits for, of a manager's arguments.
+
+    Raises:
+        UsageError: arguments that can't be.
+    """
+    if when_busy not in ("wait", "skip"):
+        raise UsageError(
+            "not a thing to do while a save is under way", field="when_busy", found=repr(when_busy), expected='"wait" or "skip"'
+        )
+    if async_save is True or async_save == "copy":
+        return "copy"
+    if async_save == "deferred":
+        return "deferred"
+    if async_save is False:
+        return None
+    raise UsageError("not a way to save", field="async_save", found=repr(async_save), expected='True, False, "copy" or "deferred"')

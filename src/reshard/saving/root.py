@@ -186,3 +186,8 @@ def check_lock(lock: Lock | None, root: str) -> None:
             found="the root or its lock file was removed, or this is a forked child of the process that took the lock",
             fix="make the manager anew; leave the lock file where it is while a run writes",
         )
+
+
+def is_same_directory(root: str | None, other: str) -> bool:
+    """Whether two paths mean the same directory; one may lead through a symbolic link."""
+    return root is not None and os.path.realpath(root) == os.path.realpath(other)

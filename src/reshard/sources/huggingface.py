@@ -59,14 +59,19 @@ def holds_weights(names: Collection[str]) -> bool:
     return bool(data) and (CONFIG_FILE in names or any(_SHARD.fullmatch(name) for name in data))
 
 
-def read_model_config(storage: Storage, directory: str) -> Mapping[str, Any] | None:
+def read_model_config(storage: Storage, directory: str, name: str = CONFIG_FILE) -> Mapping[str, Any] | None:
     """The model's description (`config.json`) in a directory; None when it has none.
+
+    Args:
+        storage: where it lies.
+        directory: the folder.
+        name: of the file.
 
     Raises:
         MetadataError: it isn't a JSON object.
         StorageError: the storage refuses.
     """
-    path = join(directory, CONFIG_FILE)
+    path = join(directory, name)
     if storage.stat(path) is None:
         return None
     data = read_small(storage, path, _MOST_CONFIG_BYTES, error=MetadataError)

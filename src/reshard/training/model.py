@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import torch
@@ -96,6 +97,13 @@ def model_config(settings: ModelSettings) -> Qwen3Config | Qwen3MoeConfig:
     # Its dropout is drawn from torch's own generators, which checkpoints save.
     config._attn_implementation = "sdpa"
     return config
+
+
+def saved_config(settings: ModelSettings) -> dict[str, Any]:
+    """The same as what a `config.json` says, for the whole model under transformers' own class."""
+    config = model_config(settings)
+    config.architectures = [(Qwen3MoeForCausalLM if isinstance(config, Qwen3MoeConfig) else Qwen3ForCausalLM).__name__]
+    return json.loads(config.to_json_string())
 
 
 def build_stage(settings: ModelSettings, stage: int = 0, stages: int = 1) -> ModelStage:

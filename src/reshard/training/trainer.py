@@ -25,9 +25,11 @@ from reshard.training.callbacks import Callback, CheckpointCallback, MetricsCall
 from reshard.training.corpus import open_corpus
 from reshard.training.mesh import Place
 from reshard.training.metrics import METRICS_FILE, MetricsFile, StepMetrics
+from reshard.training.model import saved_config
 from reshard.training.optimization import build_optimizer, build_scheduler, go_to_step
 from reshard.training.outcome import STOPPED_FILE, Outcome, read_outcome, write_outcome
 from reshard.training.parallelize import build_model
+from reshard.training.pretrained import load_pretrained
 from reshard.training.progress import Progress
 from reshard.training.samples import SampleStream
 from reshard.training.seeds import derived_seed, seed_generators
@@ -171,6 +173,10 @@ class Trainer:
                 return self._continue(report, "resume: auto: continuing from", progress)
             progress.note(f"resume: auto: no checkpoint in {manager.directory}, a fresh start")
         if not run.load_checkpoint:
+            if run.pretrained_model_dir:
+                report, notes = load_pretrained(run.pretrained_model_dir, self.model, run.model, balanced=run.balanced_load)
+                for note in (f"pretrained_model_dir: weights of {report}", *notes):
+                    progress.note(note)
             return None
         reader = manager if manager is not None else CheckpointManager(run.load_checkpoint, read_only=True)
         try:
@@ -233,7 +239,8 @@ class Trainer:
         return CheckpointCallback(
             manager,
             monitor.save_checkpoint_steps,
-            self.parts(),
+            # By the configuration an export needs none other.
+            {**self.parts(), "extra": {"config": saved_config(self._run.model)}},
             windows=self.stream.windows,
             global_batch_size=self._batch.total,
             progress=progress,

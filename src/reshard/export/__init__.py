@@ -1,0 +1,1 @@
+"""A checkpoint becomes files that other programs open."""
