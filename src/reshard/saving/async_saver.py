@@ -109,8 +109,9 @@ class AsyncSaver:
 
     def before_update(self) -> None:
         """Return when what is being saved may be changed."""
-        if self._snapshot is not None:
-            self._snapshot.wait()
+        snapshot = self._snapshot  # any thread may step an optimizer while another one waits for the save
+        if snapshot is not None:
+            snapshot.wait()
 
     def wait(self) -> SaveReport | None:
         """Return when nothing is under way, with what became of the last save; None when there was none.
