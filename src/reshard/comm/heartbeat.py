@@ -60,8 +60,10 @@ class _Heartbeat:
         self._rank, self._world_size = comm.rank, comm.world_size
         self._ends = threading.Event()
         self._until: float | None = None
-        self._thread = threading.Thread(target=self._beat, name="reshard-heartbeat", daemon=True)
-        self._thread.start()
+        # Where the system gives no thread (at the end of the process it may not), the others might take this rank for gone if one is
+        # lost: no reason to let them wait for it here.
+        with suppress(RuntimeError):
+            threading.Thread(target=self._beat, name="reshard-heartbeat", daemon=True).start()
 
     def stop(self, afterwards: float) -> None:
         """Give no more signs after so many seconds."""
