@@ -1,0 +1,1 @@
+"""What other libraries' training loops call: each module imports its library."""
