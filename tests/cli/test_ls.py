@@ -17,7 +17,7 @@ from rich.console import Console
 import reshard
 from reshard.cli.listing import DAMAGED, TORN, list_root
 from reshard.cli.ls import ls
-from reshard.errors import CheckpointNotFoundError, StorageError
+from reshard.errors import CheckpointNotFoundError, DamagedCheckpointError, StorageError
 from reshard.storage import Entry, PosixStorage
 from tests import saving_runs as runs
 from tests.golden import GOLDEN
@@ -113,6 +113,18 @@ def test_an_iteration_without_metadata_is_torn(root: Path) -> None:
     assert (line.iteration, line.state) == (12, TORN)
     assert line.problem is not None
     assert "metadata.json" in line.problem
+
+
+def test_an_iteration_that_lost_its_metadata_is_damaged_and_still_the_one_that_a_run_would_load(tmp_path: Path) -> None:
+    runs.save(PosixStorage(), [(1, 1), (2, 2)], root=str(tmp_path), world_size=2)
+    (tmp_path / "iteration_00000002" / "metadata.json").unlink()
+    listing = list_root(PosixStorage(), str(tmp_path))
+    line = listing.iterations[-1]
+    assert (line.iteration, line.state, line.tracked) == (2, DAMAGED, True)
+    assert line.problem == "a file of the checkpoint is missing (metadata.json)"
+    assert listing.tracker_problem is None
+    with pytest.raises(DamagedCheckpointError, match=r"metadata\.json"):
+        reshard.Checkpoint(tmp_path)
 
 
 def test_damage_of_one_iteration_does_not_hide_the_others(root: Path) -> None:

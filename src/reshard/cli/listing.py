@@ -12,6 +12,7 @@ from reshard.cli.layouts import tensor_ranks
 from reshard.errors import CheckpointNotFoundError, DamagedCheckpointError, ReshardError, StorageError, TrackerError
 from reshard.format.common import CommonInfo, is_unhealthy
 from reshard.format.names import COMMON_FILE, METADATA_FILE, REPLACED_PREFIX, TRACKER_FILE, parse_iteration_name
+from reshard.format.seal import SEAL_FILE
 from reshard.format.tracker import read_tracker
 from reshard.saving.root import DELETING_PREFIX
 from reshard.sources.resolve import list_iterations
@@ -189,6 +190,10 @@ def _torn_line(storage: Storage, directory: str, step: int, tracker: int | None)
         is_tracked = step == tracker and parse_iteration_name(name) is not None
         return IterationLine(step, name, DAMAGED, f"{_one_line(error)}: {error.found}", is_tracked, None, 0, 0, None, entry.modified)
     if parse_iteration_name(name) is not None:
+        if SEAL_FILE in sizes:
+            # It was whole once, and whoever loads it is told so.
+            problem = f"a file of the checkpoint is missing ({METADATA_FILE})"
+            return IterationLine(step, name, DAMAGED, problem, step == tracker, None, sum(sizes.values()), len(sizes), None, written)
         problem = f"it has neither {METADATA_FILE} nor the files of a single card"
     elif name.startswith(DELETING_PREFIX):
         problem = "its removal didn't finish, or still goes on"
