@@ -1,5 +1,6 @@
 """reshard: save a training run under any parallel strategy, resume it under any other."""
 
+from reshard import families
 from reshard.checkpoint import Checkpoint
 from reshard.errors import ReshardError
 from reshard.export.job import ExportReport, export_checkpoint
@@ -37,6 +38,7 @@ __all__ = [
     "Verification",
     "__version__",
     "export_checkpoint",
+    "families",
     "load",
     "save",
     "verify",

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from reshard.geometry import DType, Layout, Region
 from reshard.geometry.boxes import Boxes
+from reshard.geometry.region import strides_of
 from reshard.state import TensorKey
 
 
@@ -29,18 +30,57 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
-class Chunk:
+class Window:
+    """Elements of a tensor in a file that are not all of it, or lie there in another shape.
+
+    Attributes:
+        shape: of the tensor in the file.
+        offset: of the first of them, in elements of that tensor in C order.
+        strides: from one element to the next along each dimension, in elements; descending, as the file is read.
+    """
+
+    shape: tuple[int, ...]
+    offset: int
+    strides: tuple[int, ...]
+
+
+class _Lying:
+    """Where a box of a tensor lies in a tensor in a file."""
+
+    __slots__ = ()
+
+    region: Region
+    window: Window | None
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape of the tensor in the file."""
+        return self.region.shape if self.window is None else self.window.shape
+
+    def strides(self, itemsize: int) -> tuple[int, ...]:
+        """From one element to the next along each dimension of the box, in bytes of the file."""
+        return strides_of(self.region.shape, itemsize) if self.window is None else tuple(n * itemsize for n in self.window.strides)
+
+    def begin(self, itemsize: int) -> int:
+        """Where its first element is, in bytes from the first byte of the tensor in the file."""
+        return 0 if self.window is None else self.window.offset * itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk(_Lying):
     """A region together with the places that store it.
 
     Attributes:
         region: what it holds of the tensor.
         places: where it is stored: one place, or several where replicas were all written.
         holders: the global ranks that held it when it was saved, sorted (the contract's `rank_group`); empty when that isn't known.
+        window: as in `Piece`.
     """
 
     region: Region
     places: tuple[Place, ...]
     holders: tuple[int, ...] = ()
+    window: Window | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,18 +99,20 @@ class Site:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(_Lying):
     """A chunk without the tensor's name.
 
     Attributes:
         region: what it holds of the tensor.
         sites: where it is stored.
         holders: as in `Chunk`.
+        window: where its elements lie in the tensor in the file; None where they are that tensor, in C order.
     """
 
     region: Region
     sites: tuple[Site, ...]
     holders: tuple[int, ...] = ()
+    window: Window | None = None
 
 
 class Pieces(Sequence[Piece]):
@@ -117,6 +159,11 @@ class Arrangement:
             return self.pieces.boxes
         return Boxes.of([piece.region for piece in self.pieces], len(self.global_shape))
 
+    @cached_property
+    def has_windows(self) -> bool:
+        """Whether any piece is a part of a tensor in a file; pieces that are made on demand are none."""
+        return not isinstance(self.pieces, Pieces) and any(piece.window is not None for piece in self.pieces)
+
     def touching(self, region: Region) -> Sequence[int]:
         """The indices of the pieces that share an element with a region of the tensor; no other piece is made or looked at one by one."""
         if len(self.pieces) <= _FEW and not isinstance(self.pieces, Pieces):
@@ -156,7 +203,12 @@ class StoredTensor(NamedTuple):
     def chunks(self) -> tuple[Chunk, ...]:
         """Disjoint regions that cover the tensor together, made anew at each call."""
         return tuple(
-            Chunk(piece.region, tuple(Place(site.file, self.name + site.suffix, site.rank) for site in piece.sites), piece.holders)
+            Chunk(
+                piece.region,
+                tuple(Place(site.file, self.name + site.suffix, site.rank) for site in piece.sites),
+                piece.holders,
+                piece.window,
+            )
             for piece in self.arrangement.pieces
         )
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from itertools import product
 from math import prod
@@ -14,6 +15,7 @@ import numpy as np
 
 from reshard.catalog import Catalog, Chunk, StoredTensor
 from reshard.errors import UsageError
+from reshard.families import select_mapper
 from reshard.format.common import CommonInfo, read_common
 from reshard.format.extra import groups_of, values_in
 from reshard.format.metrics import read_metrics
@@ -21,14 +23,19 @@ from reshard.format.names import COMMON_FILE, EXTRA_DIRECTORY, GLOBAL_EXTRA_FILE
 from reshard.format.safetensors import BlockCheck, TensorEntry
 from reshard.format.seal import Seal
 from reshard.geometry import DType, Layout, Region
-from reshard.planning.byte_runs import plan_blocks, strides_of
+from reshard.planning.byte_runs import cut_box
+from reshard.planning.mapping.lattice import clip
+from reshard.planning.mapping.linking import Linked, link
+from reshard.planning.mapping.mappers import ATOMS, sizes_in
+from reshard.planning.mapping.memory import view_of
+from reshard.planning.mapping.wanted import Told, face_of, run_groups, tell
 from reshard.sources.huggingface import read_model_config
 from reshard.sources.native import check_promises, read_own_extra
 from reshard.sources.opening import headers_of, open_source
 from reshard.sources.relay import held_in_memory
 from reshard.sources.resolve import resolve
 from reshard.sources.stored import Headers
-from reshard.state import ParameterGroup, TensorKey
+from reshard.state import Kind, ParameterGroup, TensorKey, model_key
 from reshard.storage import Storage
 from reshard.storage.posix import PosixStorage
 from reshard.storage.storage import join
@@ -46,11 +53,13 @@ class Checkpoint:
     Args:
         path: a checkpoint root (its tracker is obeyed), the directory of one checkpoint, or a folder of Hugging Face weights.
         storage: where it lies; the file system by default.
+        mapping: to see it under other names: a family of models (its name, or a `Family`), or a `RuleMapping`, whose run's names they are.
+        naming: of a family, which of its namings; those of Hugging Face files by default.
 
     Attributes:
         directory: where its files lie.
         iteration: its number; None when the directory's name has none.
-        catalog: what it holds, as data.
+        catalog: what it holds, as data; under other names without chunks.
         seal: which files it consists of, and their digests; None when it has none.
         common: the progress of the run (`common.json`); None when there is no such file.
         notes: what the reader should know about how it was found and what it lacks.
@@ -62,7 +71,7 @@ class Checkpoint:
         StorageError: the storage refuses to read.
     """
 
-    def __init__(self, path: str | os.PathLike[str], storage: Storage | None = None) -> None:
+    def __init__(self, path: str | os.PathLike[str], storage: Storage | None = None, *, mapping: Any = None, naming: str = ATOMS) -> None:
         self._storage: Storage = PosixStorage() if storage is None else storage
         found = resolve(self._storage, os.path.abspath(os.fspath(path)))
         self.directory: str = found.directory
@@ -76,6 +85,16 @@ class Checkpoint:
         self.common: CommonInfo | None = read_common(self._small, join(found.directory, COMMON_FILE))
         self.notes: tuple[str, ...] = (*found.notes, *self.catalog.notes)
         self.headers: Headers = headers_of(self._storage, stored.catalog, stored.seal, stored.items)
+        self._stored: Catalog = stored.catalog
+        self._told: Told | None = None
+        mapper = select_mapper(mapping)
+        if mapper is not None:
+            names = [key.parameter for key in stored.catalog.tensors if key.kind is Kind.MODEL]
+            sides = mapper.named(names, naming, sizes_in(self.config))
+            self._told = tell(stored.catalog, link(stored.catalog, sides))
+            repeated = self._told.links.repeated
+            named = self._told.as_run(stored.catalog)
+            self.catalog = replace(named, tensors={key: tensor for key, tensor in named.tensors.items() if _parameter(key) not in repeated})
         self._tensors = {tensor_name(key): tensor for key, tensor in self.catalog.tensors.items()}
 
     @property
@@ -102,7 +121,8 @@ class Checkpoint:
     @property
     def groups(self) -> tuple[ParameterGroup, ...]:
         """The optimizers' hyper-parameters; empty when there are none."""
-        return groups_of(self._extra, self._extra_file)
+        groups = groups_of(self._extra, self._extra_file)
+        return groups if self._told is None else run_groups(groups, self._told)
 
     @property
     def _extra_file(self) -> str:
@@ -125,9 +145,16 @@ class Checkpoint:
             DataFileError: a file is missing or damaged, or doesn't hold what was promised.
         """
         if names is None:
-            return check_promises(self.catalog, self.headers)
-        chosen = {place.file for name in names for chunk in self._tensors[name].chunks for place in chunk.places}
-        return check_promises(self.catalog, self.headers, chosen)
+            return check_promises(self._stored, self.headers)
+        chosen = {place.file for name in names for tensor in self._parts(name) for chunk in tensor.chunks for place in chunk.places}
+        return check_promises(self._stored, self.headers, chosen)
+
+    def _parts(self, name: str) -> list[StoredTensor]:
+        """What a tensor consists of in files: itself, or its strands."""
+        tensor = self._tensors[name]
+        if self._told is None:
+            return [tensor]
+        return [self._told.catalog.tensors[strand.key] for strand in self._told.links.tensors[tensor.key].strands]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -148,10 +175,20 @@ class Checkpoint:
                 tensor=name,
                 expected=f"one of {len(self)} names" + (f", such as {', '.join(near)}" if near else ""),
             )
-        return TensorView(name, tensor, self._storage, self.catalog.directory, self.headers)
+        if self._told is None:
+            return TensorView(name, tensor, self._storage, self._stored.directory, self.headers)
+        linked = self._told.links.tensors[tensor.key]
+        if linked.only is not None:
+            return TensorView(name, self._told.catalog.tensors[linked.only.key], self._storage, self._stored.directory, self.headers)
+        parts = [TensorView(part.name, part, self._storage, self._stored.directory, self.headers) for part in self._parts(name)]
+        return MappedView(name, tensor, self._storage, self._stored.directory, self.headers, linked, parts)
 
     def __repr__(self) -> str:
         return f"Checkpoint({self.directory!r}, {len(self)} tensors)"
+
+
+def _parameter(key: TensorKey) -> TensorKey:
+    return model_key(key.parameter)
 
 
 class TensorView:
@@ -199,29 +236,37 @@ class TensorView:
         if not region.fits(self.shape):
             raise UsageError("a region outside the tensor", tensor=self.name, found=region, expected=f"inside {list(self.shape)}")
         # Before memory is taken: a shape that metadata made up has no file that holds it.
-        stored = self._stored(region)
+        self.locate(region)
         out = np.empty(region.shape, self.dtype.numpy)
-        for chunk, common, entry in stored:
-            self._fill(out[common.relative_to(region).slices] if out.ndim else out, chunk, common.relative_to(chunk.region), entry)
+        self.read_into(out, region)
         return out
 
-    def _stored(self, region: Region) -> list[tuple[Chunk, Region, TensorEntry]]:
+    def read_into(self, out: np.ndarray, region: Region) -> None:
+        """Read a region of the tensor into an array of its shape and type, of any strides.
+
+        Raises:
+            DataFileError: as `read`.
+        """
+        for chunk, common, entry in self.locate(region):
+            self._fill(out[common.relative_to(region).slices] if out.ndim else out, chunk, common.relative_to(chunk.region), entry)
+
+    def locate(self, region: Region) -> list[tuple[Chunk, Region, TensorEntry]]:
         """The chunks that a region shares elements with, which these are, and where each chunk lies in its file."""
         parts = [(chunk, common) for chunk in self.chunks if (common := region.intersect(chunk.region)) is not None]
-        return [(chunk, common, self._headers.entry(chunk.places[0], self.dtype, chunk.region.shape)) for chunk, common in parts]
+        return [(chunk, common, self._headers.entry(chunk.places[0], self.dtype, chunk.stored_shape)) for chunk, common in parts]
 
     def _fill(self, out: np.ndarray, chunk: Chunk, box: Region, entry: TensorEntry) -> None:
         itemsize = self.dtype.itemsize
-        strides = strides_of(chunk.region.shape, itemsize)
+        strides, begin = chunk.strides(itemsize), chunk.begin(itemsize)
         path = join(self._directory, chunk.places[0].file)
         check = BlockCheck(entry, path)
         with self._storage.open_read(path) as file:
-            for block in plan_blocks(chunk.region.shape, box, itemsize, block_bytes=_BLOCK_BYTES, gap_bytes=0):
+            for block in cut_box(box, strides, itemsize, block_bytes=_BLOCK_BYTES, gap_bytes=0):
                 target = out[block.region.relative_to(box).slices] if out.ndim else out
                 is_direct = target.flags.c_contiguous
                 run = memoryview(target.reshape(-1).view(np.uint8) if is_direct else np.empty(block.nbytes, np.uint8))
-                file.read_into(entry.begin + block.offset, run)
-                check.update(block.offset, run)
+                file.read_into(entry.begin + begin + block.offset, run)
+                check.update(begin + block.offset, run)
                 check.raise_if_wrong()
                 if not is_direct:
                     # Not by `as_strided`, which knows no float8.
@@ -245,7 +290,7 @@ class TensorView:
         return out.reshape(tuple(size for size, keep in zip(shape, kept, strict=True) if keep))
 
     def _read_steps(self, ranges: list[range], shape: tuple[int, ...]) -> np.ndarray:
-        self._stored(Region(tuple(r.start for r in ranges), tuple(r[-1] + 1 - r.start for r in ranges)))
+        self.locate(Region(tuple(r.start for r in ranges), tuple(r[-1] + 1 - r.start for r in ranges)))
         out = np.empty(shape, self.dtype.numpy)
         for spans in product(*(self._spans(dimension, wanted) for dimension, wanted in enumerate(ranges))):
             region = Region(tuple(span.start for _, span, _ in spans), tuple(len(span) for _, span, _ in spans))
@@ -293,3 +338,46 @@ class TensorView:
 
     def __repr__(self) -> str:
         return f"TensorView({self.name!r}, {self.dtype}, {list(self.shape)}, {len(self.chunks)} chunks)"
+
+
+class MappedView(TensorView):
+    """A tensor under other names than the checkpoint's: what it is made of is read, exactly, when it is sliced. It has no chunks of its
+    own.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        tensor: StoredTensor,
+        storage: Storage,
+        directory: str,
+        headers: Headers,
+        linked: Linked,
+        parts: Sequence[TensorView],
+    ) -> None:
+        super().__init__(name, tensor, storage, directory, headers)
+        self._linked = linked
+        self._parts = parts
+
+    def read(self, region: Region | None = None) -> np.ndarray:
+        region = Region.whole(self.shape) if region is None else region
+        if not region.fits(self.shape):
+            raise UsageError("a region outside the tensor", tensor=self.name, found=region, expected=f"inside {list(self.shape)}")
+        wanted = [
+            (part, box, face_of(strand.lattice.left, box, region))
+            for strand, part in zip(self._linked.strands, self._parts, strict=True)
+            for box in clip(strand.lattice.extents, strand.lattice.left, region)
+        ]
+        for part, box, _ in wanted:
+            part.locate(box)
+        out = np.empty(region.shape, self.dtype.numpy)
+        for value, lattice in self._linked.fills:
+            for box in clip(lattice.extents, lattice.left, region):
+                view_of(out, box.shape, face_of(lattice.left, box, region))[...] = np.full((), value, self.dtype.numpy)
+        for part, box, face in wanted:
+            part.read_into(view_of(out, box.shape, face), box)
+        return out
+
+    def locate(self, region: Region) -> list[tuple[Chunk, Region, TensorEntry]]:
+        """Nothing: it has no chunks of its own."""
+        return []  # what it is made of is located when it is read

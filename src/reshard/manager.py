@@ -17,6 +17,7 @@ from reshard.comm.together import attempt
 from reshard.errors import UsageError
 from reshard.export.job import ExportHow, ExportOptions, ExportReport, run_export
 from reshard.export.live import export_model
+from reshard.families import change_of, select_mapper
 from reshard.format.common import CommonInfo
 from reshard.format.metrics import numbers_of
 from reshard.frameworks.adapter import Adapter
@@ -35,7 +36,7 @@ from reshard.saving.report import AsyncSave, SaveReport, WhenBusy
 from reshard.saving.root import is_same_directory
 from reshard.saving.saver import Saver
 from reshard.state import State
-from reshard.stateful import values_of
+from reshard.stateful import values_of_parts
 from reshard.storage import Storage
 from reshard.storage.posix import PosixStorage
 
@@ -96,11 +97,10 @@ class CheckpointManager:
     ) -> None:
         mode = mode_of(async_save, when_busy)
         # Before anything that would have to be given back.
-        if isinstance(keep_checkpoint_max, EllipsisType):
-            keep_checkpoint_max = 5 if keep is None else None
+        most = keep_checkpoint_max if not isinstance(keep_checkpoint_max, EllipsisType) else 5 if keep is None else None
         options = SaveOptions(
             prefix=prefix,
-            keep_checkpoint_max=keep_checkpoint_max,
+            keep_checkpoint_max=most,
             keep=keep,
             save_optimizer=save_optimizer,
             remove_redundancy=remove_redundancy,
@@ -141,6 +141,7 @@ class CheckpointManager:
         extra: Any = None,
         common: CommonInfo | None = None,
         metrics: Mapping[str, Any] | None = None,
+        mapping: Any = None,
     ) -> SaveReport:
         """Save the run as an iteration. When it returns, the checkpoint is committed and durable; when it raises, nothing was.
 
@@ -157,6 +158,7 @@ class CheckpointManager:
             common: the training information of the iteration; by default only the step counts.
             metrics: numbers by name, such as `{"loss": 1.2}`, for `KeepBest` and `reshard ls`; rank 0's are stored. Where `common` says
                 nothing of the checkpoint's health, a `loss` does: one that is not finite makes it unhealthy.
+            mapping: as in `load`; the checkpoint gets the names of its other side (of a family those of `saves_as`).
 
         Raises:
             SaveError: on every rank the same, naming each failed rank and its cause.
@@ -168,6 +170,7 @@ class CheckpointManager:
         started = time.perf_counter()
         if self._async is not None and not self._async.has_room():
             return SaveReport(step, self.directory, 0, time.perf_counter() - started, (), "skipped")
+        change = change_of(mapping, model)
         adapter: Adapter | None = None
         numbers: dict[str, float] | None = None
 
@@ -178,20 +181,15 @@ class CheckpointManager:
             adapter = select_adapter(model, optimizer)
             # A step count that the caller doesn't state is the optimizer's own, not the number of the iteration.
             captured = adapter.capture(model, optimizer, global_step=None if common is None else common.global_step)
-            values = {
-                name: adapter.to_value(values_of(part))
-                for name, part in (("scheduler", scheduler), ("dataloader", dataloader), ("extra", extra))
-                if part is not None
-            }
+            values = values_of_parts({"scheduler": scheduler, "dataloader": dataloader, "extra": extra}, adapter.to_value)
             return replace(captured, values=values, rank_values={"random": adapter.to_value(adapter.random_states())})
 
         stated = common if common is not None else CommonInfo(step_num=step, global_step=step)
         with collector_paused():
             captured, error = attempt(capture)
-            state = captured if captured is not None else State()
             if self._async is None:
-                return self._saver.save(step, state, stated, error, numbers)
-            return self._async.save(step, adapter, state, stated, error, numbers, started)
+                return self._saver.save(step, captured or State(), stated, error, numbers, change)
+            return self._async.save(step, adapter, captured or State(), stated, error, numbers, started, change)
 
     def before_update(self) -> None:
         """Call it before changing parameters or optimizer state otherwise than by an optimizer's step, with `async_save="deferred"`.
@@ -230,6 +228,7 @@ class CheckpointManager:
         balanced: bool = False,
         memory_budget: int = MEMORY_BUDGET,
         verify: bool = True,
+        mapping: Any = None,
     ) -> RestoreReport: ...
 
     @overload
@@ -253,6 +252,7 @@ class CheckpointManager:
         balanced: bool = False,
         memory_budget: int = MEMORY_BUDGET,
         verify: bool = True,
+        mapping: Any = None,
     ) -> RestoreReport | None: ...
 
     def load(
@@ -275,6 +275,7 @@ class CheckpointManager:
         balanced: bool = False,
         memory_budget: int = MEMORY_BUDGET,
         verify: bool = True,
+        mapping: Any = None,
     ) -> RestoreReport | None:
         """Load a checkpoint into the run, resharded to its strategy.
 
@@ -305,6 +306,8 @@ class CheckpointManager:
             memory_budget: bytes that the load may take beyond the run's own state, on each rank. The same on every rank.
             verify: hold what is read against the checkpoint's digests, which are of blocks of rows: every block that the load reads whole.
                 The report says how much that was. The same on every rank.
+            mapping: how the run's names lie in the checkpoint's: a family's name (`"qwen3"`), a `Family`, or a `RuleMapping`. Fused, split,
+                stacked and renamed parameters are filled like any other, and their slots with them. The same on every rank.
 
         Returns:
             The report, or None when there was none to load and that is fine.
@@ -318,11 +321,10 @@ class CheckpointManager:
         self._check_open()
         self.wait()
         run = Run(model, optimizer, {"scheduler": scheduler, "dataloader": dataloader, "extra": extra}, restore_random, reseed)
-        rules = Rules(missing_ok, on_corrupt, skip_unhealthy)
-        how = How(strict, select(only, exclude), balanced, memory_budget, verify)
+        how = How(strict, select(only, exclude), balanced, memory_budget, verify, select_mapper(mapping))
         root = self.directory if path is None else os.path.abspath(os.fspath(path))
         with collector_paused(), lost_ranks_named(self._comm):
-            loaded = load_run(self._storage, self._comm, root, run, rules, how)
+            loaded = load_run(self._storage, self._comm, root, run, Rules(missing_ok, on_corrupt, skip_unhealthy), how)
         if loaded is None:
             return None
         resolved, report = loaded
@@ -382,8 +384,7 @@ class CheckpointManager:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is None:
-            self.close()
-            return
+            return self.close()
         _, failed = attempt(self.close)
         if failed is not None:  # what ended the run matters more
             _logger.error("the last save failed, too: %s", failed)

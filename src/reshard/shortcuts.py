@@ -28,6 +28,7 @@ def save(
     extra: Any = None,
     common: CommonInfo | None = None,
     metrics: Mapping[str, Any] | None = None,
+    mapping: Any = None,
     prefix: str | None = "CKP",
     remove_redundancy: bool = False,
     check_replicas: bool = False,
@@ -39,7 +40,7 @@ def save(
 
     Args:
         directory: the checkpoint root.
-        step: as in `CheckpointManager.save`, and so are `model` to `metrics`.
+        step: as in `CheckpointManager.save`, and so are `model` to `mapping`.
         model: see there.
         optimizer: see there.
         scheduler: see there.
@@ -47,6 +48,7 @@ def save(
         extra: see there.
         common: see there.
         metrics: see there.
+        mapping: see there.
         prefix: as in `CheckpointManager`, and so are the others.
         remove_redundancy: see there.
         check_replicas: see there.
@@ -76,6 +78,7 @@ def save(
             extra=extra,
             common=common,
             metrics=metrics,
+            mapping=mapping,
         )
 
 
@@ -99,6 +102,7 @@ def load(
     balanced: bool = False,
     memory_budget: int = MEMORY_BUDGET,
     verify: bool = True,
+    mapping: Any = None,
     communicator: Communicator | None = None,
     storage: Storage | None = None,
 ) -> RestoreReport: ...
@@ -124,6 +128,7 @@ def load(
     balanced: bool = False,
     memory_budget: int = MEMORY_BUDGET,
     verify: bool = True,
+    mapping: Any = None,
     communicator: Communicator | None = None,
     storage: Storage | None = None,
 ) -> RestoreReport | None: ...
@@ -148,13 +153,14 @@ def load(
     balanced: bool = False,
     memory_budget: int = MEMORY_BUDGET,
     verify: bool = True,
+    mapping: Any = None,
     communicator: Communicator | None = None,
     storage: Storage | None = None,
 ) -> RestoreReport | None:
     """Load one checkpoint: a root, an iteration, or a folder of Hugging Face weights. Collective. Nothing there is changed or locked.
 
     Args:
-        path: as in `CheckpointManager.load`, and so are `model` to `verify`.
+        path: as in `CheckpointManager.load`, and so are `model` to `mapping`.
         model: see there.
         optimizer: see there.
         scheduler: see there.
@@ -171,6 +177,7 @@ def load(
         balanced: see there.
         memory_budget: see there.
         verify: see there.
+        mapping: see there.
         communicator: as in `CheckpointManager`.
         storage: likewise.
 
@@ -195,4 +202,5 @@ def load(
             balanced=balanced,
             memory_budget=memory_budget,
             verify=verify,
+            mapping=mapping,
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from reshard.errors import MismatchError, UsageError
@@ -19,6 +19,16 @@ def values_of(part: Any) -> Any:
     if type(part) is tuple:
         return tuple(values_of(value) for value in part)
     return part
+
+
+def values_of_parts(parts: Mapping[str, Any], to_value: Callable[[Any], Any]) -> dict[str, Any]:
+    """The values of several parts of a run by their names, without those that are None.
+
+    Args:
+        parts: as `values_of` takes them.
+        to_value: makes values of a framework's objects.
+    """
+    return {name: to_value(values_of(part)) for name, part in parts.items() if part is not None}
 
 
 def restore_values(part: Any, value: Any, name: str) -> None:

@@ -88,3 +88,12 @@ class Region:
     def relative_to(self, outer: Region) -> Region:
         """The same box in the coordinates of `outer`, which contains it."""
         return Region(tuple(a - b for a, b in zip(self.offset, outer.offset, strict=True)), self.shape)
+
+
+def strides_of(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    """The strides in bytes of a C-ordered array."""
+    strides, step = [], itemsize
+    for extent in reversed(shape):
+        strides.append(step)
+        step *= extent
+    return tuple(reversed(strides))

@@ -89,7 +89,7 @@ def prepare_exchange(
 
 def _entries(share: Share, headers: Headers) -> tuple[TensorEntry, ...]:
     held = headers.get(share.site.file).entries
-    dtype, shape = share.arrangement.dtype, share.piece.region.shape
+    dtype, shape = share.arrangement.dtype, share.piece.stored_shape
     entries = []
     for tensor in share.tensors:
         name = tensor.name + share.site.suffix

@@ -19,10 +19,13 @@ from reshard.errors import DAMAGE, CommunicationError, MismatchError, ReshardErr
 from reshard.format.names import tensor_name
 from reshard.loading.choice import Choice, PassedOver, Rules, choose, words_of_refuge
 from reshard.loading.loader import PlannedLoad, load_tensors, plan_load
+from reshard.loading.mapped import agree
 from reshard.loading.opened import Opened, check_same_options, open_checkpoint, report_of, restore_parts
 from reshard.loading.report import RestoreReport
 from reshard.loading.selection import Selection
 from reshard.loading.strictness import Strictness
+from reshard.planning.agreement import digest
+from reshard.planning.mapping.mappers import Mapper
 from reshard.sources.resolve import Resolved
 from reshard.state import Kind, TensorKey
 from reshard.storage import Storage
@@ -64,6 +67,7 @@ class How:
         balanced: whether ranks read for each other.
         memory_budget: bytes beyond the run's own state, on each rank.
         verify: whether what is read is held against digests.
+        mapping: between the run's names and the checkpoint's; None when they are the same.
     """
 
     strictness: Strictness | None
@@ -71,6 +75,7 @@ class How:
     balanced: bool
     memory_budget: int
     verify: bool
+    mapping: Mapper | None = None
 
 
 def load_run(storage: Storage, comm: Communicator, path: str, run: Run, rules: Rules, how: How) -> tuple[Resolved, RestoreReport] | None:
@@ -165,11 +170,16 @@ def _fill(
     """Collective: fill the run from one checkpoint. What may have been overwritten is added to `written`."""
     model, optimizer = run.model, run.optimizer
     strictness = how.strictness if how.strictness is not None else Strictness.default(is_weights=choice.relayed.is_weights)
+    through = None
+    if how.mapping is not None:
+        through = agree(how.mapping, model, comm, storage, choice.resolved.directory, what=_UNTOUCHED)
     kinds = frozenset(kind for kind, given in ((Kind.MODEL, model), (Kind.OPTIMIZER, optimizer)) if given is not None)
 
     def prepare() -> tuple[Opened, PlannedLoad]:
         directory, relayed = choice.resolved.directory, choice.relayed
-        opened = open_checkpoint(storage, comm, directory, relayed, model, optimizer, how.selection, restore_random=run.restore_random)
+        opened = open_checkpoint(
+            storage, comm, directory, relayed, model, optimizer, how.selection, restore_random=run.restore_random, through=through
+        )
         planned = plan_load(
             opened.destination.state,
             opened.description,
@@ -184,6 +194,7 @@ def _fill(
             balanced=how.balanced,
             memory_budget=how.memory_budget,
             verify=how.verify,
+            told=opened.told,
         )
         _check_refilled(written, _filled_by(planned), directory)
         return opened, planned
@@ -191,7 +202,7 @@ def _fill(
     prepared, error = attempt(prepare)
     options = (
         f"{how.strictness}, {how.selection}, balanced={how.balanced}, memory_budget={how.memory_budget}, "
-        f"verify={how.verify}, on_corrupt={rules.on_corrupt}, skip_unhealthy={rules.skip_unhealthy}"
+        f"verify={how.verify}, on_corrupt={rules.on_corrupt}, skip_unhealthy={rules.skip_unhealthy}, mapping={_short(how.mapping)}"
     )
     mine = b"" if prepared is None else msgspec.msgpack.encode((options, prepared[1].findings))
     told = [msgspec.msgpack.decode(data, type=tuple[str, bytes]) for data in settle(comm, error, mine, what=_UNTOUCHED)]
@@ -228,9 +239,14 @@ def _fill(
     return replace(report, random=random, extra=extra_values, notes=(*report.notes, *notes), passed_over=choice.passed_over)
 
 
+def _short(mapping: Mapper | None) -> str:
+    """A mapping in a few characters, different for different ones."""
+    return "None" if mapping is None else f"{type(mapping).__name__} {digest(repr(mapping).encode()).hex()}"
+
+
 def _filled_by(planned: PlannedLoad) -> set[TensorKey]:
     """What a load gives values to on this rank."""
-    return {*planned.plan.restored, *planned.filled}
+    return planned.run_keys((*planned.plan.restored, *planned.filled))
 
 
 def _check_refilled(written: set[TensorKey], filled: set[TensorKey], directory: str) -> None:

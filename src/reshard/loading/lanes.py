@@ -19,7 +19,6 @@ from reshard.errors import CommunicationError, ReshardError
 from reshard.loading.exchange import LANES, PreparedExchange
 from reshard.loading.reader import READERS, read_plan
 from reshard.loading.staged_check import StagedCheck
-from reshard.planning.byte_runs import strides_of
 from reshard.planning.exchange_plan import Part
 from reshard.planning.exchange_schedule import Incoming, Outgoing, Staged
 from reshard.state import State, TensorKey
@@ -281,7 +280,7 @@ class _Exchange:
                 if part.rank == rank:
                     share = shares[item.share]
                     dtype = share.arrangement.dtype
-                    box = np.ndarray(item.block.shape, dtype.numpy, stage.data, place, strides_of(share.piece.region.shape, dtype.itemsize))
+                    box = np.ndarray(item.block.shape, dtype.numpy, stage.data, place, share.piece.strides(dtype.itemsize))
                     self._write(share.tensors[item.tensor].key, part, box[part.source.slices])
 
     def _write(self, key: TensorKey, part: Part, values: np.ndarray) -> None:
@@ -324,7 +323,7 @@ class _Exchange:
             share = self._prepared.shares[item.share]
             itemsize = share.arrangement.dtype.itemsize
             # As bytes: the places in a message aren't aligned for any type.
-            strides = (*strides_of(share.piece.region.shape, itemsize), 1)
+            strides = (*share.piece.strides(itemsize), 1)
             box = np.ndarray((*item.block.shape, itemsize), np.uint8, stage.data, stage.places[index], strides)
             message[end : end + part.nbytes].reshape(*part.source.shape, itemsize)[...] = box[part.source.slices]
             end += part.nbytes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import msgspec
@@ -12,6 +12,7 @@ import numpy as np
 from reshard.catalog import Catalog
 from reshard.comm import Communicator
 from reshard.comm.together import attempt, settle
+from reshard.errors import MismatchError, extended
 from reshard.format.common import CommonInfo
 from reshard.format.names import tensor_name
 from reshard.format.safetensors import TensorEntry
@@ -22,11 +23,13 @@ from reshard.loading.casting import CastMemory
 from reshard.loading.exchange import PreparedExchange, prepare_exchange
 from reshard.loading.findings import Findings, cast_words, findings_of, idle_patterns, key_out, merge_findings, skipped_names
 from reshard.loading.lanes import Traffic, run_exchange
+from reshard.loading.mapped import known_misfits, words_of_missing
 from reshard.loading.reader import locate, read_plan
 from reshard.loading.report import RankReport
 from reshard.loading.selection import Selection
 from reshard.loading.strictness import Misfits, Strictness, apply_strictness
-from reshard.planning.agreement import RankDescription
+from reshard.planning.agreement import RankDescription, describe
+from reshard.planning.mapping.wanted import Asked, Told, ask
 from reshard.planning.read_plan import Mismatch, ReadPlan, plan_reads
 from reshard.planning.telling import decode_all, encode
 from reshard.sources.stored import Headers
@@ -93,6 +96,9 @@ class PlannedLoad:
         memory_budget: bytes for staging, mapped windows and messages.
         verify: whether what is read is held against digests.
         findings: what the rank tells the others.
+        told: the checkpoint's catalog in strands, where the load goes through a mapping; then `state`, `wanted`, `catalog` and `chosen` are
+            in strands, too.
+        fills: memory to be filled before anything is read, and with what.
         seconds: how long it took to open and to plan.
     """
 
@@ -112,6 +118,12 @@ class PlannedLoad:
     verify: bool
     findings: bytes
     seconds: Mapping[str, float]
+    told: Told | None = None
+    fills: tuple[tuple[Shard, float], ...] = ()
+
+    def run_keys(self, keys: Iterable[TensorKey]) -> set[TensorKey]:
+        """The run's tensors that some keys are about."""
+        return set(keys) if self.told is None else {self.told.run_key(key) for key in keys}
 
 
 def plan_load(
@@ -129,6 +141,7 @@ def plan_load(
     balanced: bool = False,
     memory_budget: int = MEMORY_BUDGET,
     verify: bool = True,
+    told: Told | None = None,
 ) -> PlannedLoad:
     """Plan what one rank loads, and check the headers of the files that it reads. Local; nothing is written to memory.
 
@@ -146,6 +159,7 @@ def plan_load(
         balanced: whether ranks read for each other, so that each byte is read once in the whole job; the same on every rank.
         memory_budget: bytes for staging, mapped windows and messages; the same on every rank.
         verify: whether what is read is held against digests; the same on every rank.
+        told: the catalog in strands, where the load goes through a mapping.
 
     Raises:
         UsageError: a budget too small to work with.
@@ -153,19 +167,28 @@ def plan_load(
     """
     started = time.perf_counter()
     check_budget(memory_budget)
-    chosen, wanted = selection.catalog(catalog), selection.description(description)
-    plan = plan_reads(wanted, chosen, strictness.casts)
+    known = catalog.tensors.keys() if told is None else told.links.tensors.keys()
+    asked = Asked(state)
+    if told is None:
+        chosen, wanted = selection.catalog(catalog), selection.description(description)
+        plan = plan_reads(wanted, chosen, strictness.casts)
+    else:
+        catalog, asked = told.catalog, ask(state, told.links, selection.takes)
+        taken = {key: tensor for key, tensor in catalog.tensors.items() if selection.takes(told.run_key(key))}
+        chosen, wanted = replace(catalog, tensors=taken), describe(asked.state, description.rank)
+        plan = plan_reads(wanted, chosen, lambda misfit: strictness.casts(replace(misfit, key=told.run_key(misfit.key))))
+        plan = replace(plan, mismatched=(*plan.mismatched, *asked.mismatched))
     entries = [] if balanced else locate(plan, headers)
     filled = (GLOBAL_STEP,) if GLOBAL_STEP in plan.missing and common is not None and common.global_step is not None else ()
     unlisted = [] if balanced else _unlisted(plan.files, headers, catalog)
     found = findings_of(plan, filled, list(chosen.tensors), has_random=has_random, unlisted=unlisted, kinds=kinds)
     if not selection.is_all:
-        mine = [tensor.key for tensor in description.tensors if tensor.key not in catalog.tensors]
+        mine = [tensor.key for tensor in description.tensors if tensor.key not in known]
         found.left_out = [key_out(key) for key in mine if not selection.takes(key)]
-        found.idle = list(selection.idle([*catalog.tensors, *mine]))
+        found.idle = list(selection.idle([*known, *mine]))
     seconds = {"open": opening, "plan": time.perf_counter() - started}
     return PlannedLoad(
-        state,
+        asked.state,
         wanted,
         catalog,
         chosen,
@@ -181,6 +204,8 @@ def plan_load(
         verify,
         msgspec.msgpack.encode(found),
         seconds,
+        told,
+        asked.fills,
     )
 
 
@@ -207,10 +232,17 @@ def load_tensors(planned: PlannedLoad, told: Sequence[bytes], comm: Communicator
     # A rank may have nothing of a kind that the others load; whether a tensor is unexpected must be the same everywhere.
     all_kinds = frozenset(Kind(kind) for finding in findings for kind in finding.kinds)
     misfits, present = merge_findings(findings, keys, all_kinds)
+    told_words: list[tuple[str, str]] = []
+    if planned.told is not None:
+        misfits = known_misfits(misfits, present, planned.told)
+        told_words = words_of_missing(misfits, planned.told)
     idle = idle_patterns(findings)
     planned.selection.check(idle, catalog.directory)
     has_optimizer = any(key.kind is Kind.OPTIMIZER for key in catalog.tensors)
-    apply_strictness(planned.strictness, misfits, directory=catalog.directory, has_optimizer=has_optimizer)
+    try:
+        apply_strictness(planned.strictness, misfits, directory=catalog.directory, has_optimizer=has_optimizer)
+    except MismatchError as error:
+        raise (extended(error, *told_words) if told_words else error) from None
 
     unlisted_names = {name for finding in findings for name in finding.unlisted}
     prepared = None
@@ -220,6 +252,8 @@ def load_tensors(planned: PlannedLoad, told: Sequence[bytes], comm: Communicator
     planning = planned.seconds["plan"] + time.perf_counter() - started
 
     def execute() -> Traffic:
+        for shard, value in planned.fills:
+            _fill(shard, value)
         memory = _casting(planned.state, read.cast)
         if prepared is None:
             budget, verify = planned.memory_budget, planned.verify
@@ -243,15 +277,16 @@ def load_tensors(planned: PlannedLoad, told: Sequence[bytes], comm: Communicator
         for rank, o in enumerate(outcomes)
     )
     mismatched = {m.key for m in misfits.mismatched}
-    restored = tuple(catalog.tensors[key].name for key in present if key not in mismatched)
+    # Several strands may be of one tensor.
+    restored = tuple(dict.fromkeys(catalog.tensors[key].name for key in present if planned.run_keys([key]).isdisjoint(mismatched)))
     names = sorted(unlisted_names)
     notes = (f"the files hold tensors that the metadata doesn't list; ignored: {', '.join(names[:_NAMES_SHOWN])}",) if names else ()
     notes += tuple(f"exclude: {pattern!r} means no tensor of the checkpoint or the run" for pattern in idle)
     return TensorsLoaded(
         restored,
-        cast_words(findings, keys, chosen),
+        tuple(dict.fromkeys(cast_words(findings, keys, chosen))),
         tuple(tensor_name(key) for key in planned.filled),
-        skipped_names(findings, catalog, chosen, all_kinds),
+        tuple(dict.fromkeys(skipped_names(findings, catalog, chosen, all_kinds))),
         misfits,
         ranks,
         all(f.has_random for f in findings),
@@ -308,6 +343,6 @@ def _unlisted(files: Sequence[str], headers: Headers, catalog: Catalog) -> list[
     return found[:_NAMES_SHOWN]
 
 
-def _fill(shard: Shard, value: int | None) -> None:
+def _fill(shard: Shard, value: float | None) -> None:
     memory = shard.memory.read()
     shard.memory.write(Region.whole(memory.shape), np.full(memory.shape, value, memory.dtype))

@@ -16,9 +16,11 @@ from reshard.format.names import COMMON_FILE, EXTRA_DIRECTORY, GLOBAL_EXTRA_FILE
 from reshard.frameworks.adapter import Adapter, Destination
 from reshard.frameworks.select import select_adapter
 from reshard.loading.loader import TensorsLoaded
+from reshard.loading.mapped import Through
 from reshard.loading.report import RestoreReport
 from reshard.loading.selection import Selection
 from reshard.planning.agreement import RankDescription, describe, place_of
+from reshard.planning.mapping.wanted import Told, run_groups
 from reshard.sources.native import read_own_extra
 from reshard.sources.relay import Relayed
 from reshard.sources.resolve import Resolved
@@ -42,6 +44,7 @@ class Opened:
         description: of that state.
         rank_values: the values of this rank's own place; None when there are none, or when they are of another place.
         selection: which tensors are loaded.
+        told: the catalog in strands, where the load goes through a mapping; then `groups` are the run's.
     """
 
     adapter: Adapter
@@ -53,6 +56,7 @@ class Opened:
     description: RankDescription
     rank_values: Mapping[str, Any] | None
     selection: Selection
+    told: Told | None = None
 
 
 def open_checkpoint(
@@ -65,6 +69,7 @@ def open_checkpoint(
     selection: Selection,
     *,
     restore_random: bool,
+    through: Through | None = None,
 ) -> Opened:
     """Read all of a checkpoint but its tensors, and prepare the run to be filled. Local.
 
@@ -77,6 +82,7 @@ def open_checkpoint(
         optimizer: likewise.
         selection: which tensors are loaded.
         restore_random: whether this rank's random states are wanted.
+        through: the mapping; None when run and checkpoint have the same names.
 
     Raises:
         DamagedCheckpointError: the checkpoint isn't what it promises.
@@ -91,14 +97,23 @@ def open_checkpoint(
     global_file = join(directory, EXTRA_DIRECTORY, GLOBAL_EXTRA_FILE)
     tree = read_own_extra(small, directory, GLOBAL_EXTRA_FILE, relayed.seal)
     groups = groups_of(tree, global_file)
-    destination = adapter.prepare(model, optimizer, selection.catalog(catalog), selection.groups(groups))
+    told = None if through is None else through.tell(catalog)
+    named = catalog if told is None else told.as_run(catalog)
+    groups = groups if told is None else run_groups(groups, told)
+    destination = adapter.prepare(model, optimizer, selection.catalog(named), selection.groups(groups))
     description = describe(destination.state, comm.rank)
     mine = None
     if restore_random:
         name = rank_extra_file(comm.rank)
         saved = read_own_extra(storage, directory, name, relayed.seal)
-        mine = rank_values_in(saved, comm.world_size, place_of(description), join(directory, EXTRA_DIRECTORY, name))
-    return Opened(adapter, catalog, common, values_in(tree, global_file), groups, destination, description, mine, selection)
+        file = join(directory, EXTRA_DIRECTORY, name)
+        mine = rank_values_in(saved, comm.world_size, place_of(description), file)
+        if mine is None and through is not None:
+            # Saved through the same mapping, the place has the checkpoint's names.
+            for same in (True, False):
+                place = place_of(through.describe(destination.state, catalog, comm.rank, is_same_everywhere=same))
+                mine = mine or rank_values_in(saved, comm.world_size, place, file)
+    return Opened(adapter, catalog, common, values_in(tree, global_file), groups, destination, description, mine, selection, told)
 
 
 def restore_parts(values: Mapping[str, Any], parts: Mapping[str, Any]) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from reshard.geometry import Region
 from reshard.loading.budget import MEMORY_BUDGET
 from reshard.loading.scattered import PART_BYTES, Amount, Runs, cut_runs, scatter
 from reshard.loading.verified_reads import PIECE_BYTES, Part, Reading, check_after, parts_of, read_straight, rows_of
-from reshard.planning.byte_runs import plan_blocks, row_places, strides_of
+from reshard.planning.byte_runs import cut_box, row_places
 from reshard.planning.read_plan import ReadPlan, Transfer
 from reshard.sources.stored import Headers
 from reshard.state import Memory, State
@@ -58,10 +58,10 @@ def locate(plan: ReadPlan, headers: Headers) -> list[TensorEntry]:
             entry = held.get(name)
             if (
                 entry is None
-                or entry.shape != movement.chunk_shape
+                or entry.shape != movement.stored_shape
                 or (entry.dtype is not movement.dtype and entry.dtype != movement.dtype)
             ):
-                raise headers.broken_promise(file, name, movement.dtype, movement.chunk_shape)
+                raise headers.broken_promise(file, name, movement.dtype, movement.stored_shape)
             entries.append(entry)
     return entries
 
@@ -281,18 +281,19 @@ class _FileReader:
     def _verified(self, transfer: Transfer, entry: TensorEntry) -> Iterator[Callable[[], Amount]]:
         """Rows of a stored tensor that are no run in memory, in parts that begin and end at row blocks."""
         movement = transfer.movement
-        blocks = row_blocks_of(movement.chunk_shape, movement.dtype.itemsize)
-        for box in rows_of(movement.source, blocks):
+        block_bytes = row_blocks_of(movement.stored_shape, movement.dtype.itemsize).nbytes
+        for box in rows_of(movement.source, movement.strides, movement.begin, block_bytes):
 
             def work(box: Region = box) -> Amount:
                 memory, check = self._memory(transfer), BlockCheck(entry, self._source.path)
                 itemsize = movement.dtype.itemsize
-                for block in plan_blocks(movement.chunk_shape, box, itemsize, block_bytes=self._sizes.block, gap_bytes=0):
+                for block in cut_box(box, movement.strides, itemsize, block_bytes=self._sizes.block, gap_bytes=0):
+                    offset = movement.begin + block.offset
                     stage = self._take_stage(block.nbytes)
                     try:
                         data = stage[: block.nbytes]
-                        self._source.read_into(entry.begin + block.offset, memoryview(data))
-                        check.update(block.offset, memoryview(data))
+                        self._source.read_into(entry.begin + offset, memoryview(data))
+                        check.update(offset, memoryview(data))
                         check.raise_if_wrong()
                         memory.write(_target_of(block.region, transfer), data.view(movement.dtype.numpy).reshape(block.region.shape))
                     finally:
@@ -307,11 +308,12 @@ class _FileReader:
     def _strided(self, transfer: Transfer, begin: int) -> Iterator[Callable[[], Amount]]:
         movement = transfer.movement
         itemsize = movement.dtype.itemsize
-        strides = strides_of(movement.chunk_shape, itemsize)
+        strides = movement.strides
+        begin += movement.begin
         memory = self._memory(transfer)
         sizes = self._sizes
         longest = sizes.block if movement.is_run else sizes.window
-        for block in plan_blocks(movement.chunk_shape, movement.source, itemsize, block_bytes=longest, gap_bytes=GAP_BYTES):
+        for block in cut_box(movement.source, strides, itemsize, block_bytes=longest, gap_bytes=GAP_BYTES):
 
             def work(region: Region = block.region, offset: int = block.offset, nbytes: int = block.nbytes) -> Amount:
                 needed = region.size * itemsize

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from reshard.format.digest import DIGEST_BYTES, digest_of
-from reshard.format.row_blocks import RowBlocks, row_blocks_of
+from reshard.format.row_blocks import row_blocks_of
 from reshard.format.safetensors import BlockCheck, TensorEntry, check_bytes
 from reshard.geometry import Region
 from reshard.loading.scattered import PART_BYTES, Amount
@@ -52,16 +52,27 @@ def parts_of(run: Part) -> Iterator[Part]:
         address += length
 
 
-def rows_of(box: Region, blocks: RowBlocks) -> Iterator[Region]:
-    """A box of a stored tensor, of whole rows, cut at row blocks, each part as long as a read may be (or one block)."""
-    d = blocks.dimension
-    if d is None:
+def rows_of(box: Region, strides: tuple[int, ...], begin: int, block_bytes: int) -> Iterator[Region]:
+    """A box that is one run of a stored tensor, cut at row blocks, each part as long as a read may be (or one block).
+
+    Where no row of the box begins with a block, it is one part.
+
+    Args:
+        box: in coordinates of these strides.
+        strides: in bytes.
+        begin: where the coordinate 0 lies, in bytes from the first byte of the tensor.
+        block_bytes: of its row blocks.
+    """
+    d = next((d for d, extent in enumerate(box.shape) if extent > 1), None)
+    if d is None or block_bytes % strides[d] or begin % strides[d]:
         yield box
         return
-    step = max(1, PART_BYTES // blocks.nbytes) * blocks.rows
+    step = max(1, PART_BYTES // block_bytes) * block_bytes // strides[d]
+    # Rows before the first one of this box, counted from the tensor's first byte.
+    before = (begin + sum(o * stride for o, stride in zip(box.offset, strides, strict=True))) // strides[d] - box.offset[d]
     first, end = box.offset[d], box.end[d]
     while first < end:
-        count = min(step - first % step, end - first)
+        count = min(step - (before + first) % step, end - first)
         yield Region((*box.offset[:d], first, *box.offset[d + 1 :]), (*box.shape[:d], count, *box.shape[d + 1 :]))
         first += count
 

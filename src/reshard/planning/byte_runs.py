@@ -9,6 +9,7 @@ from math import prod
 import numpy as np
 
 from reshard.geometry import Region
+from reshard.geometry.region import strides_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,15 +25,6 @@ class Block:
     region: Region
     offset: int
     nbytes: int
-
-
-def strides_of(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
-    """The strides in bytes of a C-ordered array."""
-    strides, step = [], itemsize
-    for extent in reversed(shape):
-        strides.append(step)
-        step *= extent
-    return tuple(reversed(strides))
 
 
 def is_one_run(extents: tuple[int, ...], whole: tuple[int, ...]) -> bool:
@@ -81,10 +73,21 @@ def plan_blocks(shape: tuple[int, ...], region: Region, itemsize: int, *, block_
         block_bytes: the longest run.
         gap_bytes: the widest gap that is read over.
     """
-    if region.is_empty:
-        return
-    strides = strides_of(shape, itemsize)
-    yield from _cut(region, strides, itemsize, block_bytes, gap_bytes)
+    yield from cut_box(region, strides_of(shape, itemsize), itemsize, block_bytes=block_bytes, gap_bytes=gap_bytes)
+
+
+def cut_box(region: Region, strides: tuple[int, ...], itemsize: int, *, block_bytes: int, gap_bytes: int) -> Iterator[Block]:
+    """The same as `plan_blocks` for a box of other strides, in bytes: descending, as the file is read.
+
+    Offsets count from where the coordinate 0 of the box lies.
+    """
+    if not region.is_empty:
+        yield from _cut(region, strides, itemsize, block_bytes, gap_bytes)
+
+
+def is_dense(extents: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> bool:
+    """Whether a box of these strides, descending ones, is one run of bytes."""
+    return _cover(extents, strides, itemsize) == itemsize * prod(extents)
 
 
 def _cover(extents: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> int:

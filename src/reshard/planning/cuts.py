@@ -37,13 +37,14 @@ class Cut(NamedTuple):
     nearest: tuple[int, ...]
 
 
-def cut_chunks(pieces: Boxes, regions: Boxes, itemsize: int) -> Iterator[Cut]:
+def cut_chunks(pieces: Boxes, regions: Boxes, itemsize: int, blocks: Sequence[RowBlocks] | None = None) -> Iterator[Cut]:
     """What is wanted of each chunk, in disjoint boxes, chunk after chunk.
 
     Args:
         pieces: the chunks of a tensor.
         regions: the regions that are wanted of it.
         itemsize: bytes of an element.
+        blocks: of each chunk the row blocks; None when they are those of its own shape.
     """
     touched, touching = pieces.touching_pairs(regions)
     begins = np.flatnonzero(np.diff(touched, prepend=-1)).tolist()
@@ -51,8 +52,8 @@ def cut_chunks(pieces: Boxes, regions: Boxes, itemsize: int) -> Iterator[Cut]:
     for begin, end in pairwise([*begins, len(touched)]):
         number = int(touched[begin])
         piece = pieces[number]
-        blocks = row_blocks_of(piece.shape, itemsize)
-        for part in _parts(piece, blocks, [(wanted[index], index) for index in touching[begin:end].tolist()]):
+        own = row_blocks_of(piece.shape, itemsize) if blocks is None else blocks[number]
+        for part in _parts(piece, own, [(wanted[index], index) for index in touching[begin:end].tolist()]):
             yield Cut(number, part.box.relative_to(piece), part.box.size, part.dimension, part.rows, part.wants, part.nearest)
 
 

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from reshard.catalog import Arrangement, Catalog, Piece, Site, StoredTensor
+from reshard.format.row_blocks import RowBlocks, row_blocks_of
 from reshard.geometry import Region
 from reshard.geometry.boxes import Boxes
 from reshard.planning.agreement import RankDescription
 from reshard.planning.balance import Job, spread
-from reshard.planning.byte_runs import is_one_run, plan_blocks, run_offset, strides_of
+from reshard.planning.byte_runs import cut_box, is_dense, run_offset
 from reshard.planning.cuts import Cut, cut_chunks
 from reshard.planning.holders import Holders, find_holders
 from reshard.planning.read_plan import Movement, Transfer
@@ -66,7 +67,7 @@ class BlockPlan:
 
     Attributes:
         shape: of the box.
-        offset: where its run begins, in bytes from the first byte of the chunk.
+        offset: where its run begins, in bytes from the first byte of the tensor in the file.
         nbytes: the length of the run.
         parts: who gets what.
     """
@@ -105,7 +106,8 @@ class Share:
         if len(self.wants) != 1 or len(self.wants[0].takers) != 1 or self.wants[0].takers[0].rank != self.reader:
             return False
         is_whole = self.wants[0].region.contains(_moved(self.box, self.piece.region.offset))
-        return is_whole and is_one_run(self.box.shape, self.piece.region.shape)
+        itemsize = self.arrangement.dtype.itemsize
+        return is_whole and is_dense(self.box.shape, self.piece.strides(itemsize), itemsize)
 
     @property
     def nbytes(self) -> int:
@@ -117,17 +119,19 @@ class Share:
         want = self.wants[0]
         region = _moved(self.box, self.piece.region.offset)
         itemsize = self.arrangement.dtype.itemsize
-        strides = strides_of(self.piece.region.shape, itemsize)
+        strides, begin = self.piece.strides(itemsize), self.piece.begin(itemsize)
         target = region.relative_to(want.region)
         movement = Movement(
             want.takers[0].shard,
             target,
             want.region.shape,
             self.site,
-            self.piece.region.shape,
+            self.piece.stored_shape,
+            begin,
+            strides,
             self.box,
             self.arrangement.dtype,
-            sum(offset * stride for offset, stride in zip(self.box.offset, strides, strict=True)),
+            begin + sum(offset * stride for offset, stride in zip(self.box.offset, strides, strict=True)),
             itemsize * self.box.size,
             True,
             run_offset(target, want.region.shape, itemsize),
@@ -157,7 +161,8 @@ class Share:
         """
         itemsize = self.arrangement.dtype.itemsize
         wants = self.wants if only is None else [want for want in (_only(want, only) for want in self.wants) if want.takers]
-        for block in plan_blocks(self.piece.region.shape, self.box, itemsize, block_bytes=block_bytes, gap_bytes=gap_bytes):
+        strides, begin = self.piece.strides(itemsize), self.piece.begin(itemsize)
+        for block in cut_box(self.box, strides, itemsize, block_bytes=block_bytes, gap_bytes=gap_bytes):
             region = _moved(block.region, self.piece.region.offset)
             parts = []
             for want in wants:
@@ -166,7 +171,7 @@ class Share:
                     source, target = common.relative_to(region), common.relative_to(want.region)
                     nbytes = itemsize * common.size
                     parts += [Part(rank, shard, source, target, nbytes) for rank, shard in want.takers]
-            yield BlockPlan(region.shape, block.offset, block.nbytes, tuple(parts))
+            yield BlockPlan(region.shape, begin + block.offset, block.nbytes, tuple(parts))
 
 
 @dataclass(frozen=True)
@@ -213,16 +218,21 @@ def share_out(groups: Iterable[tuple[Sequence[StoredTensor], Sequence[Want]]], r
     jobs: list[Job] = []
     parts: list[tuple[Sequence[StoredTensor], Piece, tuple[Want, ...]]] = []
     ranks_of = _RankSets()
-    known: dict[tuple[int | bytes, ...], list[Cut]] = {}
+    known: dict[tuple[int | bytes | RowBlocks, ...], list[Cut]] = {}
     for tensors, wants in groups:
         arrangement = tensors[0].arrangement
         regions = Boxes.of([want.region for want in wants], len(arrangement.global_shape))
         itemsize = arrangement.dtype.itemsize
         # Stages and experts cut alike, at other ranks and in other files.
-        alike = (itemsize, *(array.tobytes() for boxes in (arrangement.boxes, regions) for array in (boxes.offsets, boxes.shapes)))
+        blocks = [_blocks_of(piece, itemsize) for piece in arrangement.pieces] if arrangement.has_windows else None
+        alike = (
+            itemsize,
+            *_plain(blocks),
+            *(array.tobytes() for boxes in (arrangement.boxes, regions) for array in (boxes.offsets, boxes.shapes)),
+        )
         cuts = known.get(alike)
         if cuts is None:
-            cuts = known[alike] = list(cut_chunks(arrangement.boxes, regions, itemsize))
+            cuts = known[alike] = list(cut_chunks(arrangement.boxes, regions, itemsize, blocks))
         number, piece = -1, arrangement.pieces[0]
         for cut in cuts:
             if cut.piece != number:
@@ -249,6 +259,25 @@ def share_out(groups: Iterable[tuple[Sequence[StoredTensor], Sequence[Want]]], r
         shares.append(Share(reader, tuple(chosen), chosen[0].arrangement, piece, site, box, wants))
     shares.sort(key=lambda share: (share.reader, share.site.file))
     return ExchangePlan(tuple(shares))
+
+
+def _plain(blocks: Sequence[RowBlocks] | None) -> Sequence[RowBlocks]:
+    return () if blocks is None else blocks
+
+
+def _blocks_of(piece: Piece, itemsize: int) -> RowBlocks:
+    """The row blocks of the tensor of which a piece is a window, as rows of the piece, where its rows and blocks begin together; else
+    single rows, of which none can be verified for certain.
+    """
+    blocks = row_blocks_of(piece.stored_shape, itemsize)
+    if piece.window is None:
+        return blocks
+    dimension = next((d for d, extent in enumerate(piece.region.shape) if extent > 1), None)
+    if dimension is None:
+        return RowBlocks(None, 1, blocks.nbytes, 1)
+    stride = piece.strides(itemsize)[dimension]
+    begins_together = piece.begin(itemsize) % blocks.nbytes == 0 and blocks.nbytes % stride == 0
+    return RowBlocks(dimension, blocks.nbytes // stride if begins_together else 1, blocks.nbytes, blocks.number)
 
 
 def _groups(descriptions: Sequence[RankDescription], catalog: Catalog) -> Iterator[tuple[list[StoredTensor], list[Want]]]:

@@ -10,7 +10,7 @@ from reshard.catalog import Arrangement, Catalog, Site
 from reshard.errors import MetadataError
 from reshard.geometry import DType, Region
 from reshard.planning.agreement import Holding, RankDescription
-from reshard.planning.byte_runs import is_one_run, run_offset, strides_of
+from reshard.planning.byte_runs import is_dense, run_offset
 from reshard.state import TensorKey
 
 
@@ -23,10 +23,12 @@ class Movement:
         target: the box in the shard's own coordinates.
         shard_shape: the shape of the shard.
         site: where the chunk is stored.
-        chunk_shape: the shape of the chunk, which is the shape of the tensor in the file.
+        stored_shape: the shape of the tensor in the file: the chunk's, unless that is a window of it.
+        begin: where the chunk begins, in bytes from the first byte of the tensor in the file.
+        strides: of the chunk in the file, in bytes, descending.
         source: the box in the chunk's own coordinates.
         dtype: the element type of the stored bytes.
-        offset: where the box begins, in bytes from the first byte of the chunk.
+        offset: where the box begins, in bytes from the first byte of the tensor in the file.
         nbytes: the bytes that are needed.
         is_run: whether the box is one run of bytes in the file.
         target_offset: where the box begins, in bytes from the first byte of a contiguous shard of the stored type; None when it isn't one
@@ -37,7 +39,9 @@ class Movement:
     target: Region
     shard_shape: tuple[int, ...]
     site: Site
-    chunk_shape: tuple[int, ...]
+    stored_shape: tuple[int, ...]
+    begin: int
+    strides: tuple[int, ...]
     source: Region
     dtype: DType
     offset: int
@@ -188,19 +192,21 @@ def _movements(holding: Holding, arrangement: Arrangement, rank: int) -> Iterato
             assert common is not None  # they touch
             covered += common.size
             source = common.relative_to(piece.region)
-            strides = strides_of(piece.region.shape, itemsize)
+            strides, begin = piece.strides(itemsize), piece.begin(itemsize)
             target = common.relative_to(region)
             yield Movement(
                 index,
                 target,
                 region.shape,
                 _choose(piece.sites, rank),
-                piece.region.shape,
+                piece.stored_shape,
+                begin,
+                strides,
                 source,
                 arrangement.dtype,
-                sum(offset * stride for offset, stride in zip(source.offset, strides, strict=True)),
+                begin + sum(offset * stride for offset, stride in zip(source.offset, strides, strict=True)),
                 itemsize * source.size,
-                is_one_run(source.shape, piece.region.shape),
+                is_dense(source.shape, strides, itemsize),
                 run_offset(target, region.shape, itemsize),
             )
         if covered != region.size:

@@ -65,6 +65,7 @@ class AsyncSaver:
         error: ReshardError | None,
         metrics: Mapping[str, Any] | None,
         started: float,
+        change: Callable[[State, bool], State] | None = None,
     ) -> SaveReport:
         """Copy a state, and begin to save it. `has_room` must have said that this can be.
 
@@ -76,6 +77,7 @@ class AsyncSaver:
             error: see there.
             metrics: see there.
             started: when the call began (`time.perf_counter`), for the report.
+            change: as in `Saver.save`; of the copy, in the background.
         """
         snapshot: Snapshot | None = None
         if error is None and adapter is not None:
@@ -90,7 +92,7 @@ class AsyncSaver:
                 _, failed = attempt(taken.finish)
                 problem = problem if failed is None else failed
             try:
-                return self._saver.save(step, State() if snapshot is None else snapshot.state, common, problem, metrics)
+                return self._saver.save(step, State() if snapshot is None else snapshot.state, common, problem, metrics, change)
             except ReshardError as failed:
                 # Now, too: the next call may be hours away, or never come.
                 if self._comm.rank == 0 or isinstance(failed, CommunicationError):

@@ -7,7 +7,7 @@ import operator
 import posixpath
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, SupportsIndex
@@ -24,6 +24,8 @@ from reshard.format.index import INDEX_FILE
 from reshard.format.metrics import METRICS_FILE, encode_metrics
 from reshard.format.names import COMMON_FILE, EXTRA_DIRECTORY, GLOBAL_EXTRA_FILE, METADATA_FILE, iteration_name
 from reshard.format.seal import SEAL_FILE, SealedFile, encode_seal
+from reshard.planning.agreement import describe, digest
+from reshard.planning.telling import encode
 from reshard.saving.commit import Undo, check_presence, publish
 from reshard.saving.given import check_step, counted_steps, encode_checked
 from reshard.saving.groups import GroupOptions, encode_options, merge_groups
@@ -132,6 +134,7 @@ class Saver:
         common: CommonInfo,
         error: ReshardError | None = None,
         metrics: Mapping[str, Any] | None = None,
+        change: Callable[[State, bool], State] | None = None,
     ) -> SaveReport:
         """Save the states of all ranks as an iteration. Collective.
 
@@ -144,6 +147,8 @@ class Saver:
             common: the training information of the iteration; rank 0's is stored.
             error: what already failed on this rank (it couldn't capture its state): then nothing is saved, and every rank hears of it.
             metrics: numbers by name; rank 0's are stored.
+            change: makes of the state what is saved, as a mapping does, and is told whether all ranks hold the same; None when it is
+                saved as it is.
 
         Raises:
             SaveError: names each rank that failed, and why.
@@ -158,7 +163,7 @@ class Saver:
         attempt(lambda: self._notices.turn_to(operator.index(step)))
         try:
             with lost_ranks_named(self._comm):
-                report = self._save(step, state, common, error, metrics)
+                report = self._save(step, state, common, error, metrics, change)
         except BaseException:
             self._notices.enter("failed")
             raise
@@ -166,13 +171,21 @@ class Saver:
         return report
 
     def _save(
-        self, step: SupportsIndex, state: State, common: CommonInfo, error: ReshardError | None, metrics: Mapping[str, Any] | None
+        self,
+        step: SupportsIndex,
+        state: State,
+        common: CommonInfo,
+        error: ReshardError | None,
+        metrics: Mapping[str, Any] | None,
+        change: Callable[[State, bool], State] | None,
     ) -> SaveReport:
         started = time.perf_counter()
         self._clear()
         self._sequence += 1
         self._was_broken_off = True
         prepared: _Prepared | None = None
+        if change is not None:
+            state, error = self._changed(state, change, error)
         if error is None:
             prepared, error = attempt(lambda: self._prepare(step, state, common, metrics))
         agreed = self._agree(prepared)
@@ -250,6 +263,16 @@ class Saver:
         numbers = None if metrics is None else encode_metrics(metrics)
         encoded = encode_checked(with_health(common, metrics))
         return _Prepared(number, self._structures.plan(state), encode_options(state.groups), encoded, counted_steps(state), numbers)
+
+    def _changed(
+        self, state: State, change: Callable[[State, bool], State], error: ReshardError | None
+    ) -> tuple[State, ReshardError | None]:
+        """Collective: the state as it is to be saved, and what went wrong on this rank."""
+        told = self._comm.all_gather(b"" if error is not None else digest(encode(describe(state, 0))))
+        if error is not None:
+            return state, error
+        changed, error = attempt(lambda: change(state, len(set(told)) == 1))
+        return (state if changed is None else changed), error
 
     def _agree(self, prepared: _Prepared | None) -> bool:
         """The first time, tell each other the structures; whether every rank has one, so that writing makes sense."""
