@@ -306,8 +306,7 @@ class CheckpointManager:
             memory_budget: bytes that the load may take beyond the run's own state, on each rank. The same on every rank.
             verify: hold what is read against the checkpoint's digests, which are of blocks of rows: every block that the load reads whole.
                 The report says how much that was. The same on every rank.
-            mapping: how the run's names lie in the checkpoint's: a family's name (`"qwen3"`), a `Family`, or a `RuleMapping`. Fused, split,
-                stacked and renamed parameters are filled like any other, and their slots with them. The same on every rank.
+            mapping: how the run's names lie in the checkpoint's: a family's name (`"qwen3"`), a `Family`, or a `RuleMapping`.
 
         Returns:
             The report, or None when there was none to load and that is fine.
@@ -384,9 +383,8 @@ class CheckpointManager:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is None:
-            return self.close()
-        _, failed = attempt(self.close)
-        if failed is not None:  # what ended the run matters more
+            self.close()
+        elif (failed := attempt(self.close)[1]) is not None:  # what ended the run matters more
             _logger.error("the last save failed, too: %s", failed)
 
     def _check_open(self) -> None:
