@@ -187,7 +187,7 @@ def test_a_checkpoint_without_optimizer_says_what_allows_it(tmp_path: Path) -> N
         ("callbacks=5", ["callbacks", "a list"]),
         ("resume_trainig=True", ["resume_trainig", "did you mean resume_training?"]),
         ("parallel_config.data_parallel=3", ["parallel_config", "3"]),
-        ("use_legacy_format=True", ["use_legacy_format", "True"]),
+        ("checkpoint.save_max=0", ["checkpoint.save_max", "at least 1"]),
     ],
 )
 def test_a_configuration_that_can_not_be(override: str, words: list[str], tmp_path: Path) -> None:

@@ -190,6 +190,26 @@ class LossMonitor(Section):
     per_print_times: Positive = Field(default=1, description="steps between two lines of progress, where the output is no terminal")
 
 
+class CheckpointSection(Section):
+    """`checkpoint`: the newer spelling of saving and loading; what is given here counts more than the older fields."""
+
+    load_path: str | None = Field(default=None, description="load_checkpoint")
+    load_balanced: bool | None = Field(default=None, description="balanced_load")
+    no_load_optim: bool | None = Field(default=None, description="no_load_optim")
+    enable_save: bool | None = Field(default=None, description="False: nothing is ever saved")
+    save_path: str | None = Field(default=None, description="the monitor's directory")
+    save_max: Positive | None = Field(default=None, description="the monitor's keep_checkpoint_max")
+    save_interleaved_steps: Positive | None = Field(default=None, description="the monitor's save_checkpoint_steps")
+    no_save_optim: bool | None = Field(default=None, description="the opposite of the monitor's save_optimizer")
+    save_remove_redundancy: bool | None = Field(default=None, description="the monitor's remove_redundancy")
+    remove_redundancy: bool | None = Field(default=None, description="the same, as PyNative configurations spell it")
+    async_save: Literal[True, False, "copy", "deferred"] | None = Field(default=None, description="the monitor's async_save")
+    prefix: str | None = Field(default=None, description="the monitor's prefix")
+    reshard_worker_num: Positive | None = Field(default=None, description="not needed: reads are spread over threads by themselves")
+    load_worker_number: Positive | None = Field(default=None, description="not needed, as reshard_worker_num")
+    save_global_layout_cache: bool | None = Field(default=None, description="not needed: ranks tell each other their layouts once")
+
+
 Callback = Annotated[CheckpointMonitor | LossMonitor, Field(discriminator="type")]
 
 
@@ -238,8 +258,12 @@ class RunConfig(Section):
         "after 30, and the save needs time too",
     )
     use_legacy_format: bool | None = Field(
-        default=None, description="False: Checkpoint 2.0, which is also what absence means; True (Checkpoint 1.0) is not supported"
+        default=None,
+        description="False: Checkpoint 2.0, which is also what absence means; True: load_checkpoint may name files of Checkpoint 1.0, and "
+        "what is saved is 2.0 all the same",
     )
+    auto_trans_ckpt: bool | None = Field(default=None, description="not needed: every load reshards")
+    src_strategy_path_or_dir: str | None = Field(default=None, description="not needed: checkpoints know their strategy")
     load_ckpt_format: str = Field(default="safetensors", description="the only format of Checkpoint 2.0; others are converted to it")
     max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
         default=1.0, description="largest global norm of the gradient, larger ones are scaled down; null: no clipping"
@@ -252,6 +276,9 @@ class RunConfig(Section):
     lr_schedule: ScheduleSettings = Field(default_factory=ScheduleSettings, description="the learning rate over the steps")
     train_dataset: DatasetSettings = Field(default_factory=DatasetSettings, description="the data")
     callbacks: list[Callback] = Field(default_factory=list, description="what happens beside training")
+    checkpoint: CheckpointSection | None = Field(
+        default=None, description="the newer spelling of saving and loading; with it, checkpoints are saved without a CheckpointMonitor too"
+    )
 
     @property
     def monitor(self) -> CheckpointMonitor | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,10 @@ from pydantic import BaseModel, ValidationError
 from reshard.config.document import Document, FieldPath, apply_overrides, dotted, read_document
 from reshard.config.fields import CheckpointMonitor, LossMonitor, RunConfig, sections_in
 from reshard.config.model_check import check_model
+from reshard.config.spellings import unified
 from reshard.errors import ConfigError
+
+_logger = logging.getLogger("reshard")
 
 _CALLBACKS: dict[str, type[BaseModel]] = {"CheckpointMonitor": CheckpointMonitor, "MFLossMonitor": LossMonitor}
 
@@ -63,6 +67,21 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Configuratio
     return validate(apply_overrides(read_document(path), overrides))
 
 
+def from_yaml(path: str | Path) -> RunConfig:
+    """The fields of a configuration file, in either spelling; what the user should hear is logged as warnings.
+
+    Args:
+        path: a YAML file.
+
+    Raises:
+        ConfigError: as `read_config`.
+    """
+    configuration = read_config(path)
+    for note in configuration.notes:
+        _logger.warning("%s: %s", configuration.file, note)
+    return configuration.run
+
+
 def validate(document: Document) -> Configuration:
     """Check every field of a document.
 
@@ -73,7 +92,7 @@ def validate(document: Document) -> Configuration:
         run = RunConfig.model_validate(document.data)
     except ValidationError as error:
         raise _config_error(error, document) from error
-    notes: list[str] = []
+    run, notes = unified(run)
     _check_versions(run, document, notes)
     _check_sources(run, document, notes)
     check_model(run, document)
@@ -197,14 +216,7 @@ def _check_versions(run: RunConfig, document: Document, notes: list[str]) -> Non
     if run.use_legacy_format is None:
         notes.append("use_legacy_format is not given: checkpoints are Checkpoint 2.0")
     elif run.use_legacy_format:
-        raise ConfigError(
-            "use_legacy_format: True asks for Checkpoint 1.0, which this version neither writes nor reads",
-            file=document.where(("use_legacy_format",)),
-            field="use_legacy_format",
-            found=True,
-            expected="False (Checkpoint 2.0), or no such line",
-            fix="set use_legacy_format: False; a 1.0 checkpoint has to be loaded and saved as 2.0 by the tool that wrote it",
-        )
+        notes.append("use_legacy_format: True: load_checkpoint may name files of Checkpoint 1.0; what is saved is Checkpoint 2.0")
     given = [("load_ckpt_format", run.load_ckpt_format)]
     for index, callback in enumerate(run.callbacks):
         if isinstance(callback, CheckpointMonitor):

@@ -20,6 +20,8 @@ class Opening(msgspec.Struct, array_like=True):
         check_replicas: whether ranks compare what they hold together; who does hashes it, and tells of it.
         async_save: likewise; ranks that save at once and ranks that don't would wait for each other.
         when_busy: likewise; ranks ask each other whether a save is skipped, or don't.
+        host: where the rank runs.
+        is_declared_shared: whether the user has declared there that the root is shared with the other hosts.
     """
 
     token: str
@@ -29,6 +31,8 @@ class Opening(msgspec.Struct, array_like=True):
     check_replicas: bool
     async_save: str | None = None
     when_busy: str = "wait"
+    host: str = ""
+    is_declared_shared: bool = False
 
 
 def agree_on_opening(told: Sequence[Opening]) -> Opening:

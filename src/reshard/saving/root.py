@@ -22,7 +22,7 @@ DELETING_PREFIX = ".deleting-"
 SAVING_PREFIX = ".saving-"
 
 # Only names that this module's functions make are ever removed.
-_LEFTOVER = re.compile(r"\.(saving|deleting)-(iteration_\d{8,18}|tracker)-[0-9a-f]{8}-\d+(-undo)?", re.ASCII)
+_LEFTOVER = re.compile(r"\.(saving|deleting)-(iteration_\d{8,18}|tracker|probe)-[0-9a-f]{8}-\d+(-undo)?", re.ASCII)
 
 # Between two attempts to take the lock (seconds): short against the time in which a dying process goes away.
 _POLL = 0.1
@@ -41,6 +41,11 @@ def saving_name(step: int, mark: str) -> str:
 def scratch_name(mark: str) -> str:
     """The tracker that is being written."""
     return f"{SAVING_PREFIX}tracker-{mark}"
+
+
+def probe_name(mark: str) -> str:
+    """A file by which hosts see that they share the root."""
+    return f"{SAVING_PREFIX}probe-{mark}"
 
 
 def deleting_name(step: int, mark: str) -> str:

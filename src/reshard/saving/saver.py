@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import operator
+import os
 import posixpath
 import secrets
 import time
@@ -39,6 +40,7 @@ from reshard.saving.replicas import Replicas, compare
 from reshard.saving.report import SaveReport
 from reshard.saving.retention import retire
 from reshard.saving.root import check_lock, discard, is_leftover_of, open_root, saving_name
+from reshard.saving.sharing import SHARED_PATHS, check_shared, is_declared_shared, this_host
 from reshard.saving.structure import RankPlan, Structures
 from reshard.state import State
 from reshard.storage import Lock, Storage
@@ -112,9 +114,14 @@ class Saver:
                 given.check_replicas,
                 given.async_save,
                 given.when_busy,
+                this_host(),
+                is_declared_shared(self.root, os.environ.get(SHARED_PATHS)),
             )
             told = settle(comm, error, msgspec.msgpack.encode(mine), what="this run can't save there")
-            self._token = agree_on_opening([msgspec.msgpack.decode(data, type=Opening) for data in told]).token
+            openings = [msgspec.msgpack.decode(data, type=Opening) for data in told]
+            self._token = agree_on_opening(openings).token
+            declared = all(opening.is_declared_shared for opening in openings)
+            check_shared(storage, comm, self.root, [opening.host for opening in openings], self._token, is_declared=declared)
         except BaseException:
             self.close()
             raise
