@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from reshard.planning.strategy import parse_strategy
 from reshard.state import model_key
 from tests.processes import RankPool
 from tests.training import ranks
+from tests.training.pretrained_ranks import check_both_ways
 
 Pools = Callable[[int], RankPool]
 
@@ -73,6 +75,10 @@ def test_every_strategy_computes_the_same(rank_pool: Pools, world: int, strategy
     if strategy.get("pipeline", 1) > 1:
         shared = set(found[0]["weights"]) & set(found[-1]["weights"])
         assert shared == ({"model.embed_tokens.weight"} if "tie_word_embeddings" in model else set())
+
+
+def test_weights_of_transformers_go_in_and_out_under_every_kind_of_parallelism(rank_pool: Pools, tmp_path: Path) -> None:
+    check_both_ways(tmp_path, rank_pool(8).run, tied=False, data=2, tensor=2, pipeline=2)
 
 
 def assert_laid_out_by_name(

@@ -1,0 +1,70 @@
+"""Models that transformers wrote are loaded, trained and given back: it computes the same with them before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers.utils import logging
+
+import reshard
+from reshard.errors import MismatchError
+from tests.processes import RankPool
+from tests.training import pretrained_ranks, ranks
+from tests.training.pretrained_ranks import TOKENS, check_both_ways, written
+
+Pools = Callable[[int], RankPool]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quiet() -> None:
+    logging.disable_progress_bar()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_one_rank(tmp_path: Path, tied: bool) -> None:
+    shown = check_both_ways(tmp_path, lambda function, *arguments: [function(*arguments)], tied=tied, dtype=torch.bfloat16)
+    assert "pretrained_model_dir: weights of" in shown
+    assert "cast" in shown
+    assert "computes something else" not in shown
+
+
+def test_fsdp_ranks(rank_pool: Pools, tmp_path: Path) -> None:
+    check_both_ways(tmp_path, rank_pool(2).run, tied=True, data=2)
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+@pytest.mark.parametrize("kind", ["qwen3", "llama"])
+def test_models_of_transformers_sharded_by_fsdp(rank_pool: Pools, tmp_path: Path, kind: str, balanced: bool) -> None:
+    model = written(tmp_path / "source", kind=kind)
+    with torch.no_grad():
+        expected = model(TOKENS).logits.numpy()
+        for parameter in model.parameters():
+            parameter.zero_()
+    for found in rank_pool(2).run(pretrained_ranks.load_and_compute, tmp_path / "source", model, balanced):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_what_shapes_do_not_show_is_said(tmp_path: Path) -> None:
+    written(tmp_path / "source")
+    configuration = ranks.settings(pretrained_model_dir=str(tmp_path / "source"))
+    _, _, shown = pretrained_ranks.begin_and_train(configuration, tmp_path / "exported", 0)
+    assert "its config.json says rope_theta 10000.0, this configuration 1000000.0" in shown
+
+
+def test_an_untied_run_needs_the_output_layer(tmp_path: Path) -> None:
+    written(tmp_path / "source", tied=True)
+    configuration = ranks.settings(pretrained_model_dir=str(tmp_path / "source"))
+    with pytest.raises(MismatchError, match=r"lm_head\.weight"):
+        pretrained_ranks.begin_and_train(configuration, tmp_path / "exported", 0)
+
+
+def test_a_stray_output_layer_of_a_tied_model_is_let_be(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    written(tmp_path / "source")
+    configuration = ranks.settings(model={"tie_word_embeddings": True}, pretrained_model_dir=str(tmp_path / "source"))
+    pretrained_ranks.begin_and_train(configuration, tmp_path / "exported", 0)
+    assert "lm_head.weight" in caplog.text
+    assert "lm_head.weight" not in reshard.Checkpoint(tmp_path / "exported")
