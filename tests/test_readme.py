@@ -12,7 +12,7 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DOCUMENTS = [REPOSITORY / "README.md", REPOSITORY / "CHANGELOG.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
-WITH_CODE = [REPOSITORY / "README.md", REPOSITORY / "docs" / "quickstart.md", REPOSITORY / "docs" / "mindspore.md"]
+WITH_CODE = [REPOSITORY / "README.md", *(REPOSITORY / "docs" / f"{name}.md" for name in ("quickstart", "mindspore", "pytorch"))]
 
 each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 

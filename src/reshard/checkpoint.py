@@ -32,6 +32,7 @@ from reshard.planning.mapping.wanted import Told, face_of, run_groups, tell
 from reshard.sources.huggingface import read_model_config
 from reshard.sources.native import check_promises, read_own_extra
 from reshard.sources.opening import headers_of, open_source
+from reshard.sources.pytorch.naming import Prefixes
 from reshard.sources.relay import held_in_memory
 from reshard.sources.resolve import resolve
 from reshard.sources.stored import Headers
@@ -55,6 +56,7 @@ class Checkpoint:
         storage: where it lies; the file system by default.
         mapping: to see it under other names: a family of models (its name, or a `Family`), or a `RuleMapping`, whose run's names they are.
         naming: of a family, which of its namings; those of Hugging Face files by default.
+        prefixes: where model and optimizer begin in the keys of a checkpoint of PyTorch, when that can't be recognised.
 
     Attributes:
         directory: where its files lie.
@@ -71,12 +73,20 @@ class Checkpoint:
         StorageError: the storage refuses to read.
     """
 
-    def __init__(self, path: str | os.PathLike[str], storage: Storage | None = None, *, mapping: Any = None, naming: str = ATOMS) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        storage: Storage | None = None,
+        *,
+        mapping: Any = None,
+        naming: str = ATOMS,
+        prefixes: Prefixes = Prefixes(),  # noqa: B008 - frozen
+    ) -> None:
         self._storage: Storage = PosixStorage() if storage is None else storage
         found = resolve(self._storage, os.path.abspath(os.fspath(path)))
         self.directory: str = found.directory
         self.iteration: int | None = found.iteration
-        stored = open_source(self._storage, found.directory)
+        stored = open_source(self._storage, found.directory, prefixes)
         self.catalog: Catalog = stored.catalog
         self.seal: Seal | None = stored.seal
         # A foreign checkpoint has no files of ours: what it says is made into them.

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from reshard.cli.convert import convert
 from reshard.cli.export import export
 from reshard.cli.ls import ls
 from reshard.cli.output import EXIT_ERROR, is_output_lost, print_error, reporting
@@ -45,6 +46,7 @@ app.command()(reporting(export))
 app.command()(reporting(ls))
 app.command()(reporting(show))
 app.command()(reporting(plan))
+app.command()(reporting(convert))
 app.command()(reporting(prune))
 app.command()(reporting(train))
 app.command()(reporting(verify))

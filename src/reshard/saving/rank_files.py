@@ -9,9 +9,10 @@ import numpy as np
 from reshard.errors import NoSpaceError, SaveError
 from reshard.format.extra import write_extra
 from reshard.format.names import EXTRA_DIRECTORY, rank_extra_file
-from reshard.format.safetensors import PlannedHeader, write_tensors
+from reshard.format.safetensors import PlannedHeader, StreamedArray, write_tensors
 from reshard.format.seal import SealedFile
 from reshard.planning.file_plan import FilePlan, WriteEntry
+from reshard.saving.streamed import StreamedMemory
 from reshard.state import State
 from reshard.storage import Storage
 from reshard.storage.storage import join
@@ -103,10 +104,11 @@ def write_rank(
     return sealed
 
 
-def _values(entries: Sequence[WriteEntry], state: State) -> Iterator[tuple[str, np.ndarray]]:
+def _values(entries: Sequence[WriteEntry], state: State) -> Iterator[tuple[str, np.ndarray | StreamedArray]]:
     tensors = state.tensors
     for entry in entries:
         if 0 in entry.shape:
             yield entry.name, np.empty(entry.shape, entry.dtype.numpy)
         else:
-            yield entry.name, tensors[entry.key].shards[entry.shard].memory.read()
+            memory = tensors[entry.key].shards[entry.shard].memory
+            yield entry.name, memory.stream() if isinstance(memory, StreamedMemory) else memory.read()

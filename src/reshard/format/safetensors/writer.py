@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from math import prod
 
 import numpy as np
@@ -21,11 +22,26 @@ PIECE_BYTES = 2 << 20
 _DIRECT_BYTES = 64 << 10
 
 
+@dataclass(frozen=True)
+class StreamedArray:
+    """An array that is larger than what is to be held of it at a time.
+
+    Attributes:
+        dtype: its element type.
+        shape: its shape.
+        parts: gives its parts in the order of its bytes.
+    """
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    parts: Callable[[], Iterator[np.ndarray]]
+
+
 def write_tensors(
     storage: Storage,
     path: str,
     header: PlannedHeader,
-    arrays: Iterable[tuple[str, np.ndarray]],
+    arrays: Iterable[tuple[str, np.ndarray | StreamedArray]],
     *,
     piece_bytes: int = PIECE_BYTES,
     written: Callable[[int], None] | None = None,
@@ -67,7 +83,7 @@ def write_tensors(
     return SealedFile(header.file_size, len(start), digest_of(start))
 
 
-def _unfit(path: str, name: str, array: np.ndarray, entry: TensorEntry | None) -> CaptureError:
+def _unfit(path: str, name: str, array: np.ndarray | StreamedArray, entry: TensorEntry | None) -> CaptureError:
     if entry is None or name != entry.name:
         return CaptureError(
             "a tensor that the header doesn't have at this place",
@@ -103,23 +119,27 @@ class _Stream:
         self._waiting_bytes = 0
         self._stage = np.empty(0, np.uint8)
 
-    def write(self, array: np.ndarray, nbytes: int) -> None:
+    def write(self, array: np.ndarray | StreamedArray, nbytes: int) -> None:
         """Write a tensor, or keep it (its values must stay) until a piece is full."""
-        if nbytes <= min(_DIRECT_BYTES, self._piece_bytes):
+        parts: Iterable[np.ndarray] = array.parts() if isinstance(array, StreamedArray) else (array,)
+        if not isinstance(array, StreamedArray) and nbytes <= min(_DIRECT_BYTES, self._piece_bytes):
             if self._waiting_bytes + nbytes > self._piece_bytes:
                 self.flush()
             self._waiting.append(array if array.flags.c_contiguous else np.ascontiguousarray(array))
             self._waiting_bytes += nbytes
             return
         self.flush()
-        hasher = _BlockHasher(row_blocks_of(array.shape, array.itemsize).nbytes, self.digests) if self._hashed else None
-        for piece in _pieces(array, self._piece_bytes):
+        hasher = _BlockHasher(row_blocks_of(array.shape, array.dtype.itemsize).nbytes, self.digests) if self._hashed else None
+        begin = self._position
+        for piece in (piece for part in parts for piece in _pieces(part, self._piece_bytes)):
             data = self._bytes_of(piece)
             if hasher is not None:
                 hasher.update(data)
             self._put(data)
         if hasher is not None:
             hasher.close()
+        if self._position - begin != nbytes:
+            raise CaptureError("the parts of a tensor don't make up the whole", found=f"{self._position - begin} bytes", expected=nbytes)
 
     def flush(self) -> None:
         """Write what waits."""

@@ -1,0 +1,103 @@
+"""Checkpoints of other programs become iterations of ours."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import optim
+
+import reshard
+from reshard.conversion import convert
+from reshard.errors import UsageError
+from reshard.verification import verify
+from tests.sources.pytorch.test_dcp import save
+from tests.sources.pytorch.test_saved_file import run, train
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> tuple[torch.nn.Module, optim.Optimizer, Path]:
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    model, optimizer = run()
+    train(model, optimizer, 3)
+    weights, state = get_state_dict(model, optimizer)
+    save({"model": weights, "optim": state, "lr_scheduler": {"last_epoch": 3}}, tmp_path / "step-3")
+    return model, optimizer, tmp_path / "step-3"
+
+
+def test_a_run_goes_on_from_what_was_converted(trained: Any, tmp_path: Path) -> None:
+    model, optimizer, source = trained
+    seen: list[tuple[int, int]] = []
+    done = convert(source, tmp_path / "root", progress=lambda read, total: seen.append((read, total)))
+    assert (done.iteration, done.notes) == (3, ())
+    assert seen[-1][0] == seen[-1][1] == done.nbytes
+    assert verify(tmp_path / "root").is_intact
+    other, fresh = run(seed=1)
+    report = reshard.load(tmp_path / "root", model=other, optimizer=fresh)
+    assert report.iteration == 3
+    assert report.extra == {"lr_scheduler": {"last_epoch": 3}}
+    assert "global_step" in report.restored
+    assert train(other, fresh, 2) == train(model, optimizer, 2)
+
+
+def test_nothing_is_overwritten(trained: Any, tmp_path: Path) -> None:
+    _, _, source = trained
+    convert(source, tmp_path / "root")
+    before = sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "root").rglob("*"))
+    with pytest.raises(UsageError, match="not overwritten"):
+        convert(source, tmp_path / "root")
+    with pytest.raises(UsageError, match="newer"):
+        convert(source, tmp_path / "root", iteration=2)
+    assert sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "root").rglob("*")) == before
+    assert convert(source, tmp_path / "root", iteration=4).iteration == 4
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="is a file"):
+        convert(source, tmp_path / "file")
+
+
+def test_large_tensors_are_read_part_by_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = {
+        "wide": torch.randn(3, 1 << 17),
+        "long": torch.randn(1 << 17, 3),
+        "cube": torch.randn(2, 1, 3, 1 << 16),
+        "small": torch.ones(3),
+    }
+    torch.save(state, tmp_path / "weights.pt")
+    largest = 0
+    read = reshard.checkpoint.TensorView.read
+
+    def counted(self: Any, region: Any = None) -> np.ndarray:
+        nonlocal largest
+        values = read(self, region)
+        largest = max(largest, values.nbytes)
+        return values
+
+    monkeypatch.setattr(reshard.checkpoint.TensorView, "read", counted)
+    budget = 1 << 20
+    done = convert(tmp_path / "weights.pt", tmp_path / "root", memory_budget=budget)
+    assert done.iteration == 0
+    assert 0 < largest <= budget // 4
+    checkpoint = reshard.Checkpoint(tmp_path / "root")
+    for name, tensor in state.items():
+        np.testing.assert_array_equal(checkpoint[name][...], tensor.numpy(), name)
+    assert verify(tmp_path / "root").is_intact
+
+
+def test_prefixes_are_named(tmp_path: Path) -> None:
+    save({"teacher": {"w": torch.ones(2)}, "student": {"w": torch.zeros(2)}}, tmp_path / "both")
+    convert(tmp_path / "both", tmp_path / "root", model_prefix="student.")
+    assert reshard.Checkpoint(tmp_path / "root")["w"][...].tolist() == [0, 0]
+    with pytest.raises(UsageError, match="prefix"):
+        convert(tmp_path / "both", tmp_path / "other", model_prefix="nobody.")
+
+
+def test_the_command(trained: Any, tmp_path: Path, run_reshard: Any) -> None:
+    _, _, source = trained
+    done = run_reshard("convert", str(source), str(tmp_path / "root"), "--json")
+    assert json.loads(done.stdout)["iteration"] == 3
+    assert "iteration 3" in run_reshard("show", str(tmp_path / "root")).stdout
