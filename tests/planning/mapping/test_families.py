@@ -191,6 +191,10 @@ def test_a_familys_config_counts_less_than_what_the_caller_says() -> None:
     }
 
 
+def test_the_number_of_experts_has_several_names() -> None:
+    assert sizes_in({"num_local_experts": 4})["num_experts"] == 4
+
+
 def test_rules_that_cover_something_twice_or_not_are_refused() -> None:
     with pytest.raises(UsageError, match="covered twice"):
         RuleMapping(run=(rename("a", "b"), rename("a", "c"))).saving((), {})

@@ -17,6 +17,8 @@ from reshard.state import Kind, State
 # An error names so many tensors.
 _SHOWN = 3
 
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+
 ATOMS = "huggingface"
 """The naming of a family whose names are the atoms' own."""
 
@@ -113,7 +115,7 @@ class Family:
 
     def with_sizes(self, **sizes: int) -> Family:
         """The same family with numbers (or options) of one model, which count more than those of its configuration."""
-        return replace(self, sizes={**self.sizes, **{name: int(number) for name, number in sizes.items()}})
+        return replace(self, sizes={**self.sizes, **_with_synonyms({name: int(number) for name, number in sizes.items()})})
 
     def saving_as(self, naming: str) -> Family:
         """The same family, whose runs save under another naming.
@@ -188,7 +190,13 @@ def sizes_in(config: Any) -> dict[str, int]:
     if "num_key_value_heads" not in found and "num_attention_heads" in found:
         # Whoever doesn't say has a key and a value for every query.
         found["num_key_value_heads"] = found["num_attention_heads"]
-    return found
+    return _with_synonyms(found)
+
+
+def _with_synonyms(sizes: Sizes) -> dict[str, int]:
+    """The number of experts under each of the names that releases of models' code give it."""
+    experts = next((sizes[name] for name in _EXPERTS if name in sizes), None)
+    return dict(sizes) if experts is None else {**dict.fromkeys(_EXPERTS, experts), **sizes}
 
 
 def config_of(model: Any) -> dict[str, int]:
