@@ -80,13 +80,20 @@ class Endpoint:
             self.table = [self.address, *(address for _, address in told)]
         else:
             self.table = [first] * self.world_size
-            self.outgoing("join", 0).send_bytes(msgspec.msgpack.encode(self.address))
-        mesh = SocketCommunicator(self, "table")
-        self.table = msgspec.msgpack.decode(mesh.tell_down(msgspec.msgpack.encode(self.table)), type=list[Address])
-        mesh.close()
+            try:
+                self.outgoing("join", 0).send_bytes(msgspec.msgpack.encode(self.address))
+            except (EOFError, OSError) as error:
+                raise CommunicationError("a rank could not join the others", rank=self.rank, found=str(error)) from error
+        above, below = _neighbours(self.rank, self.world_size)
+        data = self._hear("table", above) if self.rank else msgspec.msgpack.encode(self.table)
+        self.table = msgspec.msgpack.decode(data, type=list[Address])  # before it is passed on: it says where to
+        for rank in below:
+            self.outgoing("table", rank).send_bytes(data)
         if self.rank:
             # While all are there: who ends first may be the one that keeps the notices.
             self.board = BoardClient(self.outgoing(_BOARD, 0), self.rank, self.timeout)
+        for line in ("join", "table"):
+            self.hang_up(line)
 
     def outgoing(self, line: str, target: int) -> Connection:
         """The connection on which this rank talks to another."""
@@ -94,8 +101,12 @@ class Endpoint:
             connection = self._outgoing.get((line, target))
         if connection is None:
             connection = Client(self.table[target])
-            answer_challenge(connection, self._key)
-            deliver_challenge(connection, self._key)
+            try:
+                answer_challenge(connection, self._key)
+                deliver_challenge(connection, self._key)
+            except AuthenticationError as error:
+                connection.close()
+                raise ConnectionError(f"rank {target} is of another job: {error}") from error
             connection.send_bytes(msgspec.msgpack.encode((line, self.rank)))
             with self._changed:
                 self._outgoing[line, target] = connection
@@ -165,6 +176,12 @@ class Endpoint:
             self._changed.notify_all()
 
 
+def _neighbours(rank: int, world_size: int) -> tuple[int, range]:
+    """The rank above one in the tree (rank 0 has none), and those below it."""
+    first = _FAN_OUT * rank + 1
+    return (rank - 1) // _FAN_OUT, range(first, min(first + _FAN_OUT, world_size))
+
+
 class SocketCommunicator:
     """All ranks of a job, over the connections of an endpoint that has joined.
 
@@ -180,9 +197,7 @@ class SocketCommunicator:
         self._state = "open"
         self.rank: int = endpoint.rank
         self.world_size: int = endpoint.world_size
-        first = _FAN_OUT * self.rank + 1
-        self._below = range(first, min(first + _FAN_OUT, self.world_size))
-        self._above = (self.rank - 1) // _FAN_OUT
+        self._above, self._below = _neighbours(self.rank, self.world_size)
         endpoint.use()
 
     def all_gather(self, data: bytes) -> list[bytes]:
