@@ -37,6 +37,14 @@ def open_source(storage: Storage, path: str, prefixes: Prefixes = Prefixes()) ->
     return open_weights(storage, path) if holds_weights(names) else open_stored(storage, path)
 
 
+def is_foreign(storage: Storage, path: str) -> bool:
+    """Whether what `resolve` found was written by PyTorch alone: nothing in it says which bytes it must have."""
+    there = storage.stat(path)
+    if there is None:
+        return False
+    return not there.is_directory or is_dcp({entry.name for entry in storage.list(path) if not entry.is_directory})
+
+
 def headers_of(storage: Storage, catalog: Catalog, seal: Seal | None, items: ItemTable | None) -> Headers:
     """What tells where in its files the tensors of an opened checkpoint lie.
 

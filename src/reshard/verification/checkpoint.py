@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from reshard.catalog import Catalog, Place
-from reshard.errors import CheckpointNotFoundError, DamagedCheckpointError, MetadataError, StorageError, TrackerError
+from reshard.errors import CheckpointNotFoundError, DamagedCheckpointError, MetadataError, StorageError, TrackerError, UsageError
 from reshard.format.common import read_common
 from reshard.format.index import INDEX_FILE
 from reshard.format.metadata import MOST_METADATA_BYTES, SEALED_SINCE, decode_metadata
@@ -29,6 +29,7 @@ from reshard.format.seal import SEAL_FILE, Seal, read_seal
 from reshard.format.small_file import read_small
 from reshard.geometry import DType
 from reshard.sources.native import open_catalog
+from reshard.sources.opening import is_foreign
 from reshard.sources.resolve import list_iterations, resolve
 from reshard.storage import PosixStorage, Storage
 from reshard.storage.storage import join
@@ -64,10 +65,17 @@ def verify(
     Raises:
         CheckpointNotFoundError: there is no checkpoint.
         TrackerError: the root's tracker is damaged.
+        UsageError: it is a checkpoint of PyTorch, which has no digests.
         StorageError: the directory can't be listed.
     """
     storage = PosixStorage() if storage is None else storage
     found = resolve(storage, os.path.abspath(os.fspath(path)))
+    if is_foreign(storage, found.directory):
+        raise UsageError(
+            "a checkpoint of PyTorch can't be verified: nothing in it says which bytes it must have",
+            file=found.directory,
+            fix="`reshard show` looks whether its files hold what its metadata promises; `reshard convert` adds digests",
+        )
     return _Verifier(storage, found.directory, readers, progress).run(found.iteration, found.notes)
 
 

@@ -179,3 +179,10 @@ def test_a_folder_of_that_name_is_resolved(small: Path, tmp_path: Path) -> None:
     shutil.copytree(small, tmp_path / "root" / "step-7")
     with pytest.raises(reshard.errors.CheckpointNotFoundError, match=r"step-7"):
         reshard.Checkpoint(tmp_path / "root")
+
+
+def test_there_is_nothing_to_verify(small: Path, tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(2)}, tmp_path / "w.pt")
+    for path in (small, tmp_path / "w.pt"):
+        with pytest.raises(reshard.errors.UsageError, match="can't be verified"):
+            reshard.verify(path)
