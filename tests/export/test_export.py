@@ -332,3 +332,25 @@ def test_the_command_needs_no_framework(run_python: Callable[..., CompletedProce
     )
     run_python(code)
     assert (tmp_path / "folder" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("case", ["hf_qwen3_interleaved", "hf_qwen3_tied"])
+def test_names_of_another_framework_become_those_of_hugging_face(tmp_path: Path, case: str, ranks: int) -> None:
+    golden = Path(__file__).resolve().parents[1] / "data" / "golden_hf" / case
+    with np.load(golden / "expected_mf.npz") as arrays:
+        reshard.save(tmp_path / "root", 1, model=dict(arrays))
+    report = export(ranks, tmp_path / "root", tmp_path / "folder", config=golden / "hf", max_shard_size="20KB")[0]
+    assert len(report.files) > 1
+    published, exported = reshard.Checkpoint(golden / "hf"), reshard.Checkpoint(tmp_path / "folder")
+    assert set(exported) == set(published)
+    for name in published:
+        np.testing.assert_array_equal(exported[name][...], published[name][...].astype(exported[name].dtype.numpy))
+    assert contents(tmp_path / "folder").keys() - {"config.json"} == set(report.files) | {"model.safetensors.index.json"}
+    with pytest.raises(UsageError, match=r"qwen4"):
+        export(ranks, tmp_path / "root", tmp_path / "other", config=golden / "hf", family="qwen4")
+
+
+def test_a_model_that_no_family_knows_keeps_its_names(root: Path, tmp_path: Path) -> None:
+    export(1, root, tmp_path / "folder")
+    assert set(reshard.Checkpoint(tmp_path / "folder")) == SHAPES.keys()

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.utils import logging
 
 import reshard
@@ -68,3 +69,27 @@ def test_a_stray_output_layer_of_a_tied_model_is_let_be(tmp_path: Path, caplog: 
     pretrained_ranks.begin_and_train(configuration, tmp_path / "exported", 0)
     assert "lm_head.weight" in caplog.text
     assert "lm_head.weight" not in reshard.Checkpoint(tmp_path / "exported")
+
+
+def test_experts_go_in_and_out(tmp_path: Path) -> None:
+    torch.manual_seed(2)
+    names = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "mlp_only_layers")
+    experts = {name: ranks.EXPERTS[name] for name in names}
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**{**ranks.MODEL, **experts, "norm_topk_prob": True, "vocab_size": 256}))
+    model.save_pretrained(tmp_path / "source", max_shard_size="50KB")
+    with torch.no_grad():
+        expected = model(TOKENS).logits.numpy()
+        for parameter in model.parameters():
+            parameter.zero_()
+        reshard.load(tmp_path / "source", model=model, mapping="qwen3_moe")
+        np.testing.assert_array_equal(model(TOKENS).logits.numpy(), expected)
+    with reshard.CheckpointManager(tmp_path / "root") as manager:
+        manager.export(tmp_path / "exported", model=model)
+    source, exported = reshard.Checkpoint(tmp_path / "source"), reshard.Checkpoint(tmp_path / "exported")
+    assert set(exported) == set(source)
+    for name in source:
+        np.testing.assert_array_equal(exported[name][...], source[name][...])
+    configuration = ranks.settings(model={**ranks.EXPERTS, "rope_theta": 10_000.0}, pretrained_model_dir=str(tmp_path / "source"))
+    before, _, _ = pretrained_ranks.begin_and_train(configuration, tmp_path / "trained", 0)
+    np.testing.assert_allclose(before, expected, rtol=1e-4, atol=1e-5)
+    assert set(reshard.Checkpoint(tmp_path / "trained")) == set(source)

@@ -28,6 +28,9 @@ def export(
     ],
     folder: Annotated[str, typer.Argument(help="The folder to make.", show_default=False)],
     kind: Annotated[Format, typer.Option("--format", help="hf: what transformers' from_pretrained opens.")] = Format.HF,
+    family: Annotated[
+        str | None, typer.Option("--family", help="The model's family, such as qwen3.", show_default="recognised by its config.json")
+    ] = None,
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="Convert floating tensors, as in --dtype bfloat16.", show_default="as stored")
     ] = None,
@@ -44,7 +47,7 @@ def export(
     """
     with _ranks() as rank, _progress(shown=rank == 0) as progress:
         report = export_checkpoint(
-            checkpoint, folder, dtype=dtype, max_shard_size=max_shard_size, config=config, force=force, progress=progress
+            checkpoint, folder, dtype=dtype, max_shard_size=max_shard_size, config=config, force=force, progress=progress, family=family
         )
     if rank == 0:
         print_lines(console(), [str(report), *(f"  note: {note}" for note in report.notes)])

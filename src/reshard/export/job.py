@@ -18,9 +18,10 @@ from reshard.comm import Communicator
 from reshard.comm.together import attempt, from_first, settle
 from reshard.errors import MismatchError, UsageError
 from reshard.export.folder import ExportFolder, temporary_of
-from reshard.export.model_config import check_config, read_given_config, tied_output, written_config
+from reshard.export.model_config import check_config, mapper_of, read_given_config, tied_output, written_config
 from reshard.export.sharding import ExportTensor, Shard, parse_size, plan_shards, share_out
 from reshard.export.values import cut, write_shard
+from reshard.families import Family
 from reshard.format.names import tensor_name
 from reshard.format.safetensors import plan_header
 from reshard.format.seal import SealedFile
@@ -87,6 +88,7 @@ class ExportOptions:
         force: whether a folder of weights that is there is replaced.
         memory_budget: bytes that are held at a time, on each rank.
         progress: is told how far this rank is; each rank may have another.
+        family: of the model, where it isn't to be recognised by its configuration.
     """
 
     dtype: str | None = None
@@ -95,6 +97,7 @@ class ExportOptions:
     force: bool = False
     memory_budget: int = MEMORY_BUDGET
     progress: Progress | None = None
+    family: str | Family | None = None
 
     def check(self) -> tuple[DType | None, int]:
         """The type and the size that they mean.
@@ -120,6 +123,7 @@ class ExportHow(TypedDict, total=False):
     force: bool
     memory_budget: int
     progress: Progress | None
+    family: str | Family | None
 
 
 class _Start(msgspec.Struct, array_like=True):
@@ -148,6 +152,7 @@ def export_checkpoint(
     force: bool = False,
     memory_budget: int = MEMORY_BUDGET,
     progress: Progress | None = None,
+    family: str | Family | None = None,
     communicator: Communicator | None = None,
     storage: Storage | None = None,
 ) -> ExportReport:
@@ -166,6 +171,8 @@ def export_checkpoint(
         force: replace a folder of weights that is there; files in it that are no weights stay.
         memory_budget: bytes that are held at a time, on each rank.
         progress: is told how far this rank is.
+        family: of the model, by name: its names in the checkpoint become those of Hugging Face files. Not given, it is recognised by the
+            configuration; tensors of a model that isn't known keep their names.
         communicator: the ranks that share the work; that of the framework in use when it isn't given.
         storage: where all of it lies; the file system when it isn't given.
 
@@ -175,7 +182,7 @@ def export_checkpoint(
         UsageError: the folder isn't empty, an argument that can't be, or nothing says what `config.json` is to say.
         MismatchError: the configuration ties tensors that differ.
     """
-    options = ExportOptions(dtype, max_shard_size, config, force, memory_budget, progress)
+    options = ExportOptions(dtype, max_shard_size, config, force, memory_budget, progress, family)
     with ExitStack() as closing:
         comm = communicator if communicator is not None else default_communicator()
         if communicator is None:
@@ -231,6 +238,9 @@ def _plan(storage: Storage, start: _Start, options: ExportOptions) -> _Plan:
     dtype, most_bytes = options.check()
     checkpoint = Checkpoint(start.source, storage)
     config: Mapping[str, Any] = json.loads(start.config)
+    mapper = mapper_of(options.family, config, [key.parameter for key in checkpoint.catalog.tensors if key.kind is Kind.MODEL])
+    if mapper is not None:
+        checkpoint = Checkpoint(start.source, storage, mapping=mapper)
     keys = [key for key in checkpoint.catalog.tensors if key.kind is Kind.MODEL]
     tied = tied_output(config, keys)
     tensors = []

@@ -10,7 +10,9 @@ from typing import Any
 
 from reshard.errors import UsageError
 from reshard.export.sharding import ExportTensor
+from reshard.families import Family, known_families, select_mapper
 from reshard.format.names import tensor_name
+from reshard.planning.mapping.mappers import ATOMS, Mapper, sizes_in
 from reshard.sources.huggingface import CONFIG_FILE, read_model_config
 from reshard.state import Kind, TensorKey
 from reshard.storage import Storage
@@ -74,6 +76,27 @@ def check_config(config: Mapping[str, Any] | None, directory: str) -> Mapping[st
             "a configuration without model_type describes no model", field="config", found=", ".join(list(config)[:5]), file=directory
         )
     return config
+
+
+def mapper_of(family: str | Family | None, config: Mapping[str, Any], names: Sequence[str]) -> Mapper | None:
+    """What makes the names of Hugging Face files of a checkpoint's; None where they are those already.
+
+    Args:
+        family: what the user gave; None: the family is recognised by the configuration, and where none is known names stay as they are.
+        config: of the model.
+        names: of the checkpoint's model tensors.
+
+    Raises:
+        UsageError: a family that isn't known.
+    """
+    if family is None:
+        recognised = [one for one in known_families() if config.get("model_type") in one.model_types]
+        counts = recognised[0].count(names) if recognised else {}
+        if counts.get(ATOMS, 0) >= max(counts.values(), default=0):
+            return None
+        family = recognised[0]
+    mapper = select_mapper(family)
+    return mapper.with_sizes(**sizes_in(config)) if isinstance(mapper, Family) else mapper
 
 
 def written_config(config: Mapping[str, Any], tensors: Sequence[ExportTensor]) -> Mapping[str, Any]:

@@ -41,7 +41,9 @@ def load_pretrained(directory: str, model: Any, settings: ModelSettings, *, bala
     Raises:
         ReshardError: the folder isn't what it promises, or its weights don't fit the model.
     """
-    report = load(directory, model=model, restore_random=False, balanced=balanced)
+    # The folder has each expert's matrices, the model has those of a layer stacked; a dense model has the folder's names.
+    mapping = settings.model_type if settings.num_experts is not None else None
+    report = load(directory, model=model, restore_random=False, balanced=balanced, mapping=mapping)
     config = read_model_config(PosixStorage(), directory)
     return report, tuple(_differences(config, settings)) if config is not None else ()
 
