@@ -24,6 +24,7 @@ def blocks(document: Path, language: str) -> list[str]:
     return [code for kind, code in _BLOCK.findall(document.read_text(encoding="utf-8")) if kind == language]
 
 
+@pytest.mark.timeout(900)  # whole programs, some of which import two frameworks
 @pytest.mark.parametrize("document", WITH_CODE, ids=lambda path: path.name)
 def test_the_code_of_the_documents_runs(
     document: Path,
@@ -35,13 +36,13 @@ def test_the_code_of_the_documents_runs(
     assert python
     # One program, as a reader would type it; twice, since the second run resumes from the first.
     for _ in range(2):
-        run_python("\n".join(python), cwd=tmp_path)
+        run_python("\n".join(python), cwd=tmp_path, timeout=400)
     shown = [session for block in blocks(document, "console") for session in sessions(block)]
     assert shown
     for command, output in shown:
         program, *arguments = shlex.split(command, comments=True)
         assert program == "reshard"
-        done = run_reshard(*arguments, cwd=tmp_path)
+        done = run_reshard(*arguments, cwd=tmp_path, timeout=400)
         assert done.returncode == 0, f"{command}\n{done.stderr}"
         assert done.stdout.strip()
         if output:
