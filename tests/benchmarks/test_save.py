@@ -13,7 +13,7 @@ from benchmarks.save import main
 from benchmarks.save_cases import CASES, COPY, DCP, DCP_ASYNC, DEFERRED, IDLE, MEMCPY, RESHARD, SAVES, WRITE
 from benchmarks.save_ranks import SaveSample
 from benchmarks.save_results import summarize, summarize_endless
-from benchmarks.save_stalls import Residue
+from benchmarks.save_stalls import Residue, lasting
 from benchmarks.states import transformer
 
 SYNC, STALL = CASES[0], next(case for case in CASES if case.kind == "stall")
@@ -114,6 +114,13 @@ def test_what_saves_without_end_leave_is_held_against_the_targets(growth: int, f
     assert [found["met"] for found in results["checks"]] == [met, met, True]
     assert results["checks"][0]["value"] == growth
     assert results["saves"] == [50, SAVES]
+
+
+def test_what_is_just_ending_is_no_residue(monkeypatch: pytest.MonkeyPatch) -> None:
+    readings = iter([["1", "2", "3"], ["1", "2"], ["1", "2", "4"]])
+    monkeypatch.setattr("benchmarks.save_stalls.os.listdir", lambda directory: next(readings))
+    assert lasting("/proc/self/task") == 2
+    assert next(readings, None) is None
 
 
 @pytest.mark.sweep
