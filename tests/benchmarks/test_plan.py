@@ -11,6 +11,7 @@ from benchmarks import plan
 from benchmarks.deepseek import DeepSeek
 
 
+@pytest.mark.sweep
 def test_it_measures_and_says_what(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "plan.json"
     assert plan.main(["--small", "--rounds", "1", "--output", str(output)]) == 0

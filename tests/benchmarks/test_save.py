@@ -30,6 +30,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.sweep
 def test_the_results_have_every_number(output: Path) -> None:
     results = json.loads(output.read_text(encoding="utf-8"))
     assert results["judged"] is False
@@ -49,6 +50,7 @@ def test_the_results_have_every_number(output: Path) -> None:
     assert all(found["met"] is None for case in results["cases"] for found in case["checks"])
 
 
+@pytest.mark.sweep
 def test_the_picture_is_a_picture(output: Path) -> None:
     assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
