@@ -99,14 +99,22 @@ def save_beside_collectives(root: Path) -> list[tuple[int, int]]:
                 while any(thread.name == "reshard-heartbeat" for thread in threading.enumerate()):
                     assert time.monotonic() < deadline
                     time.sleep(0.01)
-                left.append((len(os.listdir("/proc/self/fd")), threading.active_count()))
+                dist.barrier()
+                # Rank 0 serves the store: it sees the ends of the others' connections when it comes to it.
+                most = left[0] if left else (0, 0)
+                deadline = time.monotonic() + (30 if left else 2)
+                counts = []
+                while not counts or (min(counts) > most and time.monotonic() < deadline):
+                    counts.append((len(os.listdir("/proc/self/fd")), threading.active_count()))
+                    time.sleep(0.02)
+                left.append(min(counts))
     return left
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="the system doesn't tell which files are open")
 def test_asynchronous_saves_leave_no_files_and_no_threads(rank_pool: Callable[[int], RankPool], tmp_path: Path) -> None:
     for early, late in rank_pool(2).run(save_beside_collectives, tmp_path):
-        assert early == late
+        assert late <= early
     assert reshard.Checkpoint(tmp_path).iteration == 12
 
 
