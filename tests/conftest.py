@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, is_hypothesis_test, settings
 
+from tests import faults
 from tests.processes import RankPool
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -27,6 +28,8 @@ settings.load_profile("fast")
 # `make sweep` gives a budget in seconds; 0 is no budget.
 _SWEEP_SECONDS = float(os.environ.get("SWEEP_SECONDS") or 0)
 _STARTED = time.monotonic()
+# Where the counts of faults are kept (`make faults`).
+_FAULTS_FILE = os.environ.get("FAULTS_FILE")
 _SEED = int(os.environ.get("SWEEP_SEED") or time.time())
 
 
@@ -46,6 +49,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if is_hypothesis_test(getattr(item, "obj", None)):
             item.add_marker(pytest.mark.property)
+        if "tried" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.fault)
     if _is_sweep(config):
         # With a budget the last tests might never have their turn; in another order each time, all of them do.
         random.Random(_SEED).shuffle(items)
@@ -54,6 +59,30 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if _SWEEP_SECONDS and _is_sweep(item.config) and time.monotonic() - _STARTED > _SWEEP_SECONDS:
         pytest.skip(f"the sweep's {_SWEEP_SECONDS:.0f} seconds are spent")
+
+
+@pytest.fixture
+def tried(record_property: Callable[[str, object], None]) -> faults.Tried:
+    """Says how many faults a test has tried: `tried(kind, points, is_part=False)`."""
+
+    def tried(kind: str, points: int, *, is_part: bool = False) -> None:
+        assert kind in faults.KINDS
+        record_property(faults.PROPERTY, (kind, points, is_part))
+
+    return tried
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    found = faults.tried(terminalreporter.getreports("passed"))
+    failed = [report.nodeid for report in terminalreporter.getreports("failed") if "fault" in getattr(report, "keywords", ())]
+    if found or failed:
+        terminalreporter.section("faults that were tried")
+        for kind, count in faults.totals((kind, points) for kind, points, _ in found.values()).items():
+            tests = sum(other == kind for other, _, _ in found.values())
+            terminalreporter.write_line(f"{count:>8,}  {faults.KINDS[kind][0]} ({tests} tests)")
+        terminalreporter.write_line(f"{len(failed):>8,}  of these tests failed")
+    if _FAULTS_FILE:
+        faults.keep(Path(_FAULTS_FILE), found, failed, time.strftime("%Y-%m-%d"))
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ import msgspec
 
 from reshard.comm.single import LocalBoard
 from reshard.errors import CommunicationError, ReshardError
+from tests.traced import Trace, stop_to_be_traced
 
 SAVED, REFUSED, BROKEN = 0, 3, 4
 """How a process ended: with what it was to do; with an error that explains itself; with another one."""
@@ -90,18 +91,34 @@ def _exactly(link: socket.socket, count: int) -> bytes:
     return data
 
 
-def run_job(world_size: int, work: Callable[[SocketCommunicator], object]) -> list[int]:
-    """Fork the ranks of a job; how each ended: an exit code, or the negative number of the signal that killed it."""
+def run_job(
+    world_size: int, work: Callable[[SocketCommunicator], object], *, traced: int | None = None, trace: Trace | None = None
+) -> list[int]:
+    """Fork the ranks of a job; how each ended: an exit code, or the negative number of the signal that killed it.
+
+    Args:
+        world_size: how many ranks.
+        work: what each does.
+        traced: the rank whose system calls are traced; None for none.
+        trace: what is done with them.
+    """
     links: list[_Links] = [[{}, {}] for _ in range(world_size)]
     for rank in range(1, world_size):
         for number in (0, 1):
             links[0][number][rank], links[rank][number][0] = socket.socketpair()
-    processes = [_fork(rank, links, work) for rank in range(world_size)]
+    processes = [_fork(rank, links, work, stops=rank == traced) for rank in range(world_size)]
     _close(links, range(world_size))
-    return [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
+    strace = None
+    if traced is not None and trace is not None:
+        os.waitpid(processes[traced], os.WUNTRACED)
+        strace = trace.attach(processes[traced])
+    codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
+    if strace is not None:
+        strace.communicate()
+    return codes
 
 
-def _fork(rank: int, links: list[_Links], work: Callable[[SocketCommunicator], object]) -> int:
+def _fork(rank: int, links: list[_Links], work: Callable[[SocketCommunicator], object], *, stops: bool) -> int:
     process = os.fork()
     if process:
         return process
@@ -109,6 +126,8 @@ def _fork(rank: int, links: list[_Links], work: Callable[[SocketCommunicator], o
     try:
         signal.alarm(int(2 * _LIMIT))  # whatever happens, it ends
         _close(links, [other for other in range(len(links)) if other != rank])
+        if stops:
+            stop_to_be_traced()
         for number in links[rank]:
             for link in number.values():
                 link.settimeout(_LIMIT)

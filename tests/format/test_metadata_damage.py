@@ -13,6 +13,7 @@ from reshard.errors import DamagedCheckpointError, MetadataError, ReshardError
 from reshard.format.metadata import decode_metadata
 from reshard.geometry.dtypes import by_name
 from reshard.state import GLOBAL_STEP, Kind, model_key, slot_key
+from tests.faults import HOSTILE
 from tests.golden import iteration
 
 FILE = "/root/iteration_00000001/metadata.json"
@@ -111,10 +112,11 @@ GOOD = json.dumps(good(), separators=(",", ":")).encode()
         (GOOD.replace(b"[4,6]", b"[4," + b"9" * 5000 + b"]"), "unexpected value|not JSON"),
     ],
 )
-def test_bytes_that_are_no_metadata(data, said):
+def test_bytes_that_are_no_metadata(data, said, tried):
     with pytest.raises(MetadataError, match=said) as caught:
         decode(data)
     assert caught.value.file == FILE
+    tried(HOSTILE, 1)
 
 
 def change(*path, to):
@@ -227,7 +229,7 @@ def reorder_layout(document):
         (change("format_version", to="1"), "unexpected value", None),
     ],
 )
-def test_metadata_that_contradicts_itself(damage, said, tensor):
+def test_metadata_that_contradicts_itself(damage, said, tensor, tried):
     document = good()
     document["format_version"] = 1
     if damage.__name__ == "apply":
@@ -242,6 +244,7 @@ def test_metadata_that_contradicts_itself(damage, said, tensor):
     assert caught.value.file == FILE
     assert caught.value.tensor == tensor
     assert caught.value.fix
+    tried(HOSTILE, 1)
 
 
 def test_what_other_writers_may_add_is_no_damage():

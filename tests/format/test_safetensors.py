@@ -17,6 +17,7 @@ from reshard.format.row_blocks import row_blocks_of
 from reshard.format.safetensors import Header, parse_header, plan_header, read_header, write_tensors
 from reshard.geometry.dtypes import ALL, by_name, by_numpy
 from reshard.storage import MemoryStorage, PosixStorage
+from tests.faults import HOSTILE
 from tests.golden import CASES, iteration
 
 F32 = by_name("float32")
@@ -366,7 +367,7 @@ def test_the_file_that_is_damaged_below_is_good_before(tmp_path):
         (file_of('{"a": null}'), "can't be understood"),
     ],
 )
-def test_a_damaged_file(tmp_path, content, said):
+def test_a_damaged_file(tmp_path, content, said, tried):
     path = tmp_path / "file.safetensors"
     path.write_bytes(content)
     if said is None:
@@ -375,6 +376,7 @@ def test_a_damaged_file(tmp_path, content, said):
     with pytest.raises(DataFileError, match=said) as caught:
         read_header(PosixStorage(), str(path))
     assert caught.value.file == str(path)
+    tried(HOSTILE, 1)
 
 
 def test_a_truncated_file_says_what_was_promised_and_what_is_there(tmp_path):

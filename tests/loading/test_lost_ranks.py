@@ -19,6 +19,7 @@ from reshard.geometry.dtypes import by_numpy
 from reshard.state import HostMemory, Shard, ShardedTensor, model_key
 from reshard.storage.posix import PosixStorage
 from reshard.testing import FaultyStorage
+from tests.faults import LOST_RANK, Tried
 from tests.processes import Failure, RankPool
 
 WORLD = 4
@@ -110,7 +111,7 @@ FINE = [("", "", [])] * WORLD
     ids=["balanced-everything", "balanced-columns", "balanced-neighbours", "direct"],
 )
 def test_a_killed_rank_is_an_error_on_the_others(
-    rank_pool: Callable[[int], RankPool], root: Path, balanced: bool, wanted: str, victim: int, after: int
+    rank_pool: Callable[[int], RankPool], root: Path, balanced: bool, wanted: str, victim: int, after: int, tried: Tried
 ) -> None:
     pool, before = rank_pool(WORLD), digest(root)
     try:
@@ -130,12 +131,13 @@ def test_a_killed_rank_is_an_error_on_the_others(
             assert "next:" in text
     assert digest(root) == before
     assert pool.run(load, root, wanted, balanced, None, 0, "killed", LONG) == FINE
+    tried(LOST_RANK, 1)
 
 
 @pytest.mark.sweep
 @pytest.mark.parametrize(("balanced", "wanted", "after"), [(True, "everything", 12), (False, "columns", 9)], ids=["balanced", "direct"])
 def test_a_rank_that_hangs_is_an_error_within_the_limit(
-    rank_pool: Callable[[int], RankPool], root: Path, balanced: bool, wanted: str, after: int
+    rank_pool: Callable[[int], RankPool], root: Path, balanced: bool, wanted: str, after: int, tried: Tried
 ) -> None:
     pool = rank_pool(WORLD)
     try:
@@ -145,3 +147,4 @@ def test_a_rank_that_hangs_is_an_error_within_the_limit(
     assert not any(isinstance(outcome, Failure) for outcome in outcomes), outcomes
     assert {error for error, _, _ in outcomes} == {"CommunicationError"}
     assert pool.run(load, root, wanted, balanced, None, 0, "hangs", LONG) == FINE
+    tried(LOST_RANK, 1)

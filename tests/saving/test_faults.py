@@ -16,6 +16,7 @@ from reshard.saving.saver import Saver
 from reshard.storage import MemoryStorage, Storage
 from reshard.testing import FaultyStorage, SimulatedDeath
 from tests import saving_runs as runs
+from tests.faults import DEATH, FAILURE
 
 TWO = SaveOptions(keep_checkpoint_max=2, lock_timeout=0)
 
@@ -88,9 +89,10 @@ def check_next_save(storage: Storage, world_size: int, where: str) -> None:
 
 @each_action
 @two_ranks_or_one
-@pytest.mark.parametrize("error", [StorageError, pytest.param(OSError, marks=sweep)])
-def test_an_operation_that_fails(action, exchange, world_size, error):
+@pytest.mark.parametrize("error", [NoSpaceError, StorageError, pytest.param(OSError, marks=sweep)], ids=["ENOSPC", "EIO", "unexpected"])
+def test_an_operation_that_fails(action, exchange, world_size, error, tried):
     existing, (step, _), after = ACTIONS[action]
+    points = 0
     for where, storage, faulty, results in every_fault(action, exchange, world_size, error=error):
         saved = [is_saved(result) for result in results]
         found = runs.committed(storage) if storage.stat(runs.ROOT) else {}
@@ -111,6 +113,8 @@ def test_an_operation_that_fails(action, exchange, world_size, error):
                 directories = [name for name in runs.names(storage) if not name.startswith((".saving", "latest", ".reshard"))]
                 assert directories == ["iteration_00000001", "iteration_00000002"], where
         check_next_save(storage, world_size, where)
+        points += 1
+    tried(FAILURE, points)
 
 
 def attempt_save(saver: Saver, step: int, version: int) -> bool:
@@ -122,7 +126,7 @@ def attempt_save(saver: Saver, step: int, version: int) -> bool:
 
 
 @each_action
-def test_the_same_saver_saves_again_after_a_failure(action, exchange):
+def test_the_same_saver_saves_again_after_a_failure(action, exchange, tried):
     existing, (step, version), after = ACTIONS[action]
     start = before(action, exchange, 1)
     operations = runs.count_operations(lambda s: runs.save(s, [(step, version)], options=TWO), runs.copy_of(start))
@@ -135,21 +139,26 @@ def test_the_same_saver_saves_again_after_a_failure(action, exchange):
                 failures += 1
             assert failures < 2, f"operation {k}, {faulty.failed}"
             assert runs.committed(storage) in ([after] if failures else [after, {**existing, **after}]), f"operation {k}, {faulty.failed}"
+    tried(FAILURE, operations)
 
 
 @each_action
 @one_rank_or_two
-def test_a_disk_that_breaks_for_good(action, exchange, world_size):
+def test_a_disk_that_breaks_for_good(action, exchange, world_size, tried):
     existing, (step, version), after = ACTIONS[action]
+    points = 0
     for where, storage, _, results in every_fault(action, exchange, world_size, error=StorageError, lasting=True):
         check_what_was_there(storage, existing, step, version, after, results, where)
         check_next_save(storage, world_size, where)
+        points += 1
+    tried(FAILURE, points)
 
 
 @each_action
 @one_rank_or_two
-def test_a_disk_that_fills_up(action, exchange, world_size):
+def test_a_disk_that_fills_up(action, exchange, world_size, tried):
     """Nothing can be written any more, but names can be changed and files removed."""
+    points = 0
     existing, step, after = ACTIONS[action]
     writing = {"make_directory", "create", "write_at", "write_bytes", "sync"}
     start = before(action, exchange, world_size)
@@ -169,32 +178,40 @@ def test_a_disk_that_fills_up(action, exchange, world_size):
             left = [name for name in runs.names(storage) if name.startswith((".saving", ".deleting", ".replaced"))] if found else []
             assert left == []
             assert not found or runs.tracked(storage) == 2
+            points += 1
         assert k > 8
+    tried(FAILURE, points)
 
 
 @each_action
 @one_rank_or_two
 @pytest.mark.parametrize("lasting", [False, pytest.param(True, marks=sweep)])
-def test_an_operation_that_is_done_and_reported_as_failed(action, exchange, world_size, lasting):
+def test_an_operation_that_is_done_and_reported_as_failed(action, exchange, world_size, lasting, tried):
     existing, (step, version), after = ACTIONS[action]
+    points = 0
     for where, storage, _, results in every_fault(action, exchange, world_size, error=StorageError, after=True, lasting=lasting):
         check_what_was_there(storage, existing, step, version, after, results, where)
         check_next_save(storage, world_size, where)
+        points += 1
+    tried(FAILURE, points)
 
 
 @each_action
 @two_ranks_or_one
-def test_a_rank_that_dies(action, exchange, world_size):
+def test_a_rank_that_dies(action, exchange, world_size, tried):
     existing, (step, version), after = ACTIONS[action]
+    points = 0
     for where, storage, _, results in every_fault(action, exchange, world_size, error=SimulatedDeath):
         assert any(isinstance(result, SimulatedDeath) for result in results)
         assert all(is_saved(result) or isinstance(result, (SimulatedDeath, CommunicationError)) for result in results), where
         check_what_was_there(storage, existing, step, version, after, results, where)
         check_next_save(storage, world_size, where)
+        points += 1
+    tried(DEATH, points)
 
 
 @each_action
-def test_a_job_that_dies(action, exchange):
+def test_a_job_that_dies(action, exchange, tried):
     """All ranks at once, as when a machine is switched off; on storage that keeps everything that was written."""
     existing, (step, version), after = ACTIONS[action]
     start = before(action, exchange, 2)
@@ -205,6 +222,7 @@ def test_a_job_that_dies(action, exchange):
         results = runs.save(faulty, [(step, version)], options=TWO, world_size=2, settled=True)
         check_what_was_there(storage, existing, step, version, after, results, f"operation {k}, {faulty.failed}")
         check_next_save(storage, 2, f"operation {k}, {faulty.failed}")
+    tried(DEATH, total)
 
 
 def check_what_was_there(

@@ -19,6 +19,7 @@ from reshard.sources.resolve import list_iterations
 from reshard.state import ShardedTensor, model_key
 from reshard.storage import PosixStorage
 from reshard.testing import FaultyStorage, mesh_of, split, tensor_on_rank
+from tests.faults import KILL, Tried
 from tests.forked import REFUSED, SAVED, SocketCommunicator, run_job
 
 T = TypeVar("T")
@@ -99,9 +100,14 @@ def prepare(root: Path, action: str, world_size: int) -> None:
 
 
 def check(root: Path, action: str, world_size: int, codes: list[int], victim: int, where: str) -> None:
-    step = STEPS[action]
     assert codes[victim] == -signal.SIGKILL, where
     assert all(code in (SAVED, REFUSED) for rank, code in enumerate(codes) if rank != victim), f"{where}: {codes}"
+    check_root(root, action, world_size, where)
+
+
+def check_root(root: Path, action: str, world_size: int, where: str) -> None:
+    """What was committed is whole, what is tracked is there, and a later run saves as if nothing had been."""
+    step = STEPS[action]
     found, now = versions(root) if root.exists() else {}, tracked(root) if root.exists() else None
     if action == FIRST:
         assert now in (None, 1), where
@@ -154,24 +160,29 @@ def kill_everywhere(tmp_path: Path, action: str, world_size: int, mode: AsyncSav
             check(root, action, world_size, codes, victim, f"rank {victim} of {world_size}, operation {k} of {total}")
             shutil.rmtree(root)
             kills += 1
-    print(f"{kills} kills")
     return kills
 
 
 @pytest.mark.parametrize("mode", [None, "copy"])
 @pytest.mark.parametrize("action", [FIRST, NEXT, AGAIN])
-def test_a_process_is_killed(tmp_path: Path, action: str, mode: AsyncSave | None) -> None:
-    assert kill_everywhere(tmp_path, action, 1, mode, every=4) >= 12
+def test_a_process_is_killed(tmp_path: Path, tried: Tried, action: str, mode: AsyncSave | None) -> None:
+    kills = kill_everywhere(tmp_path, action, 1, mode, every=4)
+    assert kills >= 12
+    tried(KILL, kills, is_part=True)
 
 
 @pytest.mark.parametrize("mode", [None, pytest.param("copy", marks=pytest.mark.sweep)])
-def test_one_of_four_processes_is_killed(tmp_path: Path, mode: AsyncSave | None) -> None:
-    assert kill_everywhere(tmp_path, NEXT, 4, mode, every=12) >= 8
+def test_one_of_four_processes_is_killed(tmp_path: Path, tried: Tried, mode: AsyncSave | None) -> None:
+    kills = kill_everywhere(tmp_path, NEXT, 4, mode, every=12)
+    assert kills >= 8
+    tried(KILL, kills, is_part=True)
 
 
 @pytest.mark.sweep
 @pytest.mark.parametrize("mode", [None, "copy", "deferred"])
 @pytest.mark.parametrize("world_size", [1, 4])
 @pytest.mark.parametrize("action", [FIRST, NEXT, AGAIN])
-def test_a_process_is_killed_at_every_operation(tmp_path: Path, action: str, world_size: int, mode: AsyncSave | None) -> None:
-    assert kill_everywhere(tmp_path, action, world_size, mode, every=1) >= (50 if world_size == 1 else 95)
+def test_a_process_is_killed_at_every_operation(tmp_path: Path, tried: Tried, action: str, world_size: int, mode: AsyncSave | None) -> None:
+    kills = kill_everywhere(tmp_path, action, world_size, mode, every=1)
+    assert kills >= (50 if world_size == 1 else 95)
+    tried(KILL, kills)

@@ -14,6 +14,7 @@ from reshard.storage import MemoryStorage
 from reshard.testing import PowerLossStorage
 from reshard.testing.power_loss import Moment
 from tests import saving_runs as runs
+from tests.faults import POWER, Tried
 from tests.saving.test_faults import ACTIONS, TWO, before, check_next_save, each_action
 
 # Different states of the disk that are looked at after each operation; in the sweep.
@@ -87,14 +88,18 @@ def crash_everywhere(action: str, exchange: str, world_size: int, limit: int, ig
 
 @each_action
 @pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.sweep)])
-def test_the_power_fails_after_any_operation(action: str, exchange: str, world_size: int) -> None:
-    assert crash_everywhere(action, exchange, world_size, FEW) > 60
+def test_the_power_fails_after_any_operation(tried: Tried, action: str, exchange: str, world_size: int) -> None:
+    states = crash_everywhere(action, exchange, world_size, FEW)
+    assert states > 60
+    tried(POWER, states, is_part=world_size == 1)
 
 
 @pytest.mark.sweep
 @each_action
-def test_the_power_fails_in_many_ways(action: str, exchange: str) -> None:
-    assert crash_everywhere(action, exchange, 1, MANY) > 500
+def test_the_power_fails_in_many_ways(tried: Tried, action: str, exchange: str) -> None:
+    states = crash_everywhere(action, exchange, 1, MANY)
+    assert states > 500
+    tried(POWER, states)
 
 
 NEEDED_BY = [("the first", "exchange"), ("another", "exchange"), ("the newest again", "two renames"), ("the newest again", "exchange")]

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 import reshard
 from reshard.checkpoint import Checkpoint
-from reshard.errors import CheckpointNotFoundError, DamagedCheckpointError, StorageError, TrackerError
+from reshard.errors import CheckpointNotFoundError, DamagedCheckpointError, ReshardError, StorageError, TrackerError
 from reshard.format.safetensors import read_header
 from reshard.saving.options import SaveOptions
 from reshard.state import model_key
@@ -22,6 +22,7 @@ from reshard.testing import FaultyStorage
 from reshard.verification import Fault, verify, verify_all
 from tests import golden
 from tests import saving_runs as runs
+from tests.faults import BIT, Tried
 from tests.seals import seal_again, unseal
 
 FIRST, SECOND = "iteration_00000001", "iteration_00000002"
@@ -137,19 +138,46 @@ def replace(storage: MemoryStorage, path: str, data: bytes) -> None:
     storage.write_bytes(path, data)
 
 
-def test_a_flipped_bit_is_found_wherever_it_is() -> None:
+def test_a_flipped_bit_is_found_wherever_it_is(tried: Tried) -> None:
     flipped, read = check_flips(ALL, every=101)
     assert flipped > 500
     assert read > flipped // 2
+    tried(BIT, flipped, is_part=True)
 
 
 @pytest.mark.sweep
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", ALL)
-def test_every_flipped_bit_is_found(name: str) -> None:
+def test_every_flipped_bit_is_found(tried: Tried, name: str) -> None:
     flipped, read = check_flips([name], every=1)
     assert flipped > 1000
     assert read <= flipped
+    tried(BIT, flipped)
+
+
+def test_a_flipped_tracker_is_an_error_or_names_another_whole_checkpoint(tried: Tried) -> None:
+    steps = (1, 2, 3, 10, 12)
+    storage = MemoryStorage()
+    runs.save(storage, [(step, 10 * step) for step in steps], options=SaveOptions(keep_checkpoint_max=None, lock_timeout=0))
+    path = f"{runs.ROOT}/latest_checkpointed_iteration.txt"
+    data = storage.read_bytes(path)
+    flipped = refused = 0
+    for position, bit in flips(path, len(data), 1):
+        wrong = bytearray(data)
+        wrong[position] ^= 1 << bit
+        replace(storage, path, bytes(wrong))
+        flipped += 1
+        try:
+            checkpoint = Checkpoint(runs.ROOT, storage)
+        except ReshardError as error:
+            assert str(error.file).startswith(runs.ROOT)  # noqa: PT017 - no error is fine too
+            refused += 1
+            continue
+        assert checkpoint.iteration in steps
+        assert runs.version_of(storage, checkpoint.directory) == 10 * checkpoint.iteration
+    assert flipped == 8 * len(data)
+    assert 0 < refused < flipped
+    tried(BIT, flipped)
 
 
 @pytest.mark.parametrize("name", [name for name in ALL if name != INDEX])

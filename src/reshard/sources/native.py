@@ -45,12 +45,13 @@ def open_stored(storage: Storage, directory: str) -> Stored:
     Raises:
         CheckpointNotFoundError: there is no such directory.
         MetadataError: the metadata is damaged; or it is missing and the files are those of several ranks, or there are none; or what this
-            project writes beside it is missing, damaged, or not what was sealed.
+            project writes beside it is missing, damaged, or not what was sealed; or a symbolic link leads out of the directory.
         DataFileError: a file whose header is needed is missing or damaged.
     """
     there = storage.stat(directory)
     if there is None or not there.is_directory:
         raise CheckpointNotFoundError("there is no such checkpoint", file=directory)
+    check_links(storage, directory)
     seal = read_seal(storage, directory)
     catalog, index = _open(storage, directory, seal)
     if seal is None:
@@ -59,6 +60,27 @@ def open_stored(storage: Storage, directory: str) -> Stored:
         catalog = replace(catalog, notes=(*catalog.notes, f"no {SEAL_FILE}: whether its bytes are those that were saved can't be known"))
         index = None
     return Stored(catalog, seal, index)
+
+
+def check_links(storage: Storage, directory: str) -> None:
+    """See that all of a checkpoint lies in its directory: whoever made it says nothing of what lies elsewhere on this machine.
+
+    Raises:
+        MetadataError: a symbolic link leads out.
+        StorageError: the storage refuses.
+    """
+    extra = join(directory, EXTRA_DIRECTORY)
+    links = [join(directory, name) for name in storage.links_out(directory)]
+    if not links and storage.stat(extra) is not None:
+        links = [join(extra, name) for name in storage.links_out(extra)]
+    if links:
+        raise MetadataError(
+            "a symbolic link leads out of the checkpoint's directory",
+            file=links[0],
+            found=f"{len(links)} such links" if len(links) > 1 else "a link",
+            expected="files of the checkpoint",
+            fix="if you trust what it leads to, put a copy of it in the link's place",
+        )
 
 
 def open_catalog(storage: Storage, directory: str) -> Catalog:

@@ -180,6 +180,9 @@ class MemoryStorage:
                 raise StorageError("can't list the directory", file=path, found="No such directory" if node is None else "a file")
             return [self._entry(name, node.children[name]) for name in sorted(node.children)]
 
+    def links_out(self, path: str) -> Sequence[str]:
+        return ()
+
     def open_read(self, path: str) -> ReadableFile:
         with self._guard:
             node = self._find(path)

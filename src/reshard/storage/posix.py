@@ -250,6 +250,12 @@ class PosixStorage:
                     entries.append(_entry(item.name, _status(item)))
         return sorted(entries, key=lambda entry: entry.name)
 
+    def links_out(self, path: str) -> Sequence[str]:
+        with _saying("can't list the directory", path), os.scandir(path) as scan:
+            links = sorted(item.name for item in scan if item.is_symlink())
+        inside = os.path.join(os.path.realpath(path), "") if links else ""
+        return [name for name in links if not os.path.realpath(os.path.join(path, name)).startswith(inside)]
+
     def open_read(self, path: str) -> ReadableFile:
         with _saying("can't open the file", path):
             # Without waiting: a named pipe in the place of a file would hold the process for ever.

@@ -134,6 +134,10 @@ class Storage(Protocol):
         """What a directory holds, sorted by name. Raises StorageError when it isn't a directory."""
         ...
 
+    def links_out(self, path: str) -> Sequence[str]:
+        """The names in a directory that are symbolic links to what lies outside it, sorted; none where there are no such links."""
+        ...
+
     def open_read(self, path: str) -> ReadableFile:
         """Open a file to read ranges of it."""
         ...

@@ -108,6 +108,9 @@ class FaultyStorage:
     def list(self, path: str) -> Sequence[Entry]:
         return self._do("list", path, lambda: self.inner.list(path))
 
+    def links_out(self, path: str) -> Sequence[str]:
+        return self._do("links_out", path, lambda: self.inner.links_out(path))
+
     def open_read(self, path: str) -> ReadableFile:
         return self._do("open_read", path, lambda: _FaultyReadable(self, self.inner.open_read(path)))
 

@@ -28,7 +28,7 @@ from reshard.format.safetensors import Header
 from reshard.format.seal import SEAL_FILE, Seal, read_seal
 from reshard.format.small_file import read_small
 from reshard.geometry import DType
-from reshard.sources.native import open_catalog
+from reshard.sources.native import check_links, open_catalog
 from reshard.sources.opening import is_foreign
 from reshard.sources.resolve import list_iterations, resolve
 from reshard.storage import PosixStorage, Storage
@@ -146,6 +146,8 @@ class _Verifier:
 
     def run(self, iteration: int | None, notes: Sequence[str] = ()) -> Verification:
         started = time.perf_counter()
+        if self._attempt(self._directory, lambda: check_links(self._storage, self._directory)) is None and self._faults:
+            return Verification(self._directory, iteration, False, 0, 0, tuple(self._faults), (*notes,), time.perf_counter() - started)
         sizes = self._list()
         seal = self._attempt(SEAL_FILE, lambda: read_seal(self._storage, self._directory))
         checks = self._read(sizes, seal)

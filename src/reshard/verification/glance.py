@@ -51,9 +51,13 @@ def measure(storage: Storage, directory: str) -> tuple[dict[str, int], float]:
     waiting = [""]
     while waiting:
         below = waiting.pop()
-        for entry in storage.list(join(directory, below) if below else directory):
+        path = join(directory, below) if below else directory
+        links = storage.links_out(path)
+        for entry in storage.list(path):
             name = join(below, entry.name)
             if entry.is_directory:
+                if entry.name in links:  # whose that is, and how much, nobody knows
+                    continue
                 waiting.append(name)
                 continue
             sizes[name] = entry.size
