@@ -28,7 +28,7 @@ settings.load_profile("fast")
 # `make sweep` gives a budget in seconds; 0 is no budget.
 _SWEEP_SECONDS = float(os.environ.get("SWEEP_SECONDS") or 0)
 _STARTED = time.monotonic()
-# Where the counts of faults are kept (`make faults`).
+# Where the counts of faults are kept.
 _FAULTS_FILE = os.environ.get("FAULTS_FILE")
 _SEED = int(os.environ.get("SWEEP_SEED") or time.time())
 
