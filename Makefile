@@ -15,7 +15,7 @@ export OMP_NUM_THREADS ?= 1
 export SWEEP_SECONDS
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help env demo demo-experts test sweep bench-load bench-save bench-plan lint format clean
+.PHONY: help env demo demo-experts test sweep faults bench-load bench-save bench-plan lint format clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -56,6 +56,10 @@ test: $(BUILT) ## run the tests and the checks of the code (at most 10 minutes)
 
 sweep: $(BUILT) ## run the long property and fault runs (SWEEP_SECONDS=1200: as many as fit)
 	@$(PY) -m pytest -m "sweep or property" --hypothesis-profile=sweep --timeout=900 $(PYTEST_ARGS)
+
+faults: $(BUILT) ## try every fault of the proofs, and write the counts into the README (some 30 minutes; kills at system calls take strace)
+	@FAULTS_FILE=docs/faults.json $(PY) -m pytest -m fault --timeout=3600 $(PYTEST_ARGS)
+	@$(PY) -m docs.make_faults
 
 bench-load: $(BUILT) ## measure loading beside torch's own and a plain copy: numbers and a picture in output/bench (some 10 minutes)
 	@$(PY) -m benchmarks.load $(BENCH_ARGS)

@@ -19,12 +19,15 @@ KINDS: Mapping[str, tuple[str, str]] = {
     POWER: ("the power fails after an operation of a save: states of the disk", "the same; without any one fsync something is lost"),
     FAILURE: (
         "an operation of a save fails, once or for good: `ENOSPC`, `EIO`",
-        "every rank hears it; the old checkpoint stays; nothing is left",
+        "all ranks agree on how it ended; the old checkpoint stays or the new one is whole; the next save leaves nothing of it",
     ),
     FAILURE_OF_CALL: ("a system call of a save fails (strace): `ENOSPC`, `EIO`", "the same"),
     BIT: ("a bit of a checkpoint, or of the tracker, is flipped", "`verify` names the file; no load takes it for good"),
-    HOSTILE: ("a file is made by an enemy", "an error that says what is wrong; little memory; no read outside"),
-    LOST_RANK: ("a rank is killed, or hangs, during a save or a load", "the others end, and name it"),
+    HOSTILE: ("a file is made by an enemy", "an error that says what is wrong; of whole checkpoints also: little memory, no read outside"),
+    LOST_RANK: (
+        "a rank is killed, or hangs, during a save or a load",
+        "the others end with an error; of a killed rank it says who is gone",
+    ),
 }
 """Of each kind what happens, and what held every time."""
 
@@ -60,7 +63,7 @@ def totals(points: Iterable[tuple[str, int]]) -> dict[str, int]:
 
 
 def keep(file: Path, found: Mapping[str, tuple[str, int, bool]], failed: Iterable[str], date: str) -> None:
-    """Note the tests of a run in a file, beside those of earlier runs that this one had not.
+    """Note the tests of a run in a file, each with all its cases, beside tests of earlier runs that this one had not.
 
     Args:
         file: JSON; made if there is none.
@@ -69,9 +72,19 @@ def keep(file: Path, found: Mapping[str, tuple[str, int, bool]], failed: Iterabl
         date: of the run.
     """
     tests = json.loads(file.read_text(encoding="utf-8"))["tests"] if file.exists() else {}
-    tests |= {name: {"kind": kind, "points": points, "date": date} for name, (kind, points, is_part) in found.items() if not is_part}
-    tests |= {name: {"kind": "failed", "points": 0, "date": date} for name in failed}
-    file.write_text(json.dumps({"tests": dict(sorted(tests.items()))}, indent=1) + "\n", encoding="utf-8")
+    run: dict[str, dict[str, Any]] = {}
+    for name, (kind, points, is_part) in found.items():
+        if not is_part:
+            test = run.setdefault(_function(name), {"kind": kind, "cases": 0, "points": 0, "date": date})
+            test["cases"] += 1
+            test["points"] += points
+    run |= {_function(name): {"kind": "failed", "cases": 0, "points": 0, "date": date} for name in failed}
+    file.write_text(json.dumps({"tests": dict(sorted((tests | run).items()))}, indent=1) + "\n", encoding="utf-8")
+
+
+def _function(name: str) -> str:
+    """A test without its parameters, of which some are whole files."""
+    return name.partition("[")[0]
 
 
 def table(file: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -9,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from tests import faults
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DOCUMENTS = [REPOSITORY / "README.md", REPOSITORY / "CHANGELOG.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
@@ -109,6 +112,29 @@ def test_the_page_of_the_configuration_has_every_field(run_python: Callable[...,
     code = "import runpy, sys; sys.stdout.write(runpy.run_path(sys.argv[1])['render']())"
     page = run_python(code, str(REPOSITORY / "docs" / "make_configuration.py")).stdout
     assert page == (REPOSITORY / "docs" / "configuration.md").read_text(encoding="utf-8"), "run: python docs/make_configuration.py"
+
+
+def test_the_counts_of_faults_are_those_of_the_last_run() -> None:
+    from docs import make_faults
+
+    assert (REPOSITORY / "README.md").read_text(encoding="utf-8") == make_faults.render(), "run: python -m docs.make_faults"
+    counted = json.loads(make_faults.COUNTS.read_text(encoding="utf-8"))["tests"]
+    assert {test["kind"] for test in counted.values()} == set(faults.KINDS)
+    for name in counted:
+        file, _, test = name.partition("::")
+        assert f"def {test}(" in (REPOSITORY / file).read_text(encoding="utf-8"), f"{name} isn't there any more"
+
+
+def test_a_table_of_faults_has_what_was_counted(tmp_path: Path) -> None:
+    file = tmp_path / "faults.json"
+    cases: dict[str, tuple[str, int, bool]] = {f"b[{n}]": (faults.KILL, 500, False) for n in range(2)}
+    faults.keep(file, {"a": (faults.KILL, 3, False), "c": (faults.BIT, 7, True), **cases}, [], "2026-01-01")
+    faults.keep(file, {"a": (faults.KILL, 4, False), "d": (faults.BIT, 5, False)}, [], "2026-01-02")
+    rows = [[cell.strip() for cell in row.split("|")[1:3]] for row in faults.table(file).splitlines()[2:]]
+    assert rows == [[faults.KINDS[faults.KILL][0], "1,004"], [faults.KINDS[faults.BIT][0], "5"]]
+    faults.keep(file, {}, ["b[1]"], "2026-01-03")
+    with pytest.raises(ValueError, match="tests failed: b"):
+        faults.table(file)
 
 
 @each_document
