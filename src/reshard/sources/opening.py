@@ -10,7 +10,7 @@ from reshard.sources.native import open_stored
 from reshard.sources.pytorch.dcp import is_dcp, open_dcp
 from reshard.sources.pytorch.items import ItemHeaders
 from reshard.sources.pytorch.naming import Prefixes
-from reshard.sources.pytorch.saved_file import open_saved_file
+from reshard.sources.pytorch.saved_file import is_saved_file, open_saved_file
 from reshard.sources.stored import Headers, Stored
 from reshard.storage import Storage
 
@@ -42,7 +42,9 @@ def is_foreign(storage: Storage, path: str) -> bool:
     there = storage.stat(path)
     if there is None:
         return False
-    return not there.is_directory or is_dcp({entry.name for entry in storage.list(path) if not entry.is_directory})
+    if not there.is_directory:
+        return is_saved_file(storage, path)
+    return is_dcp({entry.name for entry in storage.list(path) if not entry.is_directory})
 
 
 def headers_of(storage: Storage, catalog: Catalog, seal: Seal | None, items: ItemTable | None) -> Headers:

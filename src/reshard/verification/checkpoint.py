@@ -76,6 +76,9 @@ def verify(
             file=found.directory,
             fix="`reshard show` looks whether its files hold what its metadata promises; `reshard convert` adds digests",
         )
+    there = storage.stat(found.directory)
+    if there is not None and not there.is_directory:
+        raise CheckpointNotFoundError("a file that is no checkpoint", file=found.directory, fix="give a checkpoint root or an iteration")
     return _Verifier(storage, found.directory, readers, progress).run(found.iteration, found.notes)
 
 

@@ -20,6 +20,7 @@ from reshard.sources.stored import Stored
 from reshard.storage import ReadableFile, Storage
 
 _ZIP_START = b"PK\x03\x04"
+_PICKLE_START = b"\x80"
 
 # A state of 100,000 parameters has 3 tensors for each; the same dictionary twice in a file is not read without end.
 _MOST_LEAVES = 4_000_000
@@ -62,6 +63,13 @@ def open_saved_file(storage: Storage, path: str, prefixes: Prefixes) -> Stored:
     return Stored(made.catalog, is_weights=made.is_weights, files=made.files, items=ItemTable.of("raw", {name: rows}))
 
 
+def is_saved_file(storage: Storage, path: str) -> bool:
+    """Whether a file begins as those of `torch.save` do, of today or of before PyTorch 1.6."""
+    with storage.open_read(path) as file:
+        start = _start_of(file)
+    return start == _ZIP_START or start[:1] == _PICKLE_START
+
+
 def _start_of(file: ReadableFile) -> bytes:
     start = bytearray(min(4, file.size))
     file.read_into(0, memoryview(start))
@@ -71,7 +79,7 @@ def _start_of(file: ReadableFile) -> bytes:
 def _check_kind(start: bytes, path: str) -> None:
     if start == _ZIP_START:
         return
-    is_old = start[:1] == b"\x80"
+    is_old = start[:1] == _PICKLE_START
     raise DataFileError(
         "a file of torch.save in the format before PyTorch 1.6" if is_old else "not a file that torch.save wrote",
         file=path,
