@@ -6,7 +6,7 @@ whole, and back, with the shares that concatenations declare.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -205,11 +205,12 @@ class _Numbered(Mapping[LeafKey, Shape]):
     def __getitem__(self, leaf: LeafKey) -> Shape:
         return self._known[leaf[0], ((self._stack.over, self._number), *leaf[1])]
 
-    def __iter__(self):
-        raise NotImplementedError
+    def __iter__(self) -> Iterator[LeafKey]:
+        place = (self._stack.over, self._number)
+        return ((pattern, numbers[1:]) for pattern, numbers in self._known if numbers[:1] == (place,))
 
     def __len__(self) -> int:
-        raise NotImplementedError
+        return sum(1 for _ in self)
 
 
 @dataclass(frozen=True)
