@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ import reshard
 from reshard.errors import MismatchError
 from tests.processes import RankPool
 from tests.training import pretrained_ranks, ranks
-from tests.training.pretrained_ranks import TOKENS, check_both_ways, written
+from tests.training.pretrained_ranks import TOKENS, check_both_ways, contents, load_train_export, logits_of, written
 
 Pools = Callable[[int], RankPool]
 
@@ -47,6 +48,37 @@ def test_models_of_transformers_sharded_by_fsdp(rank_pool: Pools, tmp_path: Path
             parameter.zero_()
     for found in rank_pool(2).run(pretrained_ranks.load_and_compute, tmp_path / "source", model, balanced):
         np.testing.assert_array_equal(found, expected)
+
+
+# Rank counts and strategies; `expert` where the model has experts.
+ALL: dict[str, Any] = {"data": 2, "tensor": 2, "pipeline": 2}
+STRATEGIES: list[tuple[int, dict[str, Any]]] = [(2, {"data": 2}), (4, {"data": 2, "tensor": 2}), (8, ALL)]
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("world", "strategy"), [*STRATEGIES, (8, {**ALL, "expert": 2})])
+def test_experts_of_transformers_go_both_ways(rank_pool: Pools, tmp_path: Path, world: int, strategy: dict[str, Any], tied: bool) -> None:
+    check_both_ways(tmp_path, rank_pool(world).run, tied=tied, kind="qwen3_moe", **strategy)
+
+
+@pytest.mark.parametrize(("world", "strategy"), [(1, {}), *(pytest.param(*one, marks=pytest.mark.sweep) for one in STRATEGIES)])
+def test_llama_goes_both_ways(rank_pool: Pools, tmp_path: Path, world: int, strategy: dict[str, Any]) -> None:
+    source = tmp_path / "source"
+    written(source, kind="llama")
+    before = logits_of(source)
+    run = rank_pool(world).run if world > 1 else lambda function, *arguments: [function(*arguments)]
+    found = run(load_train_export, source, tmp_path, strategy)
+    after = logits_of(tmp_path / "trained")
+    for first, second in found:
+        np.testing.assert_allclose(first, before, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(second, after, rtol=1e-4, atol=1e-5)
+    assert np.abs(after - before).max() > 1e-3, "it has learned something"
+    # A sharded run exports what an unsharded one does that holds the same, and a checkpoint what the run does that saved it.
+    load_train_export(source, tmp_path / "alone", {})
+    assert contents(tmp_path / "begun") == contents(tmp_path / "alone" / "begun")
+    reshard.export_checkpoint(tmp_path / "root", tmp_path / "again", config=tmp_path / "trained", max_shard_size="20KB")
+    assert contents(tmp_path / "again") == contents(tmp_path / "trained")
 
 
 def test_what_shapes_do_not_show_is_said(tmp_path: Path) -> None:
