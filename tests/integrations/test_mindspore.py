@@ -12,7 +12,7 @@ from mindspore import nn
 from mindspore.train import Model
 
 import reshard
-from reshard.errors import MismatchError, UsageError
+from reshard.errors import DataFileError, MismatchError, UsageError
 from reshard.mindspore import CheckpointMonitor, load_checkpoint, save_checkpoint
 from reshard.sources.resolve import list_iterations
 from reshard.storage.posix import PosixStorage
@@ -99,6 +99,39 @@ def test_the_published_calls(tmp_path: Path) -> None:
     assert iterations(tmp_path) == [2, 3]
     load_checkpoint(tmp_path / "iteration_00000002", [network], optimizer, balanced_load=True, global_step=40, reshard_worker_num=2)
     assert optimizer.global_step.asnumpy().tolist() == [40]
+
+
+@pytest.mark.parametrize("leaves_out", [None, True, False])
+def test_a_run_begins_with_a_checkpoint_that_the_newer_names_name(leaves_out: bool | None, tmp_path: Path) -> None:
+    network = Network(seed=1)
+    optimizer = optimizer_of("nn.AdamWeightDecay", network)
+    train(
+        network, optimizer, CheckpointMonitor(directory=str(tmp_path / "first"), save_checkpoint_steps=3, no_save_optim=bool(leaves_out)), 3
+    )
+    other = Network(seed=2)
+    fresh = optimizer_of("nn.AdamWeightDecay", other)
+    how = {} if leaves_out is None else {"no_load_optim": leaves_out}
+    monitor = CheckpointMonitor(save_path=str(tmp_path / "second"), load_path=str(tmp_path / "first"), load_balanced=True, **how)
+    train(other, fresh, monitor, 2)
+    # Weights only, unless the optimizer is asked for: then the run goes on, and counts on.
+    assert iterations(tmp_path / "second") == ([4, 5] if leaves_out is False else [1, 2])
+    assert fresh.global_step.asnumpy().tolist() == ([5] if leaves_out is False else [2])
+    train(network, optimizer, CheckpointMonitor(directory=str(tmp_path / "straight"), initial_step=3), 2)
+    same = other.up.weight.asnumpy().tobytes() == network.up.weight.asnumpy().tobytes()
+    assert same == (leaves_out is False)
+    assert CheckpointMonitor(directory=str(tmp_path / "third"), load_path="").load(other, fresh) is None
+
+
+def test_weights_alone_need_no_file_of_the_optimizer(tmp_path: Path) -> None:
+    network = Network(seed=1)
+    save_checkpoint(1, network, optimizer_of("nn.AdamWeightDecay", network), save_checkpoint_path=str(tmp_path))
+    for file in tmp_path.glob("iteration_*/opt-*"):
+        file.unlink()
+    other = Network(seed=2)
+    load_checkpoint(tmp_path, other, optimizer_of("nn.AdamWeightDecay", other), no_load_optim=True)
+    assert other.up.weight.asnumpy().tobytes() == network.up.weight.asnumpy().tobytes()
+    with pytest.raises(DataFileError, match="missing"):
+        load_checkpoint(tmp_path, other, optimizer_of("nn.AdamWeightDecay", other))
 
 
 def test_wrong_fields() -> None:

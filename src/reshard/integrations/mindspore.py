@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,9 @@ _NEWER_NAMES = {
     "save_remove_redundancy": "remove_redundancy",
 }
 
+# What of that section is about loading, and what it is when it isn't given: weights only, unless a run asks for more.
+_LOADING: Mapping[str, Any] = MappingProxyType({"load_path": "", "load_balanced": False, "no_load_optim": True})
+
 DEFAULT_DIRECTORY = "./output/checkpoint"
 
 
@@ -38,7 +42,9 @@ class CheckpointMonitor(Callback):
     It saves every `save_checkpoint_steps` steps, and at the end of training the last step, if that wasn't saved. The fields are those of
     MindSpore Transformers' Checkpoint 2.0 with its defaults. Those of the newer `checkpoint:` section are taken too
     (`save_path`, `save_max`, `save_interleaved_steps`, `no_save_optim`, `save_remove_redundancy`); one that is given counts more than the
-    older one. Making one is collective, and so is everything that it does.
+    older one. With `load_path` it loads that checkpoint when training begins: the weights, and with `no_load_optim=False` the optimizer,
+    and counts on from there; `load_balanced=True` reads every byte once in the whole job. Making one is collective, and so is everything
+    that it does.
 
     Args:
         prefix: the first part of data files' names.
@@ -85,6 +91,7 @@ class CheckpointMonitor(Callback):
             "remove_redundancy": remove_redundancy,
             "save_optimizer": save_optimizer,
         }
+        self._loading = {name: newer.pop(name, default) for name, default in _LOADING.items()}
         fields.update(_older_fields(newer))
         if checkpoint_format != "safetensors":
             _logger.warning("checkpoint_format %r was converted to 'safetensors', the only format of Checkpoint 2.0", checkpoint_format)
@@ -104,6 +111,35 @@ class CheckpointMonitor(Callback):
             read_only=self._every is None,
             **fields,
         )
+
+    def on_train_begin(self, run_context: Any) -> None:
+        """Load what `load_path` names."""
+        self._take(run_context.original_args())
+        self.load()
+
+    def load(self, network: Any = None, optimizer: Any = None) -> RestoreReport | None:
+        """For a loop of one's own: load what `load_path` names, before the first step.
+
+        Args:
+            network: the cell; None: the one that the callback was made with.
+            optimizer: likewise.
+
+        Returns:
+            The report; None when there is no `load_path`. Where the optimizer was loaded, steps are counted from its iteration on.
+
+        Raises:
+            ReshardError: as `CheckpointManager.load`.
+        """
+        path = self._loading["load_path"]
+        if not path:
+            return None
+        network = self._network if network is None else network
+        optimizer = self._optimizer if optimizer is None else optimizer
+        only_weights = self._loading["no_load_optim"]
+        report = load_checkpoint(path, network, optimizer, balanced_load=self._loading["load_balanced"], no_load_optim=only_weights)
+        if not only_weights and report.iteration is not None:
+            self._step = self._initial_step = report.iteration
+        return report
 
     def on_train_step_end(self, run_context: Any) -> None:
         """Count the step, and save when it is due."""
@@ -255,7 +291,7 @@ def _older_fields(newer: Mapping[str, Any]) -> dict[str, Any]:
                 "CheckpointMonitor has no such field",
                 field=name,
                 found=value,
-                expected=f"one of the eight of Checkpoint 2.0, or {', '.join([*_NEWER_NAMES, 'no_save_optim'])}",
+                expected=f"one of the eight of Checkpoint 2.0, or {', '.join([*_NEWER_NAMES, 'no_save_optim', *_LOADING])}",
             )
     return fields
 

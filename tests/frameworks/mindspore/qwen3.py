@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import mindspore
 import numpy as np
-from mindspore import Parameter, Tensor, nn
+from mindspore import Parameter, ParameterTuple, Tensor, nn
 
 from reshard.frameworks.mindspore import lay_out
+from reshard.frameworks.mindspore.memory import array_of, to_tensor
 from reshard.geometry import Layout, Mesh
+from reshard.geometry.dtypes import by_name
 from reshard.testing import split
 
 HIDDEN, FEED, VOCABULARY, HEADS, GROUPS, HEAD, LAYERS = 32, 64, 128, 4, 2, 8, 2
@@ -46,15 +49,20 @@ def shapes() -> dict[str, tuple[int, ...]]:
     return result | {"decoder.final_layernorm.weight": (HIDDEN,), "output_layer.weight": (VOCABULARY, HIDDEN)}
 
 
-def stage_of(name: str, strategy: Strategy) -> int:
+def layers_in(names: Iterable[str]) -> int:
+    """How many layers a model of these names has."""
+    return 1 + max(int(name.split(".")[2]) for name in names if name.startswith("decoder.layers."))
+
+
+def stage_of(name: str, strategy: Strategy, layers: int) -> int:
     if name.startswith("decoder.layers."):
-        return int(name.split(".")[2]) * strategy.pp // LAYERS
+        return int(name.split(".")[2]) * strategy.pp // layers
     return 0 if name.startswith("embedding") else strategy.pp - 1
 
 
-def layout_of(name: str, dimensions: int, strategy: Strategy) -> Layout:
+def layout_of(name: str, dimensions: int, strategy: Strategy, layers: int = LAYERS) -> Layout:
     """The published rule: columns over dimension 0, rows over dimension 1; a sharded optimizer splits dimension 0 over dp too."""
-    stage, size = stage_of(name, strategy), strategy.dp * strategy.tp
+    stage, size = stage_of(name, strategy, layers), strategy.dp * strategy.tp
     mesh = Mesh((strategy.dp, 1, strategy.tp), ("a", "b", "c"), tuple(range(stage * size, (stage + 1) * size)))
     axes: list[list[str]] = [[] for _ in range(dimensions)]
     if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
@@ -71,7 +79,7 @@ class Parameters(nn.Cell):
 
     def __init__(self, arrays: dict[str, np.ndarray]) -> None:
         super().__init__(auto_prefix=False)
-        self.rows = [Parameter(Tensor(array), name=name) for name, array in arrays.items()]
+        self.rows = [Parameter(tensor_of(array), name=name) for name, array in arrays.items()]
         for number, parameter in enumerate(self.rows):
             self.insert_param_to_cell(f"p{number}", parameter)
         for parameter, name in zip(self.rows, arrays, strict=True):
@@ -97,9 +105,30 @@ def whole_arrays(model: Parameters, optimizer: nn.Optimizer) -> dict[str, np.nda
     return {p.name: p.asnumpy().copy() for p in [*model.get_parameters(), *optimizer.get_parameters()] if p.name != "learning_rate"}
 
 
-def rank_part(whole: dict[str, np.ndarray], strategy: Strategy, rank: int, *, blank: bool = False) -> tuple[Parameters, nn.Optimizer]:
-    """What a rank holds: its stage's parameters, truly cut, and an optimizer over them."""
-    layouts = {name: layout_of(name, len(shape), strategy) for name, shape in shapes().items()}
+def tensor_of(array: np.ndarray) -> Tensor:
+    return to_tensor(array, by_name(array.dtype.name))
+
+
+class PublishedAdamW(nn.Optimizer):
+    """The state of the published AdamW: moments in float32, whatever the type of a parameter."""
+
+    def __init__(self, parameters: list[Parameter]) -> None:
+        super().__init__(0.01, parameters)
+        for slot in ("adam_m", "adam_v"):
+            made = [Parameter(Tensor(np.zeros(p.shape, np.float32)), name=f"{slot}.{p.name}") for p in parameters]
+            setattr(self, slot, ParameterTuple(made))
+
+
+def is_of_model(name: str) -> bool:
+    return not name.startswith(("adam_m.", "adam_v.")) and name not in ("global_step", "learning_rate")
+
+
+def rank_part(
+    whole: dict[str, np.ndarray], strategy: Strategy, rank: int, *, blank: bool = False
+) -> tuple[Parameters, nn.Optimizer | None]:
+    """What a rank holds: its stage's parameters, truly cut, and an optimizer over them, if there is anything of one."""
+    layers = layers_in(whole)
+    layouts = {name: layout_of(name, array.ndim, strategy, layers) for name, array in whole.items() if is_of_model(name)}
     mine = {name: layout for name, layout in layouts.items() if rank in layout.mesh}
 
     def cut(array: np.ndarray, name: str) -> np.ndarray:
@@ -109,7 +138,9 @@ def rank_part(whole: dict[str, np.ndarray], strategy: Strategy, rank: int, *, bl
 
     model = Parameters({name: cut(whole[name], name) for name in mine})
     lay_out(model, mine)
-    optimizer = nn.AdamWeightDecay(model.trainable_params(), learning_rate=0.01)
+    if not mine or not any(name.startswith("adam_m.") for name in whole):
+        return model, None
+    optimizer = PublishedAdamW(model.trainable_params())
     for slot in optimizer.get_parameters():
         kind, _, name = slot.name.partition(".")
         if kind in ("adam_m", "adam_v") and name in mine:
@@ -118,9 +149,14 @@ def rank_part(whole: dict[str, np.ndarray], strategy: Strategy, rank: int, *, bl
     return model, optimizer
 
 
-def differences(whole: dict[str, np.ndarray], strategy: Strategy, rank: int, model: Parameters, optimizer: nn.Optimizer) -> list[str]:
+def tensors_of(model: Parameters, optimizer: nn.Optimizer | None) -> dict[str, Parameter]:
+    slots = [] if optimizer is None else optimizer.get_parameters()
+    return {p.name: p for p in [*model.get_parameters(), *slots] if p.name != "learning_rate"}
+
+
+def differences(
+    whole: dict[str, np.ndarray], strategy: Strategy, rank: int, model: Parameters, optimizer: nn.Optimizer | None
+) -> list[str]:
     """The names of tensors that aren't this rank's parts."""
-    expected_model, expected_optimizer = rank_part(whole, strategy, rank)
-    found = {p.name: p for p in [*model.get_parameters(), *optimizer.get_parameters()]}
-    expected = {p.name: p for p in [*expected_model.get_parameters(), *expected_optimizer.get_parameters()]}
-    return [n for n, p in expected.items() if n != "learning_rate" and p.asnumpy().tobytes() != found[n].asnumpy().tobytes()]
+    found, expected = tensors_of(model, optimizer), tensors_of(*rank_part(whole, strategy, rank))
+    return [n for n, p in expected.items() if array_of(p).tobytes() != array_of(found[n]).tobytes()]

@@ -102,22 +102,12 @@ def fewer_regions_than_ranks(comm: Communicator) -> None:
 
 def golden_checkpoints(comm: Communicator) -> None:
     """What the published implementation wrote goes into real cells."""
-    done = []
     for case in golden.CASES:
-        expected = golden.expected(case)
-        if (
-            set(whole_arrays(*trained(0))) - set(expected) - {"global_step"}
-            or "bf16" in case
-            or any(".layers.2." in name for name in expected)
-        ):
-            continue
-        done.append(case)
+        whole = golden.typed(case)
         for strategy in strategies(comm.world_size):
-            whole = {**expected, "global_step": expected.get("global_step", np.array([1], np.int32))}
             model, optimizer = rank_part(whole, strategy, comm.rank, blank=True)
             reshard.load(golden.root(case), model=model, optimizer=optimizer, communicator=comm)
             assert differences(whole, strategy, comm.rank, model, optimizer) == [], f"{case} to {strategy}"
-    assert len(done) >= 3, done
 
 
 def failing_ranks(comm: Communicator) -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
+from mindspore import Parameter
 
 from reshard.catalog import Catalog
 from reshard.format.names import tensor_name
 from reshard.frameworks.mindspore.layouts import Layouts
 from reshard.frameworks.mindspore.optimizers import CapturedOptimizer, install_groups, scalar_key, set_step_count
-from reshard.state import GLOBAL_STEP, ParameterGroup, ShardedTensor, State, TensorKey, whole_tensor
+from reshard.state import GLOBAL_STEP, ParameterGroup, ShardedTensor, State, TensorKey
 
 # What the step count holds until a load fills it: then nothing was counted, and the counts of the run stay as they are.
 _UNFILLED = -1
@@ -59,7 +60,7 @@ class MindSporeDestination:
                     tensors[key] = layouts.sharded(key, parameter, name)
                     self._filled.add(key)
         if any(one.counters for one in optimizers) or (optimizers and GLOBAL_STEP in catalog.tensors):
-            tensors[GLOBAL_STEP] = whole_tensor(GLOBAL_STEP, self._step)
+            tensors[GLOBAL_STEP] = layouts.of_the_run(GLOBAL_STEP, self._step, _owners(optimizers))
         self._state = State(tensors=tensors)
 
     @property
@@ -90,5 +91,12 @@ def capture_slots(optimizers: Sequence[CapturedOptimizer], layouts: Layouts, ste
             owner = one.owners.get(key)
             tensors[key] = layouts.sharded(key, parameter, tensor_name(key), None if owner is None else (key.parameter, owner))
     if steps is not None:
-        tensors[GLOBAL_STEP] = whole_tensor(GLOBAL_STEP, np.array([steps], np.int32))
+        tensors[GLOBAL_STEP] = layouts.of_the_run(GLOBAL_STEP, np.array([steps], np.int32), _owners(optimizers))
     return tensors
+
+
+def _owners(optimizers: Sequence[CapturedOptimizer]) -> Iterator[tuple[str, Parameter]]:
+    """The names and parameters that have slots."""
+    for one in optimizers:
+        for key, owner in one.owners.items():
+            yield key.parameter, owner

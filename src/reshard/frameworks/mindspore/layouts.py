@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
 import mindspore
+import numpy as np
 from mindspore import nn
 
 from reshard.errors import CaptureError, LayoutError, UsageError
 from reshard.frameworks.mindspore.memory import checked_dtype, memory_of
 from reshard.geometry import Layout, Region
 from reshard.geometry.tensor_map import layout_from_tensor_map
-from reshard.state import Shard, ShardedTensor, TensorKey
+from reshard.state import Shard, ShardedTensor, TensorKey, whole_tensor
 
 # Where `lay_out` keeps its declarations on a cell.
 _DECLARED = "_reshard_layouts"
@@ -96,6 +97,18 @@ class Layouts:
                 fix="give the network a layout that fits: reshard.mindspore.lay_out(cell, {pattern: layout})",
             )
         return ShardedTensor(key, dtype, whole, layout, (Shard(region, memory_of(tensor)),))
+
+    def of_the_run(self, key: TensorKey, array: np.ndarray, beside: Iterable[tuple[str, mindspore.Tensor]]) -> ShardedTensor:
+        """A value that all ranks of this rank's mesh hold whole, such as the step count.
+
+        Args:
+            key: what it is.
+            array: its memory.
+            beside: names and tensors; the mesh is that of the first of them that lies on one.
+        """
+        known = (self._layout(tensor, name)[0] for name, tensor in beside)
+        layout = next((one for one in known if one is not None), None)
+        return whole_tensor(key, array, None if layout is None else Layout(layout.mesh, ((),) * array.ndim))
 
     def _layout(self, tensor: mindspore.Tensor, name: str) -> tuple[Layout | None, tuple[int, ...] | None]:
         for pattern, layout, whole in self._table:
