@@ -68,6 +68,26 @@ def test_when_both_are_given_the_newer_counts(tmp_path: Path, caplog: pytest.Log
     )
 
 
+@pytest.mark.parametrize(
+    ("text", "resumes", "leaves_out"),
+    [
+        ("checkpoint: {load_path: there}", False, False),
+        ("checkpoint: {load_path: there, no_load_optim: True}", False, True),
+        ("checkpoint: {load_path: there, no_load_optim: False}", True, False),
+        ("checkpoint: {no_load_optim: False}\nload_checkpoint: there", True, False),
+        ("checkpoint: {no_load_optim: False}", False, False),
+        ("resume_training: False\ncheckpoint: {load_path: there, no_load_optim: False}", True, False),
+        ("resume_training: True\ncheckpoint: {load_path: there}", True, False),
+        ("resume_training: True\ncheckpoint: {load_path: there, no_load_optim: True}", True, True),
+    ],
+)
+def test_whether_the_optimizer_is_loaded_is_whether_the_run_goes_on(tmp_path: Path, text: str, resumes: bool, leaves_out: bool) -> None:
+    """As MindSpore Transformers' graph mode has it: not given, it is the opposite of resume_training."""
+    found = read_config(written(tmp_path, text))
+    assert (found.run.resume_training, found.run.no_load_optim) == (resumes, leaves_out)
+    assert any("continues the run" in note for note in found.notes) == (resumes and "resume_training: True" not in text)
+
+
 def test_the_section_alone_saves(tmp_path: Path) -> None:
     run = from_yaml(written(tmp_path, "checkpoint: {}"))
     assert run.monitor is not None

@@ -195,7 +195,11 @@ class CheckpointSection(Section):
 
     load_path: str | None = Field(default=None, description="load_checkpoint")
     load_balanced: bool | None = Field(default=None, description="balanced_load")
-    no_load_optim: bool | None = Field(default=None, description="no_load_optim")
+    no_load_optim: bool | None = Field(
+        default=None,
+        description="True: no_load_optim; False: continue the run of the checkpoint, as resume_training: True does; absent: as "
+        "resume_training says",
+    )
     enable_save: bool | None = Field(default=None, description="False: nothing is ever saved")
     save_path: str | None = Field(default=None, description="the monitor's directory")
     save_max: Positive | None = Field(default=None, description="the monitor's keep_checkpoint_max")

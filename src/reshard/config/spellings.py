@@ -41,6 +41,10 @@ def unified(run: RunConfig) -> tuple[RunConfig, list[str]]:
     monitor = run.monitor
     changed, told = _taken_over(section, run, _OF_THE_RUN, "")
     notes += told
+    if section.no_load_optim is False and not run.resume_training and changed.get("load_checkpoint", run.load_checkpoint):
+        # There, whether the optimizer is loaded is whether the run is resumed; left out, it is as resume_training says.
+        changed["resume_training"] = True
+        notes.append("checkpoint.no_load_optim: False continues the run of the checkpoint, as resume_training: True does")
     saved, told = _taken_over(section, monitor, _OF_THE_MONITOR, "CheckpointMonitor.")
     notes += told
     if section.enable_save is False:
