@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 
 from reshard.checkpoint import Checkpoint
 from reshard.cli.layouts import tensor_ranks
-from reshard.errors import CheckpointNotFoundError, DamagedCheckpointError, ReshardError, StorageError, TrackerError
+from reshard.errors import CheckpointNotFoundError, DamagedCheckpointError, ReshardError, StorageError, TrackerError, UsageError
 from reshard.format.common import CommonInfo, is_unhealthy
 from reshard.format.names import COMMON_FILE, METADATA_FILE, REPLACED_PREFIX, TRACKER_FILE, parse_iteration_name
 from reshard.format.seal import SEAL_FILE
 from reshard.format.tracker import read_tracker
 from reshard.saving.root import DELETING_PREFIX
+from reshard.sources.pytorch.dcp_metadata import DCP_METADATA_FILE
 from reshard.sources.resolve import list_iterations
 from reshard.storage import Storage
 from reshard.storage.storage import join
@@ -26,6 +27,9 @@ DAMAGED = "damaged"
 
 HEALTHY = "healthy"
 UNHEALTHY = "unhealthy"
+
+# The step in the name of a checkpoint of PyTorch: `step-100`, `checkpoint_100`, `100`.
+_NUMBER_AT_END = re.compile(r"(\d{1,15})$", re.ASCII)
 
 # Names under which a save works before its commit, or keeps what it is about to replace, have the iteration's name in them.
 _UNCOMMITTED = re.compile(r".*iteration_(\d{8,18})(?!\d).*", re.ASCII | re.DOTALL)
@@ -73,16 +77,18 @@ class RootListing:
         tracker: the iteration that the tracker names, None when it names none.
         tracker_problem: what is wrong with the tracker, None when nothing is.
         iterations: oldest first.
+        is_foreign: whether they are checkpoints of torch.distributed.checkpoint, which have no tracker, and names that their runs chose.
     """
 
     root: str
     tracker: int | None
     tracker_problem: str | None
     iterations: tuple[IterationLine, ...]
+    is_foreign: bool = False
 
 
 def list_root(storage: Storage, root: str) -> RootListing:
-    """What a root holds, committed or not.
+    """What a root holds, committed or not; of a directory that is none, the checkpoints of torch.distributed.checkpoint in it.
 
     Raises:
         CheckpointNotFoundError: there is nothing of a checkpoint.
@@ -108,7 +114,10 @@ def list_root(storage: Storage, root: str) -> RootListing:
             found.append(_unless_gone(storage, path, lambda path=path, step=int(match[1]): _torn_line(storage, path, step, tracker)))
     lines = [line for line in found if line is not None]
     if not lines and tracker is None and problem is None:
-        here = any(storage.stat(join(root, name)) is not None for name in (METADATA_FILE, COMMON_FILE))
+        here = any(storage.stat(join(root, name)) is not None for name in (METADATA_FILE, COMMON_FILE, DCP_METADATA_FILE))
+        foreign = [] if here else _foreign_lines(storage, root)
+        if foreign:
+            return RootListing(root, None, None, tuple(foreign), is_foreign=True)
         raise CheckpointNotFoundError(
             "there is no checkpoint in this directory",
             file=root,
@@ -119,6 +128,33 @@ def list_root(storage: Storage, root: str) -> RootListing:
         problem = f"it names iteration {tracker}, which isn't here"
     lines.sort(key=lambda line: (line.iteration, line.state != COMMITTED, line.directory))
     return RootListing(root, tracker, problem, tuple(lines))
+
+
+def _foreign_lines(storage: Storage, root: str) -> list[IterationLine]:
+    """The checkpoints of torch.distributed.checkpoint that lie side by side in a directory. Each exists when its `.metadata` does."""
+    lines: list[IterationLine] = []
+    for child in storage.list(root):
+        directory = join(root, child.name)
+        if not child.is_directory or storage.stat(join(directory, DCP_METADATA_FILE)) is None:
+            continue
+        number = _NUMBER_AT_END.search(child.name)
+        step = 0 if number is None else int(number[1])
+        line = _unless_gone(storage, directory, lambda step=step, directory=directory: _foreign_line(storage, step, directory))
+        if line is not None:
+            lines.append(line)
+    return sorted(lines, key=lambda line: (line.iteration, line.directory))
+
+
+def _foreign_line(storage: Storage, step: int, directory: str) -> IterationLine:
+    try:
+        return _committed_line(storage, step, directory, None)
+    except UsageError as error:
+        # Whole as it is: which part of it is the model's has yet to be said.
+        sizes, written = measure(storage, directory)
+        words = f"{_one_line(error)}: {error.field}"
+        return IterationLine(
+            step, os.path.basename(directory), COMMITTED, words, False, None, sum(sizes.values()), len(sizes), None, written
+        )
 
 
 def _unless_gone(storage: Storage, directory: str, make: Callable[[], IterationLine]) -> IterationLine | None:

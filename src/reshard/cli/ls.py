@@ -57,7 +57,7 @@ def _print(listing: RootListing) -> None:
     shown = names[:_METRICS_SHOWN]
     columns = [
         ("", "left"),
-        ("iteration", "right"),
+        ("checkpoint", "left") if listing.is_foreign else ("iteration", "right"),
         ("global step", "right"),
         ("size", "right"),
         ("files", "right"),
@@ -70,7 +70,7 @@ def _print(listing: RootListing) -> None:
     rows = [
         (
             "*" if line.tracked else "",
-            str(line.iteration),
+            line.directory if listing.is_foreign else str(line.iteration),
             _number(line.global_step),
             size_words(line.nbytes),
             str(line.files),
@@ -90,7 +90,8 @@ def _print(listing: RootListing) -> None:
     else:
         # A cell that is cut off is a wrong number: each iteration takes two lines.
         for line in lines:
-            out.print(f"{'*' if line.tracked else ' '} {line.iteration}  {_state(line)}", soft_wrap=True)
+            name = line.directory if listing.is_foreign else line.iteration
+            out.print(f"{'*' if line.tracked else ' '} {name}  {_state(line)}", soft_wrap=True)
             step = "" if line.global_step is None else f"step {line.global_step}"
             ranks = "" if line.world_size is None else f"ranks: {line.world_size}"
             numbers = (f"{name} {line.metrics[name]:.5g}" for name in shown if name in line.metrics)
@@ -98,7 +99,9 @@ def _print(listing: RootListing) -> None:
             out.print("    " + ", ".join(filter(None, facts)), soft_wrap=True)
     if len(names) > len(shown):
         out.print(f"({count_words(len(names) - len(shown), 'more metric')}: --json shows them)", soft_wrap=True)
-    if listing.tracker_problem is not None:
+    if listing.is_foreign:
+        words = "checkpoints of PyTorch, which have no tracker: give the directory of one to a run, to show, or to convert"
+    elif listing.tracker_problem is not None:
         words = f"tracker: {listing.tracker_problem}"
     elif listing.tracker is None:
         words = f"tracker: none ({TRACKER_FILE} is missing); a run resumes from the newest committed iteration"

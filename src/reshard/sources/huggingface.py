@@ -15,6 +15,7 @@ from reshard.format import json_text
 from reshard.format.names import COMMON_FILE, DATA_SUFFIX, METADATA_FILE, is_plain_file_name, kind_of_file
 from reshard.format.small_file import read_small
 from reshard.geometry import DType, Region
+from reshard.sources.sharded_weights import is_sharded, sharded_tensors
 from reshard.sources.stored import Headers, Stored
 from reshard.state import TensorKey, model_key
 from reshard.storage import Storage
@@ -95,7 +96,8 @@ def encode_model_config(config: Mapping[str, Any]) -> bytes:
 def open_weights(storage: Storage, directory: str) -> Stored:
     """Open a folder of weights. The headers of all its files are read, of their data nothing.
 
-    Of several files the index says which are meant; without one all are, if none is missing and none holds another's tensor.
+    Of several files the index says which are meant; without one all are, if none is missing and none holds another's tensor, or if they
+    hold parts of tensors and say so.
 
     Args:
         storage: where it lies.
@@ -118,9 +120,12 @@ def open_weights(storage: Storage, directory: str) -> Stored:
             notes.append(f"{WEIGHTS_FILE} and {WEIGHTS_INDEX_FILE} are both there; took the former, as transformers does")
         located = dict.fromkeys(headers.get(WEIGHTS_FILE).entries, WEIGHTS_FILE)
     elif storage.stat(index) is not None:
-        located = _read_index(storage, index)
-        _check_present(directory, set(located.values()), files, f"{WEIGHTS_INDEX_FILE} names")
+        located = read_weight_map(storage, index, DATA_SUFFIX)
+        check_present(directory, set(located.values()), files, f"{WEIGHTS_INDEX_FILE} names")
         _check_held(located, headers, index)
+    elif is_sharded(files):
+        note = f"parts of tensors, as the ranks of torch.distributed.checkpoint wrote them; took those of {len(files)} files"
+        return Stored(Catalog(directory, sharded_tensors(directory, files, headers), (note,)), None, None, is_weights=True)
     else:
         located = _without_index(directory, sorted(files), headers)
         notes.append(f"no {WEIGHTS_INDEX_FILE}: took every tensor of {len(files)} file{'' if len(files) == 1 else 's'}")
@@ -129,19 +134,29 @@ def open_weights(storage: Storage, directory: str) -> Stored:
     return Stored(Catalog(directory, _tensors(located, headers, directory), tuple(notes)), None, None, is_weights=True)
 
 
-def _read_index(storage: Storage, path: str) -> dict[str, str]:
+def read_weight_map(storage: Storage, path: str, suffix: str) -> dict[str, str]:
+    """Which file of a folder has which tensor, as its index says.
+
+    Args:
+        storage: where it lies.
+        path: of the index.
+        suffix: what the files' names end in.
+
+    Raises:
+        MetadataError: the index is damaged, names no tensor, or leads out of the folder.
+    """
     data = read_small(storage, path, _MOST_INDEX_BYTES, error=MetadataError)
     located = json_text.decode(data, _INDEX_DECODER, path, error=MetadataError).weight_map
     json_text.check_duplicate_keys(data, None, path, error=MetadataError)
     for name, file in located.items():
-        if not is_plain_file_name(file) or not file.endswith(DATA_SUFFIX):
+        if not is_plain_file_name(file) or not file.endswith(suffix):
             raise MetadataError(
                 "the index names a file that can't be one of the folder's",
                 file=path,
                 tensor=name,
                 field="weight_map",
                 found=repr(file[:200]),
-                expected=f"a name that ends in {DATA_SUFFIX}, without a path",
+                expected=f"a name that ends in {suffix}, without a path",
                 fix="don't load this folder: whoever wrote it wants another file to be read" if "/" in file or "\\" in file else _FETCH,
             )
     if not located:
@@ -149,7 +164,18 @@ def _read_index(storage: Storage, path: str) -> dict[str, str]:
     return located
 
 
-def _check_present(directory: str, needed: set[str], there: set[str], who: str) -> None:
+def check_present(directory: str, needed: set[str], there: set[str], who: str) -> None:
+    """See that all files are there, before anything is loaded.
+
+    Args:
+        directory: the folder.
+        needed: the names of its files.
+        there: those that it has.
+        who: says that they are needed, for the error.
+
+    Raises:
+        DataFileError: some are missing: all of these are named.
+    """
     missing = sorted(needed - there)
     if missing:
         raise DataFileError(
@@ -188,7 +214,7 @@ def _without_index(directory: str, files: Sequence[str], headers: Headers) -> di
             if total > 100_000:
                 raise DataFileError("a name of more files than a folder has", file=join(directory, name), fix=_FETCH)
             of = f"-of-{match[3]}{DATA_SUFFIX}"
-            _check_present(
+            check_present(
                 directory, {f"{start}-{number:0{width}d}{of}" for number in range(1, total + 1)}, set(files), f"the name {name} promises"
             )
     located: dict[str, str] = {}

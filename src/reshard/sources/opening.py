@@ -11,6 +11,7 @@ from reshard.sources.pytorch.dcp import is_dcp, open_dcp
 from reshard.sources.pytorch.items import ItemHeaders
 from reshard.sources.pytorch.naming import Prefixes
 from reshard.sources.pytorch.saved_file import is_saved_file, open_saved_file
+from reshard.sources.pytorch.saved_folder import is_saved_folder, open_saved_folder
 from reshard.sources.stored import Headers, Stored
 from reshard.storage import Storage
 
@@ -24,7 +25,7 @@ def open_source(storage: Storage, path: str, prefixes: Prefixes = Prefixes()) ->
         prefixes: where model and optimizer begin in a foreign checkpoint's keys, as far as the caller says.
 
     Raises:
-        ReshardError: as `open_stored`, `open_weights`, `open_dcp` and `open_saved_file`.
+        ReshardError: as `open_stored`, `open_weights`, `open_dcp`, `open_saved_file` and `open_saved_folder`.
     """
     there = storage.stat(path)
     if there is None:
@@ -34,6 +35,8 @@ def open_source(storage: Storage, path: str, prefixes: Prefixes = Prefixes()) ->
     names = {entry.name for entry in storage.list(path) if not entry.is_directory}
     if is_dcp(names):
         return open_dcp(storage, path, prefixes)
+    if is_saved_folder(names):
+        return open_saved_folder(storage, path)
     return open_weights(storage, path) if holds_weights(names) else open_stored(storage, path)
 
 
@@ -44,7 +47,8 @@ def is_foreign(storage: Storage, path: str) -> bool:
         return False
     if not there.is_directory:
         return is_saved_file(storage, path)
-    return is_dcp({entry.name for entry in storage.list(path) if not entry.is_directory})
+    names = {entry.name for entry in storage.list(path) if not entry.is_directory}
+    return is_dcp(names) or is_saved_folder(names)
 
 
 def headers_of(storage: Storage, catalog: Catalog, seal: Seal | None, items: ItemTable | None) -> Headers:

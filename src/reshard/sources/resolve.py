@@ -23,6 +23,7 @@ from reshard.format.tracker import read_tracker
 from reshard.sources.huggingface import holds_weights
 from reshard.sources.pytorch.dcp import is_dcp
 from reshard.sources.pytorch.dcp_metadata import DCP_METADATA_FILE
+from reshard.sources.pytorch.saved_folder import is_saved_folder
 from reshard.storage import Entry, Storage
 from reshard.storage.storage import join
 
@@ -237,6 +238,7 @@ def _has_checkpoint_files(entries: Sequence[Entry]) -> bool:
         or any(name.endswith(DATA_SUFFIX) for name in names)
         or holds_weights(names)
         or is_dcp(names)
+        or is_saved_folder(names)
     )
 
 

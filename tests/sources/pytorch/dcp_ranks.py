@@ -13,6 +13,7 @@ from torch import nn, optim
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import reshard
@@ -106,3 +107,23 @@ def resume(directory: Path, kind: str, balanced: bool) -> Outcome:
         "steps": {int(state["step"]) for state in optimizer.state.values()},
     }
     return Outcome(whole, train(model, optimizer, MORE_STEPS), said)
+
+
+def save_weights(directory: Path, kind: str) -> dict[str, np.ndarray]:
+    """Save a model's weights as safetensors files, each rank its own parts: the whole tensors."""
+    model = build(kind, seed=1)
+    writer = dcp.HuggingFaceStorageWriter(str(directory), save_distributed=True)
+    dcp.save(get_state_dict(model, ())[0], storage_writer=writer)
+    return weights_of(model)
+
+
+def load_weights(directory: Path, kind: str, balanced: bool) -> dict[str, np.ndarray]:
+    """Load them under another strategy: the whole tensors."""
+    model = build(kind, seed=2)
+    reshard.load(directory, model=model, balanced=balanced)
+    return weights_of(model)
+
+
+def weights_of(model: nn.Module) -> dict[str, np.ndarray]:
+    held = get_state_dict(model, ())[0]
+    return {name: (value.full_tensor() if isinstance(value, DTensor) else value).numpy().copy() for name, value in held.items()}

@@ -55,12 +55,33 @@ def open_saved_file(storage: Storage, path: str, prefixes: Prefixes) -> Stored:
             return _read_values(file, records, leaves, keys)
 
         known: dict[tuple[object, ...], Arrangement] = {}
-        arrangements = {key: _whole(tensor, name, known) for key, tensor in tensors.items()}
+        arrangements = {key: whole_tensor(tensor, name, known) for key, tensor in tensors.items()}
         storages = {key: (tensor.storage.key, tensor.offset, tensor.shape) for key, tensor in tensors.items()}
         others = [key for key in leaves if key not in tensors]
         made = assemble(StateDictionary(directory, path, arrangements, others, paths, read, storages), prefixes)
     rows = [(number, 0, places[key], tensors[key].nbytes) for number, key in enumerate(made.keys)]
     return Stored(made.catalog, is_weights=made.is_weights, files=made.files, items=ItemTable.of("raw", {name: rows}))
+
+
+def read_tensors(storage: Storage, path: str) -> tuple[dict[str, tuple[TensorRef, int]], list[str]]:
+    """The tensors of such a file by their keys, each with where its bytes begin, and the keys of what is no tensor.
+
+    Args:
+        storage: where it lies.
+        path: the file.
+
+    Raises:
+        DataFileError: as `open_saved_file`.
+        StorageError: the storage refuses.
+    """
+    with storage.open_read(path) as file:
+        _check_kind(_start_of(file), path)
+        records, root = open_archive(file)
+        leaves, _ = _flatten(root, path)
+        tensors = {key: value for key, value in leaves.items() if type(value) is TensorRef}
+        for key, tensor in tensors.items():
+            check_order(tensor, key, path)
+        return {key: (tensor, place_of(records, tensor)) for key, tensor in tensors.items()}, [key for key in leaves if key not in tensors]
 
 
 def is_saved_file(storage: Storage, path: str) -> bool:
@@ -124,8 +145,9 @@ def _leaves(value: Any, where: Path, path: str, left: list[int]) -> Iterator[tup
         yield where, value
 
 
-def _whole(tensor: TensorRef, file: str, known: dict[tuple[object, ...], Arrangement]) -> Arrangement:
-    alike = (tensor.dtype.name, tensor.shape)
+def whole_tensor(tensor: TensorRef, file: str, known: dict[tuple[object, ...], Arrangement]) -> Arrangement:
+    """How a tensor lies that a file has whole; `known` has those that lie alike, and gets this one."""
+    alike = (tensor.dtype.name, tensor.shape, file)
     found = known.get(alike)
     if found is None:
         found = known[alike] = Arrangement(tensor.dtype, tensor.shape, None, (Piece(Region.whole(tensor.shape), (Site(file, 0),), (0,)),))
