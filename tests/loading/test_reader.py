@@ -43,9 +43,16 @@ def load_into(root: Path, array: np.ndarray) -> reshard.RestoreReport:
 
 @pytest.mark.parametrize("order", ["C", "F", "stepped"])
 @pytest.mark.parametrize("axes", [("tp", None), (None, "tp")])
-@pytest.mark.parametrize(("block", "window", "part", "runs"), [(1 << 20, 4 << 20, 16 << 20, 512), (64, 96, 32, 2)])
+@pytest.mark.parametrize(("block", "window", "part", "pieces"), [(1 << 20, 4 << 20, 16 << 20, 1024), (64, 96, 32, 3)])
 def test_any_strides_and_any_sizes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: str, axes: tuple[str | None, ...], block: int, window: int, part: int, runs: int
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    order: str,
+    axes: tuple[str | None, ...],
+    block: int,
+    window: int,
+    part: int,
+    pieces: int,
 ) -> None:
     for module, name, value in (
         (reader, "BLOCK_BYTES", block),
@@ -53,7 +60,7 @@ def test_any_strides_and_any_sizes(
         (reader, "PART_BYTES", part),
         (reader, "PIECE_BYTES", block),
         (scattered, "PART_BYTES", part),
-        (scattered, "MOST_RUNS", runs),
+        (scattered, "MOST_PIECES", pieces),
         (verified_reads, "PART_BYTES", part),
         (verified_reads, "PIECE_BYTES", block),
     ):

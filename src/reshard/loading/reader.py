@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import groupby
 from queue import SimpleQueue
+from threading import Lock
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +19,7 @@ from reshard.geometry import Region
 from reshard.loading.budget import MEMORY_BUDGET
 from reshard.loading.scattered import PART_BYTES, Amount, Runs, cut_runs, scatter
 from reshard.loading.verified_reads import PIECE_BYTES, Part, Reading, check_after, parts_of, read_straight, rows_of
+from reshard.loading.workers import run_all
 from reshard.planning.byte_runs import cut_box, row_places
 from reshard.planning.read_plan import ReadPlan, Transfer
 from reshard.sources.stored import Headers
@@ -98,30 +99,56 @@ def read_plan(
         DamagedCheckpointError: a file is not what it promises, or its bytes are not as they were saved.
         StorageError: reading failed.
     """
-    amounts: list[Amount] = []
     located = zip(plan.transfers, entries, strict=True)
-    with ThreadPoolExecutor(READERS, "reshard-read") as pool, ExitStack() as files:
-        # While the last reads of a file are under way, those of the next one begin; of no more are files open at a time.
-        before: tuple[ReadableFile, list[Future[Amount]]] | None = None
-        sizes = _Sizes.within(memory_budget, gap_bytes)
+    sizes = _Sizes.within(memory_budget, gap_bytes)
+    stages: SimpleQueue[np.ndarray] = SimpleQueue()
+    for _ in range(READERS):
+        stages.put(np.empty(0, np.uint8))
+
+    def works(files: ExitStack) -> Iterator[Callable[[], Amount]]:
         for file, group in groupby(located, key=lambda pair: pair[0].movement.site.file):
             source = files.enter_context(storage.open_read(join(directory, file)))
-            reading: list[Future[Amount]] = []
-            files.callback(_wait, reading)  # nobody may read a file that is closed: not when something fails, either
-            reader = _FileReader(source, state, sizes)
-            reading += [pool.submit(work) for work in reader.plan(group, verify=verify)]
-            if before is not None:
-                amounts += [future.result() for future in before[1]]
-                before[0].close()
-            before = source, reading
-        if before is not None:
-            amounts += [future.result() for future in before[1]]
+            used = _Used(source)
+            for work in _FileReader(source, state, sizes, stages).plan(group, verify=verify):
+                yield used.during(work)
+            used.let_go()
+
+    with ExitStack() as files:
+        amounts = run_all(works(files), READERS, "reshard-read")
     return Amount(sum(amount.read for amount in amounts), sum(amount.verified for amount in amounts))
 
 
-def _wait(reading: list[Future[Amount]]) -> None:
-    for future in reading:
-        future.exception()
+class _Used:
+    """A file that is closed when the last of the work with it is done: of a checkpoint of thousands of files only a few are open at a time.
+
+    It is used once more until `let_go` says that there is no further work.
+    """
+
+    def __init__(self, source: ReadableFile) -> None:
+        self._source = source
+        self._users = 1
+        self._turn = Lock()
+
+    def during(self, work: Callable[[], Amount]) -> Callable[[], Amount]:
+        """The same work, that uses the file until it is done."""
+        with self._turn:
+            self._users += 1
+
+        def using() -> Amount:
+            try:
+                return work()
+            finally:
+                self.let_go()
+
+        return using
+
+    def let_go(self) -> None:
+        """One use less."""
+        with self._turn:
+            self._users -= 1
+            is_last = not self._users
+        if is_last:
+            self._source.close()
 
 
 class _Run(NamedTuple):
@@ -153,7 +180,9 @@ class _Sizes:
 
     @classmethod
     def within(cls, memory_budget: int, gap_bytes: int) -> _Sizes:
-        """Sizes with which all readers together stay within a budget: each has one buffer and one window; two files are open at a time."""
+        """Sizes with which all readers together stay within a budget: each has one buffer and one window, and the last window may still be
+        there.
+        """
         each = memory_budget // (4 * READERS)
         return cls(min(BLOCK_BYTES, each), min(WINDOW_BYTES, each), gap_bytes)
 
@@ -161,13 +190,11 @@ class _Sizes:
 class _FileReader:
     """The reads of one file."""
 
-    def __init__(self, source: ReadableFile, state: State, sizes: _Sizes) -> None:
+    def __init__(self, source: ReadableFile, state: State, sizes: _Sizes, stages: SimpleQueue[np.ndarray]) -> None:
         self._source = source
         self._sizes = sizes
         self._tensors = state.tensors
-        self._stages: SimpleQueue[np.ndarray] = SimpleQueue()
-        for _ in range(READERS):
-            self._stages.put(np.empty(0, np.uint8))
+        self._stages = stages
 
     def plan(self, located: Iterable[tuple[Transfer, TensorEntry]], *, verify: bool) -> Iterator[Callable[[], Amount]]:
         """Independent pieces of work, each giving what it read."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -13,8 +14,8 @@ from reshard.storage import ReadableFile
 # A read is at most this long, so that several are in flight.
 PART_BYTES = 16 << 20
 
-# Runs of a call, gaps not counted: systems take 1,024 pieces of memory in one.
-MOST_RUNS = 512
+# Pieces of memory that systems take in one call, what lies between runs counted.
+MOST_PIECES = 1024
 
 
 class Amount(NamedTuple):
@@ -92,17 +93,22 @@ def scatter(source: ReadableFile, runs: Runs, most: int, gap_bytes: int) -> Iter
     begins, sizes, addresses = runs
     gaps = begins[1:] - begins[:-1] - sizes[:-1]
     apart = np.flatnonzero((gaps < 0) | (gaps > gap_bytes)) + 1
-    # What lies between them goes here; nobody looks at it.
-    waste = np.empty(int(gaps[(gaps > 0) & (gaps <= gap_bytes)].max(initial=0)), np.uint8)
-    reach = np.cumsum(sizes)
+    crossed = np.flatnonzero((gaps > 0) & (gaps <= gap_bytes))
+    # What lies between runs goes here; nobody looks at it.
+    waste = np.empty(int(gaps[crossed].max(initial=0)), np.uint8)
+    # All pieces at once, of which each call takes its own; where in them each run is.
+    at = np.arange(len(begins))
+    at[1:] += np.cumsum((gaps > 0) & (gaps <= gap_bytes))
+    pieces = np.empty((len(begins) + len(crossed), 2), np.int64)
+    pieces[at, 0], pieces[at, 1] = addresses, sizes
+    pieces[at[crossed] + 1, 0], pieces[at[crossed] + 1, 1] = waste.ctypes.data, gaps[crossed]
+    places, reach = at.tolist(), np.cumsum(sizes).tolist()
     for first, last in pairwise([0, *apart.tolist(), len(begins)]):
         while first < last:
-            fits = int(np.searchsorted(reach, reach[first] - sizes[first] + most, "right"))
-            end = max(first + 1, min(last, first + MOST_RUNS, fits))
-            pieces = np.empty((2 * (end - first) - 1, 2), np.int64)
-            pieces[::2, 0], pieces[::2, 1] = addresses[first:end], sizes[first:end]
-            pieces[1::2, 0], pieces[1::2, 1] = waste.ctypes.data, gaps[first : end - 1]
-            yield Scatter(first, end, _scattering(source, int(begins[first]), pieces[pieces[:, 1] > 0], waste))
+            fits = bisect_right(reach, (reach[first - 1] if first else 0) + most)
+            taken = bisect_right(places, places[first] + MOST_PIECES - 1)
+            end = max(first + 1, min(last, taken, fits))
+            yield Scatter(first, end, _scattering(source, int(begins[first]), pieces[places[first] : places[end - 1] + 1], waste))
             first = end
 
 

@@ -64,8 +64,11 @@ class TorchCommunicator:
         )
 
     def all_gather(self, data: bytes) -> list[bytes]:
+        # To rank 0 and back: gloo's own gathering to all goes around a ring, with as many steps one after the other as there are ranks.
         first = _buffer(self.world_size, _INLINE)
-        self._try("gather", lambda: torch.distributed.all_gather(list(first.unbind()), _head(data), group=self._group))
+        rows = list(first.unbind()) if self.rank == 0 else None
+        self._try("gather", lambda: torch.distributed.gather(_head(data), rows, 0, group=self._group))
+        self._try("gather", lambda: torch.distributed.broadcast(first, 0, group=self._group))
         heads = [row.numpy() for row in first]
         lengths = [_length(head) for head in heads]
         inline = _INLINE - _LENGTH
