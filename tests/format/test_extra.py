@@ -165,7 +165,7 @@ Point = namedtuple("Point", "x y")  # noqa: PYI024 (the untyped kind is what is 
         np.ma.masked_array([1.0], [True]),
         int,
     ],
-    ids=repr,
+    ids=lambda value: type(value).__name__,
 )
 @pytest.mark.filterwarnings("ignore:.*alias.*:DeprecationWarning")
 def test_what_a_checkpoint_cannot_hold_is_named_by_its_path(value):
