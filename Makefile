@@ -7,6 +7,8 @@ BUILT := $(VENV)/.built
 PYTHON ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+# How many files of tests run at the same time. Many of them start processes of their own: more than two want more memory, too.
+WORKERS ?= 2
 # Seconds after which `make sweep` starts no further test; 0 runs them all.
 SWEEP_SECONDS ?= 0
 
@@ -51,8 +53,8 @@ demo: $(BUILT) ## train on 8 ranks, kill, resume on 4, 1 and 8, and compare the 
 demo-experts: $(BUILT) ## the same for a model with experts, and for hybrid sharding (some minutes)
 	@$(PY) examples/experts/run.py
 
-test: $(BUILT) ## run the tests and the checks of the code (at most 10 minutes)
-	@$(PY) -m pytest $(PYTEST_ARGS)
+test: $(BUILT) ## run the tests and the checks of the code (some 10 minutes on 2 cores; WORKERS=4: as many files of them at a time)
+	@$(PY) -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 sweep: $(BUILT) ## run the long property and fault runs (SWEEP_SECONDS=1200: as many as fit)
 	@$(PY) -m pytest -m "sweep or property" --hypothesis-profile=sweep --timeout=900 $(PYTEST_ARGS)

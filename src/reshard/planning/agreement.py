@@ -112,7 +112,14 @@ class RankDescription:
     @property
     def nbytes(self) -> int:
         """The bytes that the rank holds."""
-        return sum(tensor.nbytes for tensor in self.tensors)
+        known: dict[int, int] = {}  # of tensors that lie alike, by the identity of what says so
+        total = 0
+        for tensor in self.tensors:
+            nbytes = known.get(id(tensor.holding))
+            if nbytes is None:
+                nbytes = known[id(tensor.holding)] = tensor.nbytes
+            total += nbytes
+        return total
 
 
 def describe(state: State, rank: int) -> RankDescription:

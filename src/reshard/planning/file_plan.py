@@ -69,15 +69,22 @@ def plan_rank_files(description: RankDescription, world_size: int, prefix: str |
         UsageError: the prefix can't be part of a file name.
     """
     plans = []
+    # Of tensors that lie alike what is written of each, by the identity of what says so: the name's end, the shard, its shape.
+    known: dict[int, list[tuple[str, int, tuple[int, ...]]]] = {}
     for kind in Kind:
         if kind is Kind.OPTIMIZER and not save_optimizer:
             continue
-        entries = tuple(
-            WriteEntry(name, tensor.key, index, tensor.dtype, region.shape)
-            for tensor in description.tensors
-            if tensor.key.kind is kind
-            for name, index, region in stored_parts(tensor, tensor_name(tensor.key))
-        )
+        found: list[WriteEntry] = []
+        for key, holding in description.tensors:
+            if key.kind is not kind:
+                continue
+            parts = known.get(id(holding))
+            if parts is None:
+                parts = known[id(holding)] = [(suffix, index, region.shape) for suffix, index, region in stored_parts(holding, "")]
+            name = tensor_name(key)
+            for suffix, index, shape in parts:
+                found.append(WriteEntry(name + suffix if suffix else name, key, index, holding.dtype, shape))
+        entries = tuple(found)
         names = {entry.name for entry in entries}
         if len(names) < len(entries):
             raise _name_taken(entries, description.rank)

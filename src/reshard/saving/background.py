@@ -13,9 +13,9 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
-# What a thread of a save is nicer by than its caller's: it has a third of a core that both want. Much less, and a step that waits for the
-# copy would wait long.
-_NICER = 5
+# What a thread of a save is nicer by than its caller's, as much as the command `nice` makes a process: it has a tenth of a core that both
+# want. Nobody waits for what it copies: who would, copies too (`Snapshot.wait`).
+_NICER = 10
 
 
 class Background(Generic[T]):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import ctypes
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from math import prod
-from threading import Event
+from threading import Condition, Event
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +22,9 @@ _ALIGNMENT = 64
 
 # A buffer is replaced by a larger one with so much to spare (a part of it), so that a state that grows a little doesn't replace it again.
 _SPARE = 16
+
+# What is copied at a time of what is left for later: whoever helps waits for no more than this of what another thread has begun.
+_PART_BYTES = 16 << 20
 
 
 class BufferMemory(NamedTuple):
@@ -58,8 +63,22 @@ class BufferMemory(NamedTuple):
         target[...] = self.read()
 
 
-# Where it is, where it goes, and where the buffer begins.
-_Left = tuple[Memory, BufferMemory, int]
+class _Left(NamedTuple):
+    """A part of a shard that is still to be copied.
+
+    Attributes:
+        source: where it is.
+        target: where it goes.
+        base: where the buffer begins.
+        begin: the part's first byte in the shard.
+        end: its last, exclusive.
+    """
+
+    source: Memory
+    target: BufferMemory
+    base: int
+    begin: int
+    end: int
 
 
 class Snapshot:
@@ -70,33 +89,66 @@ class Snapshot:
         nbytes: of its tensors.
     """
 
-    def __init__(self, state: State, nbytes: int, left: list[_Left], waits: list[Callable[[], object]]) -> None:
+    def __init__(self, state: State, nbytes: int, left: Iterable[_Left], waits: list[Callable[[], object]]) -> None:
         self.state = state
         self.nbytes = nbytes
-        self._left = left
+        self._left = deque(left)
+        self._begun: dict[int, _Left] = {}
         self._waits = waits
+        self._turn = Condition()
         self._copied = Event()
-        if not left and not waits:
+        if not self._left and not waits:
             self._copied.set()
 
     def finish(self) -> None:
-        """Copy what is left, and wait for what a device still copies. Called once, from any thread."""
+        """Copy what is left, and wait for what others and devices still copy. Called once, from any thread."""
         try:
-            for source, target, base in self._left:
-                wait = _copy(source, target, base)
-                if wait is not None:
-                    self._waits.append(wait)
+            while True:
+                self._copy_left()
+                with self._turn:
+                    self._turn.wait_for(lambda: self._left or not self._begun)
+                    if not self._left and not self._begun:
+                        break
             for wait in self._waits:
                 wait()
         finally:
             # Also when it failed: then the snapshot is lost, but training must not wait for ever.
-            self._left = []
-            self._waits = []
+            self._left.clear()
+            self._waits.clear()
             self._copied.set()
 
     def wait(self) -> None:
-        """Return when the original may be changed."""
+        """Return when the original may be changed. Until then the caller copies, too: it may have more of the machine than who finishes."""
+        # What fails here fails there, where it is told.
+        with suppress(Exception):
+            self._copy_left()
         self._copied.wait()
+
+    def _copy_left(self) -> None:
+        """Copy part after part until none is left. One that an interrupt or an error breaks off is left for the next who comes."""
+        while True:
+            part: _Left | None = None
+            is_done = False
+            wait: Callable[[], object] | None = None
+            try:
+                with self._turn:
+                    if not self._left:
+                        return
+                    # In this order: an interrupt may come in between, and no part may be lost.
+                    part = self._left[0]
+                    self._begun[id(part)] = part
+                    del self._left[0]
+                wait = _copy(*part)
+                is_done = True
+            finally:
+                if part is not None:
+                    with self._turn:
+                        self._begun.pop(id(part), None)
+                        if not is_done:
+                            self._left.appendleft(part)
+                        elif wait is not None:
+                            self._waits.append(wait)
+                        self._turn.notify_all()
 
     @property
     def is_copied(self) -> bool:
@@ -145,9 +197,9 @@ class SnapshotBuffers:
         for key, memory, target in sources:
             # Small ones cost less to copy than to keep for later; of one number (a step count) nobody knows who changes it.
             if key in updated and target.shape and (memory.address is not None or memory.host is not None):
-                left.append((memory.hold(), target, base))
+                left += _parts(memory.hold(), target, base)
                 continue
-            wait = _copy(memory, target, base)
+            wait = _copy(memory, target, base, 0, _nbytes(target))
             if wait is not None:
                 waits.append(wait)
         groups = tuple(replace(group, options=copy.deepcopy(dict(group.options))) for group in state.groups)
@@ -166,10 +218,23 @@ def _room(dtype: DType, region: Region) -> int:
     return -(-dtype.itemsize * prod(region.shape) // _ALIGNMENT) * _ALIGNMENT
 
 
-def _copy(source: Memory, target: BufferMemory, base: int) -> Callable[[], object] | None:
+def _nbytes(target: BufferMemory) -> int:
+    return target.dtype.itemsize * prod(target.shape)
+
+
+def _parts(source: Memory, target: BufferMemory, base: int) -> Iterator[_Left]:
+    """What is left of a shard: in parts where its bytes lie one after the other."""
+    nbytes = _nbytes(target)
+    step = _PART_BYTES if source.address is not None else max(nbytes, 1)
+    for begin in range(0, nbytes, step):
+        yield _Left(source, target, base, begin, min(begin + step, nbytes))
+
+
+def _copy(source: Memory, target: BufferMemory, base: int, begin: int, end: int) -> Callable[[], object] | None:
     address = source.address
     if address is not None:
         # Of all ways the one that costs least per tensor; other threads run on.
-        ctypes.memmove(base + target.begin, address, target.dtype.itemsize * prod(target.shape))
+        ctypes.memmove(base + target.begin + begin, address + begin, end - begin)
         return None
+    # All of it, should a part's memory be no longer where it was.
     return source.begin_copy(target.read())

@@ -118,8 +118,6 @@ def test_training_goes_on_and_the_saved_state_is_that_of_the_call(tmp_path: Path
         manager.wait()
     for step in range(1, 4):
         assert contents(tmp_path / "deferred", step) == contents(tmp_path / "now", step)
-    assert "reshard-save" in slowly
-    assert "MainThread" in slowly or not list(run.model.buffers())
 
 
 def test_without_the_wait_before_steps_it_would_be_another_state(
@@ -234,11 +232,12 @@ def test_an_interrupt_while_a_save_is_waited_for_does_not_let_training_change_wh
 ) -> None:
     run = Run(plain(), lambda parameters: optim.SGD(parameters, 0.5))
     run.backward()
-    may_copy = threading.Event()
+    begun, may_copy = threading.Event(), threading.Event()
     quick = snapshot._copy
 
     def held(*arguments: Any) -> Any:
         if threading.current_thread().name.startswith("reshard-save"):
+            begun.set()
             assert may_copy.wait(60)
         return quick(*arguments)
 
@@ -254,6 +253,7 @@ def test_an_interrupt_while_a_save_is_waited_for_does_not_let_training_change_wh
             patched.setattr(background.concurrent.futures, "wait", interrupt)
             with pytest.raises(KeyboardInterrupt):
                 manager.wait()
+        assert begun.wait(60)
         threading.Timer(0.2, may_copy.set).start()
         run.step()
         assert may_copy.is_set()

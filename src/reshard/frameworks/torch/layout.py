@@ -11,7 +11,16 @@ import torch
 
 from reshard.errors import CaptureError
 from reshard.frameworks.torch.memory import MirrorMemory, checked_dtype, memory_of
-from reshard.frameworks.torch.placements import dtensors_of, explicit_order, fsdp2_runs_of, is_dtensor, runs_of, split_order, splits_of
+from reshard.frameworks.torch.placements import (
+    dtensor_type,
+    dtensors_of,
+    explicit_order,
+    fsdp2_runs_of,
+    is_dtensor,
+    runs_of,
+    split_order,
+    splits_of,
+)
 from reshard.geometry import Layout, Mesh, Region
 from reshard.state import Memory, Shard, ShardedTensor, TensorKey
 
@@ -57,6 +66,7 @@ class Meshes:
         self._holdings: dict[Any, tuple[tuple[int, ...], _Holding]] = {}
         self._layouts: dict[tuple[int, tuple[tuple[int, ...], ...]], Layout] = {}
         self._by_fsdp2: set[Any] = set()
+        self._dtensor = dtensor_type()
         seen: set[int] = set()
         for tensor in dtensors_of(tensors):
             device_mesh = tensor.device_mesh
@@ -87,7 +97,7 @@ class Meshes:
             CaptureError: a `Partial` or unknown placement; a local tensor that doesn't hold what its placements say; memory that can't be
                 reached; a plain tensor beside a DTensor, of a shape that fits neither its part nor its whole.
         """
-        if is_dtensor(tensor):
+        if isinstance(tensor, self._dtensor):
             local = _local(tensor)
             whole, holding = self._holding(tensor, local, name)
         elif like is None or not is_dtensor(like) or tensor.ndim == 0:
@@ -124,7 +134,7 @@ class Meshes:
         # The specification, since asking the tensor itself goes through torch's dispatcher; it is also the only place where a release
         # keeps an order apart from the placements. The mesh by identity (the tensors keep it alive): its hash goes over its ranks.
         spec = tensor._spec
-        alike = (id(spec.mesh), spec.placements, spec.shape, getattr(spec, "shard_order", None), local.shape)
+        alike = (id(spec.mesh), spec.placements, spec.tensor_meta.shape, getattr(spec, "shard_order", None), local.shape)
         found = self._holdings.get(alike)
         if found is None:
             shape = tuple(tensor.shape)

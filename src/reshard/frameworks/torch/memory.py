@@ -49,23 +49,12 @@ def checked_dtype(tensor: torch.Tensor, name: str) -> DType:
     Raises:
         CaptureError: a tensor whose elements don't lie in plain memory, or of a type that checkpoints don't hold.
     """
-    kind = type(tensor)
-    is_plain = kind in _PLAIN  # nearly all are: states have 100,000 tensors
-    if not is_plain and hasattr(kind, "__tensor_flatten__"):
-        raise CaptureError(
-            "a tensor subclass that keeps its elements in tensors of its own can't be captured",
-            tensor=name,
-            found=f"{kind.__module__}.{kind.__qualname__}",
-            expected="a plain tensor or a DTensor",
-            fix="save the plain tensors that it consists of, or convert it back before saving",
-        )
-    if not is_plain and isinstance(tensor, UninitializedTensorMixin):
-        raise CaptureError(
-            "a lazy tensor has no shape yet", tensor=name, found=type(tensor).__name__, fix="run one forward pass before saving or loading"
-        )
+    # Nearly all are plain: states have 100,000 tensors.
+    if type(tensor) not in _PLAIN:
+        _check_subclass(tensor, name)
     if tensor.layout is not torch.strided:
         raise CaptureError("only dense tensors can be captured", tensor=name, found=tensor.layout, fix="use to_dense()")
-    if tensor.is_meta:
+    if not tensor.is_cpu and tensor.is_meta:
         raise CaptureError(
             "a tensor on the meta device has no memory", tensor=name, fix="give the model memory first: model.to_empty(device=...)"
         )
@@ -75,6 +64,22 @@ def checked_dtype(tensor: torch.Tensor, name: str) -> DType:
         return dtype_of(tensor.dtype)
     except UsageError as error:
         raise CaptureError(error.what, tensor=name, found=error.found, expected=error.expected) from error
+
+
+def _check_subclass(tensor: torch.Tensor, name: str) -> None:
+    kind = type(tensor)
+    if hasattr(kind, "__tensor_flatten__"):
+        raise CaptureError(
+            "a tensor subclass that keeps its elements in tensors of its own can't be captured",
+            tensor=name,
+            found=f"{kind.__module__}.{kind.__qualname__}",
+            expected="a plain tensor or a DTensor",
+            fix="save the plain tensors that it consists of, or convert it back before saving",
+        )
+    if isinstance(tensor, UninitializedTensorMixin):
+        raise CaptureError(
+            "a lazy tensor has no shape yet", tensor=name, found=kind.__name__, fix="run one forward pass before saving or loading"
+        )
 
 
 def memory_of(tensor: torch.Tensor, name: str) -> Memory:

@@ -18,18 +18,21 @@ Run = tuple[int, int]
 Split = "tuple[int, int] | None"
 
 
-def is_dtensor(tensor: torch.Tensor) -> bool:
-    """Whether it is a DTensor. Doesn't import DTensor: where nobody has, there is none."""
+def dtensor_type() -> type | tuple[()]:
+    """What `isinstance` takes to tell a DTensor. Doesn't import it: where nobody has, there is none."""
     module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
+    return () if module is None else module.DTensor
+
+
+def is_dtensor(tensor: torch.Tensor) -> bool:
+    """Whether it is a DTensor."""
+    return isinstance(tensor, dtensor_type())
 
 
 def dtensors_of(tensors: Iterable[torch.Tensor]) -> Iterator[Any]:
     """The DTensors among some tensors."""
-    module = sys.modules.get("torch.distributed.tensor")
-    if module is not None:
-        kind = module.DTensor
-        yield from (tensor for tensor in tensors if isinstance(tensor, kind))
+    kind = dtensor_type()
+    return (tensor for tensor in tensors if isinstance(tensor, kind))
 
 
 def splits_of(placements: Sequence[Any], dimensions: int, name: str) -> tuple[tuple[int, int] | None, ...]:

@@ -1,0 +1,131 @@
+"""Snapshots of which a part is copied later: by who finishes, and by who waits."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from reshard.geometry import Region
+from reshard.geometry.dtypes import by_numpy
+from reshard.saving import snapshot
+from reshard.saving.snapshot import Snapshot, SnapshotBuffers
+from reshard.state import HostMemory, Shard, ShardedTensor, State, model_key
+
+ARRAYS = {name: np.arange(size, dtype=np.float32) for name, size in (("a", 5), ("b", 100), ("c", 33))}
+
+
+def taken() -> Snapshot:
+    tensors = {}
+    for name, array in ARRAYS.items():
+        key = model_key(name)
+        shard = Shard(Region.whole(array.shape), HostMemory(array.copy()))
+        tensors[key] = ShardedTensor(key, by_numpy(array.dtype), array.shape, None, (shard,))
+    state = State(tensors, updated=frozenset(tensors))
+    return SnapshotBuffers(lambda nbytes: np.zeros(nbytes, np.uint8)).take(state, deferred=True)
+
+
+def check(made: Snapshot) -> None:
+    for name, array in ARRAYS.items():
+        assert np.array_equal(made.state.tensors[model_key(name)].shards[0].memory.read(), array)
+
+
+@pytest.fixture
+def copies(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], None]], list[int]]:
+    """Shards are copied in parts of 64 bytes; a function is called before each, and the list has the bytes of each."""
+
+    def install(before: Callable[[], None]) -> list[int]:
+        quick, sizes = snapshot._copy, []
+
+        def copy(source: Any, target: Any, base: int, begin: int, end: int) -> Any:
+            before()
+            sizes.append(end - begin)
+            return quick(source, target, base, begin, end)
+
+        monkeypatch.setattr(snapshot, "_PART_BYTES", 64)
+        monkeypatch.setattr(snapshot, "_copy", copy)
+        return sizes
+
+    return install
+
+
+def test_who_waits_copies_what_nobody_has_begun(copies: Callable[[Callable[[], None]], list[int]]) -> None:
+    sizes = copies(lambda: None)
+    made = taken()
+    waiting = threading.Thread(target=made.wait)
+    waiting.start()
+    while sum(sizes) < sum(array.nbytes for array in ARRAYS.values()):
+        assert waiting.is_alive()
+    assert not made.is_copied  # a device may still copy: only who finishes knows
+    made.finish()
+    waiting.join(60)
+    assert made.is_copied
+    assert max(sizes) == 64
+    check(made)
+
+
+def test_who_waits_returns_when_the_others_part_is_copied_too(copies: Callable[[Callable[[], None]], list[int]]) -> None:
+    begun, may_end = threading.Event(), threading.Event()
+
+    def before() -> None:
+        if threading.current_thread() is finishing:
+            begun.set()
+            assert may_end.wait(60)
+
+    copies(before)
+    made = taken()
+    finishing = threading.Thread(target=made.finish)
+    finishing.start()
+    assert begun.wait(60)
+    waiting = threading.Thread(target=made.wait)
+    waiting.start()
+    waiting.join(0.2)
+    assert waiting.is_alive()
+    may_end.set()
+    waiting.join(60)
+    finishing.join(60)
+    assert made.is_copied
+    check(made)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_what_breaks_off_a_waiter_s_part_leaves_it_to_who_finishes(
+    copies: Callable[[Callable[[], None]], list[int]], error: type[BaseException]
+) -> None:
+    left = [3]
+
+    def before() -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            raise error
+
+    copies(before)
+    made = taken()
+    if error is KeyboardInterrupt:
+        with pytest.raises(KeyboardInterrupt):
+            made.wait()
+        made.finish()
+    else:
+        waiting = threading.Thread(target=made.wait)
+        waiting.start()
+        while left[0] > 0:
+            assert waiting.is_alive()
+        made.finish()
+        waiting.join(60)
+    assert made.is_copied
+    check(made)
+
+
+def test_an_error_of_who_finishes_is_raised_there_and_holds_nobody(copies: Callable[[Callable[[], None]], list[int]]) -> None:
+    def before() -> None:
+        raise RuntimeError("broken")
+
+    copies(before)
+    made = taken()
+    with pytest.raises(RuntimeError, match="broken"):
+        made.finish()
+    made.wait()
+    assert made.is_copied
