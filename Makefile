@@ -54,7 +54,7 @@ demo-experts: $(BUILT) ## the same for a model with experts, and for hybrid shar
 	@$(PY) examples/experts/run.py
 
 test: $(BUILT) ## run the tests and the checks of the code (some 10 minutes on 2 cores; WORKERS=4: as many files of them at a time)
-	@$(PY) -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+	@$(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 sweep: $(BUILT) ## run the long property and fault runs (SWEEP_SECONDS=1200: as many as fit)
 	@$(PY) -m pytest -m "sweep or property" --hypothesis-profile=sweep --timeout=900 $(PYTEST_ARGS)

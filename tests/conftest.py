@@ -25,6 +25,9 @@ settings.register_profile("fast", max_examples=30, derandomize=True, deadline=No
 settings.register_profile("sweep", max_examples=1000, deadline=None, database=None, print_blob=True, suppress_health_check=_CALM)
 settings.load_profile("fast")
 
+# Files of tests that take minutes.
+_LONGEST = ("test_demo.py", "test_real_ranks.py")
+
 # `make sweep` gives a budget in seconds; 0 is no budget.
 _SWEEP_SECONDS = float(os.environ.get("SWEEP_SECONDS") or 0)
 _STARTED = time.monotonic()
@@ -51,6 +54,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.property)
         if "tried" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.fault)
+    # First what takes longest: whatever else there is runs beside it.
+    items.sort(key=lambda item: item.path.name not in _LONGEST)
     if _is_sweep(config):
         # With a budget the last tests might never have their turn; in another order each time, all of them do.
         random.Random(_SEED).shuffle(items)
