@@ -106,9 +106,9 @@ class CountingStorage(PosixStorage):
         return file
 
     def read(self, view, index):
-        view._headers.get(view.chunks[0].places[0].file)
+        view.headers.get(view.chunks[0].places[0].file)
         for chunk in view.chunks:
-            view._headers.get(chunk.places[0].file)
+            view.headers.get(chunk.places[0].file)
         self.spans.clear()
         values = view[index]
         return values, sum(length for *_, length in self.spans)

@@ -6,17 +6,23 @@ import json
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
 from torch import optim
 
 import reshard
+from reshard.cli.export import Format, export
 from reshard.conversion import convert
 from reshard.errors import UsageError
+from reshard.families import family
+from reshard.planning.mapping.mappers import sizes_in
 from reshard.verification import verify
 from tests.sources.pytorch.test_dcp import save
 from tests.sources.pytorch.test_saved_file import run, train
+
+GOLDEN_HF = Path(__file__).resolve().parent / "data" / "golden_hf"
 
 
 @pytest.fixture
@@ -43,6 +49,66 @@ def test_a_run_goes_on_from_what_was_converted(trained: Any, tmp_path: Path) -> 
     assert report.extra == {"lr_scheduler": {"last_epoch": 3}}
     assert "global_step" in report.restored
     assert train(other, fresh, 2) == train(model, optimizer, 2)
+
+
+@pytest.mark.parametrize("case", sorted(path.name for path in GOLDEN_HF.iterdir()))
+def test_weights_of_hugging_face_become_what_mindspore_transformers_makes_of_them(case: str, run_reshard: Any, tmp_path: Path) -> None:
+    if case == "hf_qwen3_tied":
+        done = run_reshard("export", GOLDEN_HF / case / "hf", tmp_path / "root", "--format", "mindspore")
+        assert done.returncode == 0, done.stderr
+        assert "iteration_00000000" in done.stdout
+    else:
+        convert(GOLDEN_HF / case / "hf", tmp_path / "root", naming="mindspore")
+    checkpoint = reshard.Checkpoint(tmp_path / "root")
+    with np.load(GOLDEN_HF / case / "expected_mf.npz") as expected:
+        assert set(checkpoint) == set(expected)
+        for name in expected:
+            np.testing.assert_array_equal(checkpoint[name][...], expected[name], name)
+    assert verify(tmp_path / "root").is_intact
+    # And from there back, by the configuration that came along.
+    reshard.export_checkpoint(tmp_path / "root", tmp_path / "back")
+    before, back = reshard.Checkpoint(GOLDEN_HF / case / "hf"), reshard.Checkpoint(tmp_path / "back")
+    for name in back:
+        np.testing.assert_array_equal(back[name][...], before[name][...], name)
+    with pytest.raises(UsageError, match="not overwritten"):
+        convert(GOLDEN_HF / case / "hf", tmp_path / "root", naming="mindspore")
+    with pytest.raises(UsageError, match="never replaced"):
+        export("root", "folder", Format.MINDSPORE, force=True)
+
+
+def test_a_run_under_the_names_of_hugging_face_keeps_its_optimizer_under_those_of_mindspore(tmp_path: Path) -> None:
+    case = min(GOLDEN_HF.iterdir())
+    folder = reshard.Checkpoint(case / "hf")
+    weights = {name: torch.nn.Parameter(torch.from_numpy(folder[name][...].copy())) for name in folder}
+    module = torch.nn.Module()
+    for name, weight in weights.items():
+        *path, last = name.split(".")
+        holder = module
+        for part in path:
+            if part not in dict(holder.named_children()):
+                holder.add_module(part, torch.nn.Module())
+            holder = holder.get_submodule(part)
+        holder.register_parameter(last, weight)
+    optimizer = optim.AdamW(module.parameters())
+    sum((weight**2).sum() for weight in weights.values()).backward()  # type: ignore[union-attr]
+    optimizer.step()
+    reshard.save(tmp_path / "run", 5, model=module, optimizer=optimizer, extra={"config": folder.config})
+    done = convert(tmp_path / "run", tmp_path / "direct", naming="mindspore", dtype="bfloat16")
+    assert (done.iteration, len(done.notes)) == (5, 1)
+    assert "random generators" in done.notes[0]
+    reshard.save(tmp_path / "saved", 5, model=module, optimizer=optimizer, mapping=family("qwen3", **sizes_in(folder.config)))
+    direct, saved = reshard.Checkpoint(tmp_path / "direct"), reshard.Checkpoint(tmp_path / "saved")
+    assert set(direct) == set(saved)
+    assert "adam_m.decoder.layers.0.self_attention.linear_qkv.weight" in direct
+    for name in saved:
+        expected = saved[name][...]
+        if not name.startswith("adam") and expected.dtype == np.float32:
+            expected = expected.astype(ml_dtypes.bfloat16)
+        np.testing.assert_array_equal(direct[name][...].view(np.uint8), expected.view(np.uint8), name)
+    with pytest.raises(UsageError, match="nothing describes the model"):
+        convert(tmp_path / "saved", tmp_path / "other", naming="mindspore")
+    with pytest.raises(UsageError, match="floating types only"):
+        convert(tmp_path / "saved", tmp_path / "other", dtype="int8")
 
 
 def test_nothing_is_overwritten(trained: Any, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from reshard.manager import CheckpointManager
 from reshard.saving.policies import Committed, KeepAny, KeepBest, KeepEvery, KeepFor, KeepNewest, KeepPolicy
 from reshard.saving.report import SaveReport
 from reshard.shortcuts import load, save
+from reshard.sources.pytorch.naming import Prefixes
 from reshard.stopping.graceful import GracefulStop
 from reshard.verification import Fault, Verification, verify
 from reshard.version import __version__
@@ -31,6 +32,7 @@ __all__ = [
     "KeepNewest",
     "KeepPolicy",
     "PassedOver",
+    "Prefixes",
     "ReshardError",
     "RestoreReport",
     "SaveReport",

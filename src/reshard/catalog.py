@@ -212,6 +212,10 @@ class StoredTensor(NamedTuple):
             for piece in self.arrangement.pieces
         )
 
+    def of_type(self, dtype: DType) -> StoredTensor:
+        """The same tensor as values of another type, which lie nowhere."""
+        return self._replace(arrangement=Arrangement(dtype, self.global_shape, None, ()))
+
     @property
     def nbytes(self) -> int:
         """The bytes of the whole tensor."""

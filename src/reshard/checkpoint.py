@@ -4,31 +4,26 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
-from itertools import product
-from math import prod
 from typing import Any
 
-import numpy as np
-
-from reshard.catalog import Catalog, Chunk, StoredTensor
+from reshard.catalog import Catalog, StoredTensor
 from reshard.errors import UsageError
 from reshard.families import select_mapper
 from reshard.format.common import CommonInfo, read_common
 from reshard.format.extra import groups_of, values_in
 from reshard.format.metrics import read_metrics
-from reshard.format.names import COMMON_FILE, EXTRA_DIRECTORY, GLOBAL_EXTRA_FILE, tensor_name
-from reshard.format.safetensors import BlockCheck, TensorEntry
+from reshard.format.names import COMMON_FILE, EXTRA_DIRECTORY, GLOBAL_EXTRA_FILE, parse_rank_extra_file, tensor_name
 from reshard.format.seal import Seal
-from reshard.geometry import DType, Layout, Region
-from reshard.planning.byte_runs import cut_box
-from reshard.planning.mapping.lattice import clip
-from reshard.planning.mapping.linking import Linked, link
+from reshard.geometry.casts import can_cast
+from reshard.geometry.dtypes import by_name
+from reshard.planning.block_scales import BlockScale, block_in, quantised_in, scale_of
+from reshard.planning.mapping.lattice import Lattice
+from reshard.planning.mapping.linking import link
 from reshard.planning.mapping.mappers import ATOMS, sizes_in
-from reshard.planning.mapping.memory import view_of
-from reshard.planning.mapping.wanted import Told, face_of, run_groups, tell
+from reshard.planning.mapping.wanted import Told, run_groups, tell
 from reshard.sources.huggingface import read_model_config
 from reshard.sources.native import check_promises, read_own_extra
 from reshard.sources.opening import headers_of, open_source
@@ -40,12 +35,10 @@ from reshard.state import Kind, ParameterGroup, TensorKey, model_key
 from reshard.storage import Storage
 from reshard.storage.posix import PosixStorage
 from reshard.storage.storage import join
+from reshard.views import DequantisedView, MappedView, TensorView
 
-# What is read at a time where the destination is not contiguous.
-_BLOCK_BYTES = 4 << 20
-
-# A slice with a step reads over gaps below this: a page is the least that a file system reads anyway.
-_PAGE_BYTES = 4096
+# What the numbers of block-quantised tensors become where neither caller nor configuration say it: what models are trained in.
+_USUAL_DTYPE = "bfloat16"
 
 
 class Checkpoint:
@@ -57,6 +50,8 @@ class Checkpoint:
         mapping: to see it under other names: a family of models (its name, or a `Family`), or a `RuleMapping`, whose run's names they are.
         naming: of a family, which of its namings; those of Hugging Face files by default.
         prefixes: where model and optimizer begin in the keys of a checkpoint of PyTorch, when that can't be recognised.
+        dequantise: the floating type (`bfloat16`) of what is seen in the place of tensors that are quantised by block and of their scales.
+            Not given, they are seen as they are stored; under a mapping, in the type that the model's configuration says.
 
     Attributes:
         directory: where its files lie.
@@ -71,6 +66,7 @@ class Checkpoint:
         CheckpointNotFoundError: there is no checkpoint.
         DamagedCheckpointError: tracker, metadata or common information are damaged.
         StorageError: the storage refuses to read.
+        UsageError: tensors are to be dequantised, and nothing says which their blocks are; or names that the mapping doesn't know.
     """
 
     def __init__(
@@ -81,6 +77,7 @@ class Checkpoint:
         mapping: Any = None,
         naming: str = ATOMS,
         prefixes: Prefixes = Prefixes(),  # noqa: B008 - frozen
+        dequantise: str | None = None,
     ) -> None:
         self._storage: Storage = PosixStorage() if storage is None else storage
         found = resolve(self._storage, os.path.abspath(os.fspath(path)))
@@ -105,7 +102,32 @@ class Checkpoint:
             repeated = self._told.links.repeated
             named = self._told.as_run(stored.catalog)
             self.catalog = replace(named, tensors={key: tensor for key, tensor in named.tensors.items() if _parameter(key) not in repeated})
+        self._scales: dict[TensorKey, BlockScale] = {}
+        self._values = by_name(_USUAL_DTYPE)
+        if mapper is not None or dequantise is not None:
+            self._scale(dequantise)
         self._tensors = {tensor_name(key): tensor for key, tensor in self.catalog.tensors.items()}
+
+    def _scale(self, dequantise: str | None) -> None:
+        """See quantised tensors as what they stand for."""
+        quantised = quantised_in(self._stored, self._stored.tensors)
+        if not quantised:
+            return
+        config = self.config or {}
+        self._values = by_name(dequantise or str(config.get("dtype") or config.get("torch_dtype") or _USUAL_DTYPE))
+        if not can_cast("float32", self._values.name):
+            raise UsageError(
+                "quantised numbers become floating ones only", field="dequantise", found=self._values, expected="such as bfloat16"
+            )
+        block = block_in(config)
+        self._scales = {key: scale_of(self._stored, key, scale, block) for key, scale in quantised.items()}
+        scales = {scale.key for scale in self._scales.values()}
+        tensors: dict[TensorKey, StoredTensor] = {}
+        for key, tensor in self.catalog.tensors.items():
+            parts = {key} if self._told is None else {strand.stored for strand in self._told.links.tensors[key].strands}
+            if not parts <= scales:
+                tensors[key] = tensor.of_type(self._values) if parts & self._scales.keys() else tensor
+        self.catalog = replace(self.catalog, tensors=tensors)
 
     @property
     def values(self) -> Mapping[str, Any]:
@@ -128,6 +150,16 @@ class Checkpoint:
             given = extra.get("config") if isinstance(extra, Mapping) else None
         return given if isinstance(given, Mapping) else None
 
+    @cached_property
+    def has_rank_values(self) -> bool:
+        """Whether ranks have saved values for themselves alone (states of random generators)."""
+        there = join(self.directory, EXTRA_DIRECTORY)
+        if self._small is not self._storage or self._storage.stat(there) is None:
+            return False
+        names = sorted(entry.name for entry in self._storage.list(there) if parse_rank_extra_file(entry.name) is not None)
+        trees = (read_own_extra(self._storage, self.directory, name, self.seal) for name in names)
+        return any(isinstance(tree, Mapping) and tree.get("rank_values") for tree in trees)
+
     @property
     def groups(self) -> tuple[ParameterGroup, ...]:
         """The optimizers' hyper-parameters; empty when there are none."""
@@ -141,6 +173,11 @@ class Checkpoint:
     @cached_property
     def _extra(self) -> Any:
         return read_own_extra(self._small, self.directory, GLOBAL_EXTRA_FILE, self.seal)
+
+    @property
+    def dequantised(self) -> int:
+        """How many stored tensors are quantised by block and seen as what they stand for."""
+        return len(self._scales)
 
     def check(self, names: Iterable[str] | None = None) -> tuple[str, ...]:
         """Hold the headers of files against the metadata.
@@ -186,12 +223,22 @@ class Checkpoint:
                 expected=f"one of {len(self)} names" + (f", such as {', '.join(near)}" if near else ""),
             )
         if self._told is None:
-            return TensorView(name, tensor, self._storage, self._stored.directory, self.headers)
+            return self._view(name, self._stored.tensors[tensor.key], tensor.key)
         linked = self._told.links.tensors[tensor.key]
+        held = self._told.catalog.tensors
         if linked.only is not None:
-            return TensorView(name, self._told.catalog.tensors[linked.only.key], self._storage, self._stored.directory, self.headers)
-        parts = [TensorView(part.name, part, self._storage, self._stored.directory, self.headers) for part in self._parts(name)]
+            return self._view(name, held[linked.only.key], linked.only.stored)
+        parts = [self._view(held[strand.key].name, held[strand.key], strand.stored, strand.lattice) for strand in linked.strands]
         return MappedView(name, tensor, self._storage, self._stored.directory, self.headers, linked, parts)
+
+    def _view(self, name: str, tensor: StoredTensor, stored: TensorKey, lattice: Lattice | None = None) -> TensorView:
+        """A stored tensor, or the part of one that a lattice has on its right, as values."""
+        view = TensorView(name, tensor, self._storage, self._stored.directory, self.headers)
+        scale = self._scales.get(stored)
+        if scale is None:
+            return view
+        numbers = TensorView(scale.tensor.name, scale.tensor, self._storage, self._stored.directory, self.headers)
+        return DequantisedView(view, numbers, scale, self._values, lattice)
 
     def __repr__(self) -> str:
         return f"Checkpoint({self.directory!r}, {len(self)} tensors)"
@@ -199,195 +246,3 @@ class Checkpoint:
 
 def _parameter(key: TensorKey) -> TensorKey:
     return model_key(key.parameter)
-
-
-class TensorView:
-    """A global tensor of a stored checkpoint; nothing is read until it is sliced.
-
-    Attributes:
-        name: its name in files.
-        key: what it is.
-        shape: the shape of the whole tensor.
-        dtype: its element type.
-        layout: how it lay on its mesh when it was saved, or None.
-        chunks: the regions that are stored, and where.
-    """
-
-    # `list(view)` would read element by element: take `view[...]`.
-    __iter__ = None
-
-    def __init__(self, name: str, tensor: StoredTensor, storage: Storage, directory: str, headers: Headers) -> None:
-        self.name = name
-        self.key: TensorKey = tensor.key
-        self.shape: tuple[int, ...] = tensor.global_shape
-        self.dtype: DType = tensor.dtype
-        self.layout: Layout | None = tensor.layout
-        self.chunks: tuple[Chunk, ...] = tensor.chunks
-        self._tensor = tensor
-        self._storage = storage
-        self._directory = directory
-        self._headers = headers
-
-    @property
-    def nbytes(self) -> int:
-        """The bytes of the whole tensor."""
-        return self._tensor.nbytes
-
-    def read(self, region: Region | None = None) -> np.ndarray:
-        """The values of a region, by default of the whole tensor, whatever chunks they lie in.
-
-        Reads exactly the region's bytes. What is read of chunks in whole row blocks is held against their digests.
-
-        Raises:
-            UsageError: the region lies outside the tensor.
-            DataFileError: a file is missing or damaged, doesn't hold what metadata promises, or bytes of it are not as they were saved.
-        """
-        region = Region.whole(self.shape) if region is None else region
-        if not region.fits(self.shape):
-            raise UsageError("a region outside the tensor", tensor=self.name, found=region, expected=f"inside {list(self.shape)}")
-        # Before memory is taken: a shape that metadata made up has no file that holds it.
-        self.locate(region)
-        out = np.empty(region.shape, self.dtype.numpy)
-        self.read_into(out, region)
-        return out
-
-    def read_into(self, out: np.ndarray, region: Region) -> None:
-        """Read a region of the tensor into an array of its shape and type, of any strides.
-
-        Raises:
-            DataFileError: as `read`.
-        """
-        for chunk, common, entry in self.locate(region):
-            self._fill(out[common.relative_to(region).slices] if out.ndim else out, chunk, common.relative_to(chunk.region), entry)
-
-    def locate(self, region: Region) -> list[tuple[Chunk, Region, TensorEntry]]:
-        """The chunks that a region shares elements with, which these are, and where each chunk lies in its file."""
-        parts = [(chunk, common) for chunk in self.chunks if (common := region.intersect(chunk.region)) is not None]
-        return [(chunk, common, self._headers.entry(chunk.places[0], self.dtype, chunk.stored_shape)) for chunk, common in parts]
-
-    def _fill(self, out: np.ndarray, chunk: Chunk, box: Region, entry: TensorEntry) -> None:
-        itemsize = self.dtype.itemsize
-        strides, begin = chunk.strides(itemsize), chunk.begin(itemsize)
-        path = join(self._directory, chunk.places[0].file)
-        check = BlockCheck(entry, path)
-        with self._storage.open_read(path) as file:
-            for block in cut_box(box, strides, itemsize, block_bytes=_BLOCK_BYTES, gap_bytes=0):
-                target = out[block.region.relative_to(box).slices] if out.ndim else out
-                is_direct = target.flags.c_contiguous
-                run = memoryview(target.reshape(-1).view(np.uint8) if is_direct else np.empty(block.nbytes, np.uint8))
-                file.read_into(entry.begin + begin + block.offset, run)
-                check.update(begin + block.offset, run)
-                check.raise_if_wrong()
-                if not is_direct:
-                    # Not by `as_strided`, which knows no float8.
-                    target[...] = np.ndarray(block.region.shape, self.dtype.numpy, run, strides=strides)
-
-    def __getitem__(self, index: Any) -> np.ndarray:
-        """The values at an index of integers, slices with positive steps, and at most one ellipsis; an array also where nothing is left of
-        the dimensions.
-
-        Raises:
-            UsageError: another kind of index, or an integer outside the tensor.
-        """
-        ranges, kept = self._ranges(index)
-        shape = tuple(len(wanted) for wanted in ranges)
-        if 0 in shape:
-            out = np.empty(shape, self.dtype.numpy)
-        elif all(wanted.step == 1 for wanted in ranges):
-            out = self.read(Region(tuple(wanted.start for wanted in ranges), shape))
-        else:
-            out = self._read_steps(ranges, shape)
-        return out.reshape(tuple(size for size, keep in zip(shape, kept, strict=True) if keep))
-
-    def _read_steps(self, ranges: list[range], shape: tuple[int, ...]) -> np.ndarray:
-        self.locate(Region(tuple(r.start for r in ranges), tuple(r[-1] + 1 - r.start for r in ranges)))
-        out = np.empty(shape, self.dtype.numpy)
-        for spans in product(*(self._spans(dimension, wanted) for dimension, wanted in enumerate(ranges))):
-            region = Region(tuple(span.start for _, span, _ in spans), tuple(len(span) for _, span, _ in spans))
-            out[tuple(where for where, _, _ in spans)] = self.read(region)[tuple(slice(None, None, step) for _, _, step in spans)]
-        return out
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        """The whole tensor, for `numpy.asarray`."""
-        return np.asarray(self.read(), dtype)
-
-    def _spans(self, dimension: int, wanted: range) -> list[tuple[slice, range, int]]:
-        """What to read along a dimension: where it goes, the indices to read, and the step to take among them."""
-        gap = (wanted.step - 1) * self.dtype.itemsize * prod(self.shape[dimension + 1 :])
-        if wanted.step == 1 or gap < _PAGE_BYTES:
-            return [(slice(0, len(wanted)), range(wanted[0], wanted[-1] + 1), wanted.step)]
-        return [(slice(place, place + 1), range(number, number + 1), 1) for place, number in enumerate(wanted)]
-
-    def _ranges(self, index: Any) -> tuple[list[range], list[bool]]:
-        """The indices along every dimension, and whether the dimension stays."""
-        items = list(index) if isinstance(index, tuple) else [index]
-        dots = [place for place, item in enumerate(items) if item is Ellipsis]
-        if len(dots) > 1 or len(items) - len(dots) > len(self.shape):
-            raise self._bad_index(index, f"at most one '...' and {len(self.shape)} dimensions")
-        place = dots[0] if dots else len(items)
-        rest = len(self.shape) - (len(items) - len(dots))
-        items[place : place + len(dots)] = [slice(None)] * rest
-        ranges, kept = [], []
-        for item, size in zip(items, self.shape, strict=True):
-            if isinstance(item, slice):
-                if item.step is not None and not (isinstance(item.step, int) and item.step > 0):
-                    raise self._bad_index(index, "a step of 1 or more")
-                ranges.append(range(*item.indices(size)))
-            elif isinstance(item, (int, np.integer)) and not isinstance(item, bool):
-                number = int(item) + size if item < 0 else int(item)
-                if not 0 <= number < size:
-                    raise self._bad_index(index, f"integers from {-size} to {size - 1} in a dimension of {size}")
-                ranges.append(range(number, number + 1))
-            else:
-                raise self._bad_index(index, "integers, slices and '...'")
-            kept.append(isinstance(item, slice))
-        return ranges, kept
-
-    def _bad_index(self, index: Any, expected: str) -> UsageError:
-        return UsageError("an index that a stored tensor doesn't take", tensor=self.name, found=repr(index), expected=expected)
-
-    def __repr__(self) -> str:
-        return f"TensorView({self.name!r}, {self.dtype}, {list(self.shape)}, {len(self.chunks)} chunks)"
-
-
-class MappedView(TensorView):
-    """A tensor under other names than the checkpoint's: what it is made of is read, exactly, when it is sliced. It has no chunks of its
-    own.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        tensor: StoredTensor,
-        storage: Storage,
-        directory: str,
-        headers: Headers,
-        linked: Linked,
-        parts: Sequence[TensorView],
-    ) -> None:
-        super().__init__(name, tensor, storage, directory, headers)
-        self._linked = linked
-        self._parts = parts
-
-    def read(self, region: Region | None = None) -> np.ndarray:
-        region = Region.whole(self.shape) if region is None else region
-        if not region.fits(self.shape):
-            raise UsageError("a region outside the tensor", tensor=self.name, found=region, expected=f"inside {list(self.shape)}")
-        wanted = [
-            (part, box, face_of(strand.lattice.left, box, region))
-            for strand, part in zip(self._linked.strands, self._parts, strict=True)
-            for box in clip(strand.lattice.extents, strand.lattice.left, region)
-        ]
-        for part, box, _ in wanted:
-            part.locate(box)
-        out = np.empty(region.shape, self.dtype.numpy)
-        for value, lattice in self._linked.fills:
-            for box in clip(lattice.extents, lattice.left, region):
-                view_of(out, box.shape, face_of(lattice.left, box, region))[...] = np.full((), value, self.dtype.numpy)
-        for part, box, face in wanted:
-            part.read_into(view_of(out, box.shape, face), box)
-        return out
-
-    def locate(self, region: Region) -> list[tuple[Chunk, Region, TensorEntry]]:
-        """Nothing: it has no chunks of its own."""
-        return []  # what it is made of is located when it is read

@@ -35,6 +35,7 @@ from reshard.saving.progress import SaveStatus, read_status
 from reshard.saving.report import AsyncSave, SaveReport, WhenBusy
 from reshard.saving.root import is_same_directory
 from reshard.saving.saver import Saver
+from reshard.sources.pytorch.naming import Prefixes
 from reshard.state import State
 from reshard.stateful import values_of_parts
 from reshard.storage import Storage
@@ -170,7 +171,7 @@ class CheckpointManager:
         started = time.perf_counter()
         if self._async is not None and not self._async.has_room():
             return SaveReport(step, self.directory, 0, time.perf_counter() - started, (), "skipped")
-        change = change_of(mapping, model)
+        change, wrong = attempt(lambda: change_of(mapping, model))
         adapter: Adapter | None = None
         numbers: dict[str, float] | None = None
 
@@ -186,7 +187,7 @@ class CheckpointManager:
 
         stated = common if common is not None else CommonInfo(step_num=step, global_step=step)
         with collector_paused():
-            captured, error = attempt(capture)
+            captured, error = attempt(capture) if wrong is None else (None, wrong)
             if self._async is None:
                 return self._saver.save(step, captured or State(), stated, error, numbers, change)
             return self._async.save(step, adapter, captured or State(), stated, error, numbers, started, change)
@@ -229,6 +230,7 @@ class CheckpointManager:
         memory_budget: int = MEMORY_BUDGET,
         verify: bool = True,
         mapping: Any = None,
+        prefixes: Prefixes = Prefixes(),  # noqa: B008 - frozen
     ) -> RestoreReport: ...
 
     @overload
@@ -253,6 +255,7 @@ class CheckpointManager:
         memory_budget: int = MEMORY_BUDGET,
         verify: bool = True,
         mapping: Any = None,
+        prefixes: Prefixes = Prefixes(),  # noqa: B008 - frozen
     ) -> RestoreReport | None: ...
 
     def load(
@@ -276,6 +279,7 @@ class CheckpointManager:
         memory_budget: int = MEMORY_BUDGET,
         verify: bool = True,
         mapping: Any = None,
+        prefixes: Prefixes = Prefixes(),  # noqa: B008 - frozen
     ) -> RestoreReport | None:
         """Load a checkpoint into the run, resharded to its strategy.
 
@@ -290,23 +294,21 @@ class CheckpointManager:
             strict: what to do about tensors that don't fit; the same on every rank. Not given it is `Strictness()`, but of a folder of
                 weights floating types are converted into the run's (`dtype="cast"`).
             only: patterns of names (`layers.0.*`): nothing but what matches one is loaded. They are globs (`*` goes over dots, too) of the
-                names in files, and of an optimizer's tensors also of their parameters' names. What is left out is neither missing nor
-                unexpected, is not read, and keeps the run's values. The same on every rank.
+                names in files (with a mapping, of the run's), and of an optimizer's tensors also of their parameters' names. What is left
+                out is neither missing nor unexpected, is not read, and keeps the run's values. The same on every rank.
             exclude: patterns, likewise: what matches one is left out.
             missing_ok: no checkpoint at all is not an error but gives None (a fresh start).
             on_corrupt: what is done about a damaged checkpoint. `error`: an error that names the newest intact one. `fallback`: the newest
                 intact one of its root that is older is loaded; a warning and the report say so. The same on every rank.
-            skip_unhealthy: whether one that is marked as unhealthy (`ckpt_status`) gives way to the newest older one of its root that is
-                not; a warning and the report say so. The same on every rank.
+            skip_unhealthy: whether an unhealthy one (`ckpt_status`) gives way, with a warning, to the newest older one that isn't.
             restore_random: give the random generators their states, where this rank has the same place in the same strategy.
-            reseed: the seed of this rank's generators where it hasn't. Ranks that must draw the same numbers (those of one tensor-parallel
-                group) must give the same. None leaves the generators alone.
+            reseed: the seed of this rank's generators where it hasn't: one for all that must draw alike. None leaves them alone.
             balanced: every byte that any rank needs is read once in the whole job, evenly spread over the ranks, and sent to those who need
                 it: for storage that is slower than the network between the ranks. The result is the same. The same on every rank.
             memory_budget: bytes that the load may take beyond the run's own state, on each rank. The same on every rank.
-            verify: hold what is read against the checkpoint's digests, which are of blocks of rows: every block that the load reads whole.
-                The report says how much that was. The same on every rank.
+            verify: hold every block of rows that is read whole against its digest; the report says how much. The same on every rank.
             mapping: how the run's names lie in the checkpoint's: a family's name (`"qwen3"`), a `Family`, or a `RuleMapping`.
+            prefixes: where model and optimizer begin in the keys of a checkpoint of PyTorch, when that can't be recognised.
 
         Returns:
             The report, or None when there was none to load and that is fine.
@@ -323,7 +325,7 @@ class CheckpointManager:
         how = How(strict, select(only, exclude), balanced, memory_budget, verify, select_mapper(mapping))
         root = self.directory if path is None else os.path.abspath(os.fspath(path))
         with collector_paused(), lost_ranks_named(self._comm):
-            loaded = load_run(self._storage, self._comm, root, run, Rules(missing_ok, on_corrupt, skip_unhealthy), how)
+            loaded = load_run(self._storage, self._comm, root, run, Rules(missing_ok, on_corrupt, skip_unhealthy, prefixes), how)
         if loaded is None:
             return None
         resolved, report = loaded

@@ -14,6 +14,7 @@ from reshard.loading.report import RestoreReport
 from reshard.loading.strictness import Strictness
 from reshard.manager import CheckpointManager
 from reshard.saving.report import SaveReport
+from reshard.sources.pytorch.naming import Prefixes
 from reshard.storage import Storage
 
 
@@ -103,6 +104,7 @@ def load(
     memory_budget: int = MEMORY_BUDGET,
     verify: bool = True,
     mapping: Any = None,
+    prefixes: Prefixes = Prefixes(),  # noqa: B008 - frozen
     communicator: Communicator | None = None,
     storage: Storage | None = None,
 ) -> RestoreReport: ...
@@ -129,6 +131,7 @@ def load(
     memory_budget: int = MEMORY_BUDGET,
     verify: bool = True,
     mapping: Any = None,
+    prefixes: Prefixes = Prefixes(),  # noqa: B008 - frozen
     communicator: Communicator | None = None,
     storage: Storage | None = None,
 ) -> RestoreReport | None: ...
@@ -154,13 +157,14 @@ def load(
     memory_budget: int = MEMORY_BUDGET,
     verify: bool = True,
     mapping: Any = None,
+    prefixes: Prefixes = Prefixes(),  # noqa: B008 - frozen
     communicator: Communicator | None = None,
     storage: Storage | None = None,
 ) -> RestoreReport | None:
     """Load one checkpoint: a root, an iteration, or a folder of Hugging Face weights. Collective. Nothing there is changed or locked.
 
     Args:
-        path: as in `CheckpointManager.load`, and so are `model` to `mapping`.
+        path: as in `CheckpointManager.load`, and so are `model` to `prefixes`.
         model: see there.
         optimizer: see there.
         scheduler: see there.
@@ -178,6 +182,7 @@ def load(
         memory_budget: see there.
         verify: see there.
         mapping: see there.
+        prefixes: see there.
         communicator: as in `CheckpointManager`.
         storage: likewise.
 
@@ -203,4 +208,5 @@ def load(
             memory_budget=memory_budget,
             verify=verify,
             mapping=mapping,
+            prefixes=prefixes,
         )

@@ -16,8 +16,9 @@ from reshard.comm import Communicator
 from reshard.errors import MismatchError
 from reshard.format.names import tensor_name
 from reshard.geometry import Region
+from reshard.geometry.casts import can_cast, cast_values
 from reshard.geometry.dtypes import by_name
-from reshard.loading.casting import CastMemory, can_cast, cast_values
+from reshard.loading.casting import CastMemory
 from reshard.state import HostMemory, Kind, State
 from reshard.testing import differences, run_ranks, state_on_rank
 from tests.strategies import STRATEGIES, Strategy, arrays, layouts

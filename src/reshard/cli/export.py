@@ -1,4 +1,4 @@
-"""`reshard export CHECKPOINT FOLDER`: a checkpoint becomes a folder that transformers opens."""
+"""`reshard export CHECKPOINT FOLDER`: a checkpoint becomes a folder that transformers opens, or one that MindSpore Transformers loads."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from reshard.cli.output import console, print_lines
+from reshard.conversion import convert
+from reshard.errors import UsageError
 from reshard.export.job import Progress as ExportProgress
 from reshard.export.job import export_checkpoint
 
@@ -20,6 +22,7 @@ class Format(str, Enum):
     """What an export makes."""
 
     HF = "hf"
+    MINDSPORE = "mindspore"
 
 
 def export(
@@ -27,7 +30,14 @@ def export(
         str, typer.Argument(help="A checkpoint root (its tracker is obeyed), one iteration, or a folder of weights.", show_default=False)
     ],
     folder: Annotated[str, typer.Argument(help="The folder to make.", show_default=False)],
-    kind: Annotated[Format, typer.Option("--format", help="hf: what transformers' from_pretrained opens.")] = Format.HF,
+    kind: Annotated[
+        Format,
+        typer.Option(
+            "--format",
+            help="hf: what transformers' from_pretrained opens. mindspore: a checkpoint root with the names of MindSpore Transformers, the "
+            "optimizer's tensors included.",
+        ),
+    ] = Format.HF,
     family: Annotated[
         str | None, typer.Option("--family", help="The model's family, such as qwen3.", show_default="recognised by its config.json")
     ] = None,
@@ -43,14 +53,28 @@ def export(
 ) -> None:
     """Write the model of a checkpoint as a folder of Hugging Face weights, whatever strategy it was saved under.
 
-    Under torchrun the ranks share the files out between them.
+    Under torchrun the ranks share the files out between them. With --format mindspore one process writes an iteration of a checkpoint root,
+    which is never overwritten: of Hugging Face weights number 0.
     """
+    if kind is Format.MINDSPORE:
+        _export_mindspore(checkpoint, folder, family=family, dtype=dtype, config=config, force=force)
+        return
     with _ranks() as rank, _progress(shown=rank == 0) as progress:
         report = export_checkpoint(
             checkpoint, folder, dtype=dtype, max_shard_size=max_shard_size, config=config, force=force, progress=progress, family=family
         )
     if rank == 0:
         print_lines(console(), [str(report), *(f"  note: {note}" for note in report.notes)])
+
+
+def _export_mindspore(checkpoint: str, folder: str, *, family: str | None, dtype: str | None, config: str | None, force: bool) -> None:
+    if force:
+        raise UsageError("a checkpoint root is never replaced", field="--force", file=folder, fix="give another folder")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("this export is the work of one process", field="--format", found="mindspore", fix="start it without torchrun")
+    with _progress(shown=True) as progress:
+        done = convert(checkpoint, folder, naming="mindspore", model_family=family, config=config, dtype=dtype, progress=progress)
+    print_lines(console(), [f"{done.directory}: {done.tensors} tensors, {done.nbytes / 1e6:.1f} MB", *(f"  note: {n}" for n in done.notes)])
 
 
 @contextmanager

@@ -27,9 +27,9 @@ from reshard.format.safetensors import plan_header
 from reshard.format.seal import SealedFile
 from reshard.frameworks.select import default_communicator
 from reshard.geometry import DType
+from reshard.geometry.casts import can_cast
 from reshard.geometry.dtypes import by_name
 from reshard.loading.budget import MEMORY_BUDGET, check_budget
-from reshard.loading.casting import can_cast
 from reshard.saving.commit import check_presence
 from reshard.sources.huggingface import CONFIG_FILE, WEIGHTS_INDEX_FILE, encode_model_config
 from reshard.sources.resolve import resolve
@@ -239,8 +239,8 @@ def _plan(storage: Storage, start: _Start, options: ExportOptions) -> _Plan:
     checkpoint = Checkpoint(start.source, storage)
     config: Mapping[str, Any] = json.loads(start.config)
     mapper = mapper_of(options.family, config, [key.parameter for key in checkpoint.catalog.tensors if key.kind is Kind.MODEL])
-    if mapper is not None:
-        checkpoint = Checkpoint(start.source, storage, mapping=mapper)
+    if mapper is not None or dtype is not None:
+        checkpoint = Checkpoint(start.source, storage, mapping=mapper, dequantise=options.dtype)
     keys = [key for key in checkpoint.catalog.tensors if key.kind is Kind.MODEL]
     tied = tied_output(config, keys)
     tensors = []
@@ -252,7 +252,9 @@ def _plan(storage: Storage, start: _Start, options: ExportOptions) -> _Plan:
             tensors.append(ExportTensor(name, view.dtype, wanted, view.shape))
     if not tensors:
         raise UsageError("the checkpoint has no tensor of a model", file=start.source, fix="give one that was saved with model=")
-    return _Plan(checkpoint, tuple(tensors), plan_shards(tensors, most_bytes), encode_model_config(written_config(config, tensors)), tied)
+    return _Plan(
+        checkpoint, tuple(tensors), plan_shards(tensors, most_bytes), encode_model_config(written_config(config, tensors, checkpoint)), tied
+    )
 
 
 def _write(storage: Storage, comm: Communicator, directory: str, plan: _Plan, options: ExportOptions) -> dict[str, int]:
@@ -309,6 +311,8 @@ def _write_index(storage: Storage, directory: str, plan: _Plan) -> None:
 def _report(folder: str, plan: _Plan, seconds: float) -> ExportReport:
     cast = tuple(f"{t.name}: {t.stored} -> {t.dtype}" for t in plan.tensors if t.stored != t.dtype)
     notes = () if plan.tied is None else (f"{plan.tied[0]} is {plan.tied[1]} (tie_word_embeddings) and was not written again",)
+    if plan.checkpoint.dequantised:
+        notes += (f"dequantised by block: {plan.checkpoint.dequantised} tensors",)
     return ExportReport(
         folder,
         plan.checkpoint.directory,

@@ -8,6 +8,7 @@ import posixpath
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from reshard.checkpoint import Checkpoint
 from reshard.errors import UsageError
 from reshard.export.sharding import ExportTensor
 from reshard.families import Family, known_families, select_mapper
@@ -99,13 +100,22 @@ def mapper_of(family: str | Family | None, config: Mapping[str, Any], names: Seq
     return mapper.with_sizes(**sizes_in(config)) if isinstance(mapper, Family) else mapper
 
 
-def written_config(config: Mapping[str, Any], tensors: Sequence[ExportTensor]) -> Mapping[str, Any]:
-    """The configuration with the element type of what is written, by which transformers chooses that of the model."""
+def written_config(config: Mapping[str, Any], tensors: Sequence[ExportTensor], checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """The configuration with the element type of what is written, by which transformers chooses that of the model; what was dequantised
+    is no longer called quantised.
+    """
+    if checkpoint.dequantised:
+        config = unquantised(config)
     floating = {tensor.dtype.name for tensor in tensors if "float" in tensor.dtype.name}
     if len(floating) != 1:
         return config
     named = dict.fromkeys(("dtype", "torch_dtype") if "torch_dtype" in config else ("dtype",), floating.pop())
     return {**config, **named}
+
+
+def unquantised(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A configuration without what it says of quantised weights."""
+    return {name: value for name, value in config.items() if name != "quantization_config"}
 
 
 def tied_output(config: Mapping[str, Any], keys: Sequence[TensorKey]) -> tuple[str, str] | None:

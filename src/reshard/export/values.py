@@ -10,12 +10,12 @@ from math import prod
 
 import numpy as np
 
-from reshard.checkpoint import TensorView
 from reshard.format.row_blocks import row_blocks_of
 from reshard.format.safetensors import PlannedHeader
 from reshard.geometry import DType, Region
-from reshard.loading.casting import cast_values
+from reshard.geometry.casts import cast_values
 from reshard.storage import Storage
+from reshard.views import TensorView
 
 # What is read, converted and written at a time.
 _PIECE_BYTES = 16 << 20

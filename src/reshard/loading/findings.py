@@ -27,6 +27,7 @@ class Findings(msgspec.Struct, array_like=True):
         cast: the tensors that are converted, by the new type.
         left_out: the run's tensors that the selection leaves out.
         idle: the patterns that mean no tensor that this rank knows.
+        scales: the tensors that are the scales of others that the rank dequantises.
     """
 
     restored: bytes = b""
@@ -38,6 +39,7 @@ class Findings(msgspec.Struct, array_like=True):
     cast: dict[str, bytes] = {}
     left_out: list[tuple[str, str | None, str]] = []
     idle: list[str] = []
+    scales: bytes = b""
 
 
 def findings_of(
@@ -61,17 +63,18 @@ def findings_of(
     """
     present = set(plan.restored) | {mismatch.key for mismatch in plan.mismatched}
     return Findings(
-        _bits(keys, present),
+        bits_of(keys, present),
         [key_out(key) for key in plan.missing if key not in filled],
         [(key_out(mismatch.key), mismatch.field, mismatch.stored, mismatch.wanted) for mismatch in plan.mismatched],
         has_random,
         unlisted,
         [kind.value for kind in kinds],
-        {wanted: _bits(keys, {m.key for m in plan.cast if m.wanted == wanted}) for wanted in {m.wanted for m in plan.cast}},
+        {wanted: bits_of(keys, {m.key for m in plan.cast if m.wanted == wanted}) for wanted in {m.wanted for m in plan.cast}},
     )
 
 
-def _bits(keys: Sequence[TensorKey], chosen: Collection[TensorKey]) -> bytes:
+def bits_of(keys: Sequence[TensorKey], chosen: Collection[TensorKey]) -> bytes:
+    """Some of a catalog's tensors as bits, in the order of its keys."""
     return np.packbits(np.array([key in chosen for key in keys], bool)).tobytes()
 
 
@@ -87,6 +90,12 @@ def cast_words(findings: Sequence[Findings], keys: Sequence[TensorKey], catalog:
             wanted |= dict.fromkeys(np.flatnonzero(_are_set(bits, len(keys))).tolist(), dtype)
     tensors = {index: catalog.tensors[keys[index]] for index in sorted(wanted)}
     return tuple(f"{tensor.name}: {tensor.dtype} -> {wanted[index]}" for index, tensor in tensors.items())
+
+
+def scale_keys(findings: Sequence[Findings], keys: Sequence[TensorKey]) -> set[TensorKey]:
+    """The tensors that are the scales of others that some rank dequantises."""
+    told = [_are_set(finding.scales, len(keys)) for finding in findings if finding.scales]
+    return {keys[index] for index in np.flatnonzero(np.logical_or.reduce(told)).tolist()} if told else set()
 
 
 def idle_patterns(findings: Sequence[Findings]) -> list[str]:
@@ -112,6 +121,7 @@ def merge_findings(findings: Sequence[Findings], keys: Sequence[TensorKey], kind
     found = np.zeros(len(keys), bool)
     for finding in findings:
         found |= _are_set(finding.restored, len(keys))
+    scales = scale_keys(findings, keys)
     missing = sorted({_key_in(key) for finding in findings for key in finding.missing}, key=_order)
     mismatched = {
         _key_in(key): Mismatch(_key_in(key), field, stored, wanted)
@@ -119,7 +129,9 @@ def merge_findings(findings: Sequence[Findings], keys: Sequence[TensorKey], kind
         for key, field, stored, wanted in finding.mismatched
     }
     present = [key for key, is_found in zip(keys, found, strict=True) if is_found]
-    unexpected = sorted((key for key, is_found in zip(keys, found, strict=True) if not is_found and key.kind in kinds), key=_order)
+    unexpected = sorted(
+        (key for key, is_found in zip(keys, found, strict=True) if not is_found and key.kind in kinds and key not in scales), key=_order
+    )
     return Misfits(tuple(missing), tuple(unexpected), tuple(mismatched[key] for key in sorted(mismatched, key=_order))), present
 
 

@@ -20,7 +20,8 @@ from reshard.format.names import tensor_name
 from reshard.loading.choice import Choice, PassedOver, Rules, choose, words_of_refuge
 from reshard.loading.loader import PlannedLoad, load_tensors, plan_load
 from reshard.loading.mapped import agree
-from reshard.loading.opened import Opened, check_same_options, open_checkpoint, report_of, restore_parts
+from reshard.loading.opened import Opened, open_checkpoint, report_of, restore_parts
+from reshard.loading.options import tell_options
 from reshard.loading.report import RestoreReport
 from reshard.loading.selection import Selection
 from reshard.loading.strictness import Strictness
@@ -32,6 +33,9 @@ from reshard.storage import Storage
 
 # What became of the run when a load fails before it reads.
 _UNTOUCHED = "nothing was loaded; the run is as it was"
+
+# Made here, since msgspec prepares a type when it first meets it: threads that first meet one together can end the process.
+_CHOICES: msgspec.msgpack.Decoder[list[Choice]] = msgspec.msgpack.Decoder(list[Choice])
 
 _logger = logging.getLogger("reshard")
 
@@ -170,9 +174,12 @@ def _fill(
     """Collective: fill the run from one checkpoint. What may have been overwritten is added to `written`."""
     model, optimizer = run.model, run.optimizer
     strictness = how.strictness if how.strictness is not None else Strictness.default(is_weights=choice.relayed.is_weights)
-    through = None
-    if how.mapping is not None:
-        through = agree(how.mapping, model, comm, storage, choice.resolved.directory, what=_UNTOUCHED)
+    options = (
+        f"{how.strictness}, {how.selection}, balanced={how.balanced}, memory_budget={how.memory_budget}, "
+        f"verify={how.verify}, on_corrupt={rules.on_corrupt}, skip_unhealthy={rules.skip_unhealthy}, mapping={_short(how.mapping)}, "
+        f"{rules.prefixes}"
+    )
+    through = None if how.mapping is None else agree(how.mapping, model, comm, options, what=_UNTOUCHED)
     kinds = frozenset(kind for kind, given in ((Kind.MODEL, model), (Kind.OPTIMIZER, optimizer)) if given is not None)
 
     def prepare() -> tuple[Opened, PlannedLoad]:
@@ -195,23 +202,18 @@ def _fill(
             memory_budget=how.memory_budget,
             verify=how.verify,
             told=opened.told,
+            config=opened.config,
         )
         _check_refilled(written, _filled_by(planned), directory)
         return opened, planned
 
     prepared, error = attempt(prepare)
-    options = (
-        f"{how.strictness}, {how.selection}, balanced={how.balanced}, memory_budget={how.memory_budget}, "
-        f"verify={how.verify}, on_corrupt={rules.on_corrupt}, skip_unhealthy={rules.skip_unhealthy}, mapping={_short(how.mapping)}"
-    )
-    mine = b"" if prepared is None else msgspec.msgpack.encode((options, prepared[1].findings))
-    told = [msgspec.msgpack.decode(data, type=tuple[str, bytes]) for data in settle(comm, error, mine, what=_UNTOUCHED)]
-    assert prepared is not None  # settle raises when any rank has not planned
-    check_same_options([options for options, _ in told])
+    told = tell_options(comm, options, error, b"" if prepared is None else prepared[1].findings, what=_UNTOUCHED)
+    assert prepared is not None  # whoever couldn't plan has raised
     opened, planned = prepared
     adapter = opened.adapter
     written.update(_filled_by(planned))
-    loaded = load_tensors(planned, [findings for _, findings in told], comm, storage)
+    loaded = load_tensors(planned, told, comm, storage)
     began = time.perf_counter()
 
     def install() -> tuple[str, Any, tuple[str, ...]]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, field, replace
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -17,20 +18,30 @@ from reshard.format.common import CommonInfo
 from reshard.format.names import tensor_name
 from reshard.format.safetensors import TensorEntry
 from reshard.geometry import Region
-from reshard.geometry.dtypes import by_name
 from reshard.loading.budget import MEMORY_BUDGET, check_budget
-from reshard.loading.casting import CastMemory
 from reshard.loading.exchange import PreparedExchange, prepare_exchange
-from reshard.loading.findings import Findings, cast_words, findings_of, idle_patterns, key_out, merge_findings, skipped_names
+from reshard.loading.findings import (
+    Findings,
+    bits_of,
+    cast_words,
+    findings_of,
+    idle_patterns,
+    key_out,
+    merge_findings,
+    scale_keys,
+    skipped_names,
+)
 from reshard.loading.lanes import Traffic, run_exchange
-from reshard.loading.mapped import known_misfits, words_of_missing
+from reshard.loading.mapped import casts_of, known_misfits, words_of_missing
 from reshard.loading.reader import locate, read_plan
 from reshard.loading.report import RankReport
+from reshard.loading.scales import PlannedScales, converting, plan_scales
 from reshard.loading.selection import Selection
 from reshard.loading.strictness import Misfits, Strictness, apply_strictness
 from reshard.planning.agreement import RankDescription, describe
+from reshard.planning.mapping.mappers import tied_in
 from reshard.planning.mapping.wanted import Asked, Told, ask
-from reshard.planning.read_plan import Mismatch, ReadPlan, plan_reads
+from reshard.planning.read_plan import ReadPlan, plan_reads
 from reshard.planning.telling import decode_all, encode
 from reshard.sources.stored import Headers
 from reshard.state import GLOBAL_STEP, Kind, Shard, State, TensorKey
@@ -99,6 +110,8 @@ class PlannedLoad:
         told: the checkpoint's catalog in strands, where the load goes through a mapping; then `state`, `wanted`, `catalog` and `chosen` are
             in strands, too.
         fills: memory to be filled before anything is read, and with what.
+        scales: what is read of scales before anything else, where the load is about tensors that are quantised by block.
+        tied: the checkpoint's tensors that only repeat others, as the model's configuration says, with these.
         seconds: how long it took to open and to plan.
     """
 
@@ -120,6 +133,8 @@ class PlannedLoad:
     seconds: Mapping[str, float]
     told: Told | None = None
     fills: tuple[tuple[Shard, float], ...] = ()
+    scales: PlannedScales | None = None
+    tied: Mapping[TensorKey, TensorKey] = field(default_factory=dict)
 
     def run_keys(self, keys: Iterable[TensorKey]) -> set[TensorKey]:
         """The run's tensors that some keys are about."""
@@ -142,6 +157,7 @@ def plan_load(
     memory_budget: int = MEMORY_BUDGET,
     verify: bool = True,
     told: Told | None = None,
+    config: Mapping[str, Any] | None = None,
 ) -> PlannedLoad:
     """Plan what one rank loads, and check the headers of the files that it reads. Local; nothing is written to memory.
 
@@ -160,28 +176,34 @@ def plan_load(
         memory_budget: bytes for staging, mapped windows and messages; the same on every rank.
         verify: whether what is read is held against digests; the same on every rank.
         told: the catalog in strands, where the load goes through a mapping.
+        config: the model's description (`config.json`), which says by which blocks tensors are quantised, and what is tied; None when
+            there is none.
 
     Raises:
-        UsageError: a budget too small to work with.
+        UsageError: a budget too small to work with, or a tensor is quantised by nobody knows which blocks.
+        MismatchError: a scale that doesn't fit its tensor.
         DamagedCheckpointError: the checkpoint is not what it promises.
     """
     started = time.perf_counter()
     check_budget(memory_budget)
     known = catalog.tensors.keys() if told is None else told.links.tensors.keys()
-    asked = Asked(state)
+    stored, asked, casts = catalog, Asked(state), casts_of(strictness, told)
     if told is None:
         chosen, wanted = selection.catalog(catalog), selection.description(description)
-        plan = plan_reads(wanted, chosen, strictness.casts)
     else:
         catalog, asked = told.catalog, ask(state, told.links, selection.takes)
         taken = {key: tensor for key, tensor in catalog.tensors.items() if selection.takes(told.run_key(key))}
         chosen, wanted = replace(catalog, tensors=taken), describe(asked.state, description.rank)
-        plan = plan_reads(wanted, chosen, lambda misfit: strictness.casts(replace(misfit, key=told.run_key(misfit.key))))
-        plan = replace(plan, mismatched=(*plan.mismatched, *asked.mismatched))
+    plan = plan_reads(wanted, chosen, casts)
+    plan = replace(plan, mismatched=(*plan.mismatched, *asked.mismatched))
+    of_direct = None if balanced else headers
+    scales = plan_scales(asked.state, stored, chosen, told, config=config, casts=casts, rank=description.rank, headers=of_direct)
     entries = [] if balanced else locate(plan, headers)
     filled = (GLOBAL_STEP,) if GLOBAL_STEP in plan.missing and common is not None and common.global_step is not None else ()
     unlisted = [] if balanced else _unlisted(plan.files, headers, catalog)
     found = findings_of(plan, filled, list(chosen.tensors), has_random=has_random, unlisted=unlisted, kinds=kinds)
+    if scales is not None:
+        found.scales = bits_of(list(chosen.tensors), [key for key in chosen.tensors if (told.stored[key] if told else key) in scales.keys])
     if not selection.is_all:
         mine = [tensor.key for tensor in description.tensors if tensor.key not in known]
         found.left_out = [key_out(key) for key in mine if not selection.takes(key)]
@@ -206,6 +228,8 @@ def plan_load(
         seconds,
         told,
         asked.fills,
+        scales,
+        tied_in(config, stored),
     )
 
 
@@ -236,6 +260,8 @@ def load_tensors(planned: PlannedLoad, told: Sequence[bytes], comm: Communicator
     if planned.told is not None:
         misfits = known_misfits(misfits, present, planned.told)
         told_words = words_of_missing(misfits, planned.told)
+    repeated = [key for key in misfits.unexpected if key in planned.tied]
+    misfits = replace(misfits, unexpected=tuple(key for key in misfits.unexpected if key not in planned.tied))
     idle = idle_patterns(findings)
     planned.selection.check(idle, catalog.directory)
     has_optimizer = any(key.kind is Kind.OPTIMIZER for key in catalog.tensors)
@@ -250,11 +276,13 @@ def load_tensors(planned: PlannedLoad, told: Sequence[bytes], comm: Communicator
         prepared, others = _agree(planned.wanted, read, chosen, planned.headers, comm, planned.memory_budget, catalog)
         unlisted_names |= others
     planning = planned.seconds["plan"] + time.perf_counter() - started
+    started = time.perf_counter()
+    scaling = _read_scales(planned, comm, storage)
 
     def execute() -> Traffic:
         for shard, value in planned.fills:
             _fill(shard, value)
-        memory = _casting(planned.state, read.cast)
+        memory = converting(planned.state, read.cast, planned.scales)
         if prepared is None:
             budget, verify = planned.memory_budget, planned.verify
             traffic = Traffic(*read_plan(read, planned.entries, memory, storage, catalog.directory, memory_budget=budget, verify=verify))
@@ -265,11 +293,12 @@ def load_tensors(planned: PlannedLoad, told: Sequence[bytes], comm: Communicator
                 _fill(shard, common.global_step if common is not None else 0)
         return traffic
 
-    started = time.perf_counter()
     traffic, error = attempt(execute)
     moved = traffic if traffic is not None else Traffic()
     seconds = {"open": planned.seconds["open"], "plan": planning, "read": time.perf_counter() - started}
-    outcome = _Outcome(read.nbytes, moved.read, moved.verified, seconds, moved.sent, moved.received)
+    moved = Traffic(*(a + b for a, b in zip(astuple(moved), astuple(scaling), strict=True)))
+    needed = read.nbytes + (planned.scales.plan.nbytes if planned.scales is not None else 0)
+    outcome = _Outcome(needed, moved.read, moved.verified, seconds, moved.sent, moved.received)
     payloads = settle(comm, error, msgspec.msgpack.encode(outcome), what="the load broke off; tensors of the run are partly overwritten")
     outcomes = [msgspec.msgpack.decode(data, type=_Outcome) for data in payloads]
     ranks = tuple(
@@ -281,6 +310,14 @@ def load_tensors(planned: PlannedLoad, told: Sequence[bytes], comm: Communicator
     restored = tuple(dict.fromkeys(catalog.tensors[key].name for key in present if planned.run_keys([key]).isdisjoint(mismatched)))
     names = sorted(unlisted_names)
     notes = (f"the files hold tensors that the metadata doesn't list; ignored: {', '.join(names[:_NAMES_SHOWN])}",) if names else ()
+    repeated += [] if planned.told is None else [key for key in planned.told.links.ignored if key.kind is Kind.MODEL]
+    notes += tuple(
+        f"{tensor_name(key)} was not read: it is {tensor_name(planned.tied[key])}, as the configuration says (tie_word_embeddings)"
+        for key in dict.fromkeys(repeated)
+        if key in planned.tied
+    )
+    scaled = len(scale_keys(findings, keys))
+    notes += (f"{scaled} tensor{' was' if scaled == 1 else 's were'} dequantised by block",) if scaled else ()
     notes += tuple(f"exclude: {pattern!r} means no tensor of the checkpoint or the run" for pattern in idle)
     return TensorsLoaded(
         restored,
@@ -318,17 +355,24 @@ def _agree(
     return made[0], {name for text in names for name in msgspec.msgpack.decode(text, type=list[str])}
 
 
-def _casting(state: State, casts: Sequence[Mismatch]) -> State:
-    """The state with memory that converts what is written into it, where a tensor is to be cast."""
-    if not casts:
-        return state
-    tensors = dict(state.tensors)
-    for misfit in casts:
-        tensor = tensors[misfit.key]
-        stored = by_name(misfit.stored)
-        shards = tuple(shard._replace(memory=CastMemory(shard.memory, stored, tensor.dtype)) for shard in tensor.shards)
-        tensors[misfit.key] = tensor._replace(shards=shards)
-    return replace(state, tensors=tensors)
+def _read_scales(planned: PlannedLoad, comm: Communicator, storage: Storage) -> Traffic:
+    """Collective, where the load is about quantised tensors: read what every rank needs of their scales."""
+    scales, directory, budget, verify = planned.scales, planned.catalog.directory, planned.memory_budget, planned.verify
+    if scales is None:
+        return Traffic()
+    prepared = None
+    if planned.balanced:
+        prepared, _ = _agree(scales.wanted, scales.plan, scales.catalog, planned.headers, comm, budget, planned.catalog)
+
+    def execute() -> Traffic:
+        if prepared is None:
+            return Traffic(*read_plan(scales.plan, scales.entries, scales.state, storage, directory, memory_budget=budget, verify=verify))
+        return run_exchange(prepared, scales.state, comm, storage, directory, verify=verify)
+
+    traffic, error = attempt(execute)
+    settle(comm, error, what="the load failed; nothing was changed")
+    assert traffic is not None  # settle raises when any rank has failed
+    return traffic
 
 
 def _unlisted(files: Sequence[str], headers: Headers, catalog: Catalog) -> list[str]:

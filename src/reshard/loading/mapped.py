@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,36 +11,33 @@ import msgspec
 
 from reshard.catalog import Catalog
 from reshard.comm import Communicator
-from reshard.comm.together import attempt, settle
+from reshard.comm.together import attempt
 from reshard.format.names import tensor_name
 from reshard.frameworks.select import select_adapter
-from reshard.loading.strictness import Misfits
+from reshard.loading.options import tell_options
+from reshard.loading.strictness import Misfits, Strictness
 from reshard.planning.agreement import RankDescription, describe
 from reshard.planning.mapping.composed import compose
 from reshard.planning.mapping.linking import Sides, link
 from reshard.planning.mapping.mappers import Mapper, config_of, sizes_in
 from reshard.planning.mapping.wanted import Told, tell
 from reshard.planning.read_plan import Mismatch
-from reshard.sources.huggingface import read_model_config
 from reshard.state import Kind, State, TensorKey
-from reshard.storage import Storage
 
 # A message names so many tensors.
 _NAMES_SHOWN = 4
 
 
 class _Own(msgspec.Struct, array_like=True):
-    """What a rank tells the others of its run, and rank 0 of the checkpoint.
+    """What a rank tells the others of its run.
 
     Attributes:
         counts: how many of its names are of each naming.
         sizes: of its model's configuration.
-        stored: of the checkpoint's configuration.
     """
 
     counts: dict[str, int]
     sizes: dict[str, int]
-    stored: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -56,6 +53,10 @@ class Through:
     mapper: Mapper
     run: Mapping[str, int]
     sizes: Mapping[str, int]
+
+    def with_stored(self, config: Mapping[str, Any] | None) -> Through:
+        """The same with the numbers of the checkpoint's configuration, which count more than the run's. The same on every rank."""
+        return replace(self, sizes={**self.sizes, **sizes_in(config)})
 
     def tell(self, catalog: Catalog) -> Told:
         """A checkpoint's catalog in strands of the run's tensors: the same on every rank.
@@ -78,36 +79,39 @@ class Through:
         return self.mapper.sides(self.run, stored, self.sizes)
 
 
-def agree(mapper: Mapper, model: Any, comm: Communicator, storage: Storage, directory: str, *, what: str) -> Through:
+def agree(mapper: Mapper, model: Any, comm: Communicator, options: str, *, what: str) -> Through:
     """Collective: a rank may have no tensor, or no configuration, but all must link alike.
 
     Args:
         mapper: as the caller gave it.
         model: the run's.
         comm: the ranks.
-        storage: where the checkpoint lies.
-        directory: of the checkpoint.
+        options: how this rank loads, in words: what the ranks tell each other first, with a mapping or without.
         what: became of the run when a rank fails here.
 
     Raises:
-        MetadataError: the checkpoint's configuration can't be understood.
+        UsageError: the ranks load in different ways: some without this mapping.
     """
 
     def own() -> _Own:
         captured = select_adapter(model, None).capture(model, None, global_step=None)
-        counts = mapper.count(key.parameter for key in captured.tensors)
-        there = storage.stat(directory) if comm.rank == 0 else None
-        config = read_model_config(storage, directory) if there is not None and there.is_directory else None
-        return _Own(counts, config_of(model), sizes_in(config))
+        return _Own(mapper.count(key.parameter for key in captured.tensors), config_of(model))
 
     mine, error = attempt(own)
-    told = settle(comm, error, b"" if mine is None else msgspec.msgpack.encode(mine), what=what)
+    told = tell_options(comm, options, error, b"" if mine is None else msgspec.msgpack.encode(mine), what=what)
     ranks = [msgspec.msgpack.decode(data, type=_Own) for data in told]
     counts: Counter[str] = Counter()
     for rank in ranks:
         counts.update(rank.counts)
     sizes = next((rank.sizes for rank in ranks if rank.sizes), {})
-    return Through(mapper, counts, {**sizes, **ranks[0].stored})
+    return Through(mapper, counts, sizes)
+
+
+def casts_of(strictness: Strictness, told: Told | None) -> Callable[[Mismatch], bool]:
+    """Whether a tensor of another type is converted; strands follow the run's tensors that they are of."""
+    if told is None:
+        return strictness.casts
+    return lambda misfit: strictness.casts(replace(misfit, key=told.run_key(misfit.key)))
 
 
 def known_misfits(misfits: Misfits, present: Sequence[TensorKey], told: Told) -> Misfits:

@@ -8,7 +8,7 @@ from typing import Any
 
 from reshard.catalog import Catalog
 from reshard.comm import Communicator
-from reshard.errors import MetadataError, UsageError
+from reshard.errors import MetadataError
 from reshard.format.common import CommonInfo, read_common
 from reshard.format.extra import groups_of, rank_values_in, values_in
 from reshard.format.index import decode_index
@@ -21,6 +21,7 @@ from reshard.loading.report import RestoreReport
 from reshard.loading.selection import Selection
 from reshard.planning.agreement import RankDescription, describe, place_of
 from reshard.planning.mapping.wanted import Told, run_groups
+from reshard.sources.huggingface import CONFIG_FILE, decode_model_config
 from reshard.sources.native import read_own_extra
 from reshard.sources.relay import Relayed
 from reshard.sources.resolve import Resolved
@@ -45,6 +46,7 @@ class Opened:
         rank_values: the values of this rank's own place; None when there are none, or when they are of another place.
         selection: which tensors are loaded.
         told: the catalog in strands, where the load goes through a mapping; then `groups` are the run's.
+        config: the model's description, that of the folder or what the run saved as `config` among its extras; None when there is none.
     """
 
     adapter: Adapter
@@ -57,6 +59,7 @@ class Opened:
     rank_values: Mapping[str, Any] | None
     selection: Selection
     told: Told | None = None
+    config: Mapping[str, Any] | None = None
 
 
 def open_checkpoint(
@@ -96,7 +99,10 @@ def open_checkpoint(
     common = read_common(small, join(directory, COMMON_FILE))
     global_file = join(directory, EXTRA_DIRECTORY, GLOBAL_EXTRA_FILE)
     tree = read_own_extra(small, directory, GLOBAL_EXTRA_FILE, relayed.seal)
+    values = values_in(tree, global_file)
+    config = _config_of(relayed, directory, values)
     groups = groups_of(tree, global_file)
+    through = None if through is None else through.with_stored(config)
     told = None if through is None else through.tell(catalog)
     named = catalog if told is None else told.as_run(catalog)
     groups = groups if told is None else run_groups(groups, told)
@@ -113,7 +119,15 @@ def open_checkpoint(
             for same in (True, False):
                 place = place_of(through.describe(destination.state, catalog, comm.rank, is_same_everywhere=same))
                 mine = mine or rank_values_in(saved, comm.world_size, place, file)
-    return Opened(adapter, catalog, common, values_in(tree, global_file), groups, destination, description, mine, selection, told)
+    return Opened(adapter, catalog, common, values, groups, destination, description, mine, selection, told, config)
+
+
+def _config_of(relayed: Relayed, directory: str, values: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    if relayed.config is not None:
+        return decode_model_config(relayed.config, join(directory if relayed.directory is None else relayed.directory, CONFIG_FILE))
+    extra = values.get("extra")
+    config = extra.get("config") if isinstance(extra, Mapping) else None
+    return config if isinstance(config, Mapping) else None
 
 
 def restore_parts(values: Mapping[str, Any], parts: Mapping[str, Any]) -> tuple[str, ...]:
@@ -150,24 +164,3 @@ def report_of(resolved: Resolved, opened: Opened, loaded: TensorsLoaded, took: S
         cast=loaded.cast,
         skipped=loaded.skipped,
     )
-
-
-def check_same_options(options: Sequence[str]) -> None:
-    """See that all ranks go on, or none: where one raises for a misfit that another lets pass, the other would wait for it.
-
-    Args:
-        options: each rank's, as text.
-
-    Raises:
-        UsageError: they differ.
-    """
-    for rank, other in enumerate(options):
-        if other != options[0]:
-            raise UsageError(
-                "the ranks were given different options for loading",
-                field="strict, only, exclude, balanced, memory_budget, verify, on_corrupt, skip_unhealthy",
-                rank=rank,
-                found=other,
-                expected=f"{options[0]}, as on rank 0",
-                fix="give every rank the same options",
-            )

@@ -11,8 +11,8 @@ from reshard.errors import DataFileError, MismatchError, ReshardError, UsageErro
 from reshard.format.names import EXTRA_DIRECTORY, rank_extra_file, tensor_name
 from reshard.format.seal import Seal
 from reshard.geometry import DType
+from reshard.geometry.casts import can_cast
 from reshard.loading.budget import check_budget
-from reshard.loading.casting import can_cast
 from reshard.loading.selection import Selection
 from reshard.loading.strictness import Misfits, Strictness, judge
 from reshard.planning.forecast import Fitting, JobTraffic, Match, forecast_balanced, forecast_direct, match_tensors

@@ -9,7 +9,7 @@ from typing import Literal, TypedDict, TypeVar
 
 from reshard.errors import MismatchError, UsageError
 from reshard.format.names import tensor_name
-from reshard.loading.casting import can_cast
+from reshard.geometry.casts import can_cast
 from reshard.loading.selection import matches
 from reshard.planning.read_plan import Mismatch
 from reshard.state import Kind, TensorKey

@@ -9,11 +9,12 @@ import numpy as np
 from reshard.errors import NoSpaceError, SaveError
 from reshard.format.extra import write_extra
 from reshard.format.names import EXTRA_DIRECTORY, rank_extra_file
-from reshard.format.safetensors import PlannedHeader, StreamedArray, write_tensors
+from reshard.format.safetensors import PIECE_BYTES, PlannedHeader, StreamedArray, write_tensors
 from reshard.format.seal import SealedFile
 from reshard.planning.file_plan import FilePlan, WriteEntry
+from reshard.planning.mapping.memory import ComposedMemory
 from reshard.saving.streamed import StreamedMemory
-from reshard.state import State
+from reshard.state import Memory, State
 from reshard.storage import Storage
 from reshard.storage.storage import join
 
@@ -110,5 +111,13 @@ def _values(entries: Sequence[WriteEntry], state: State) -> Iterator[tuple[str, 
         if 0 in entry.shape:
             yield entry.name, np.empty(entry.shape, entry.dtype.numpy)
         else:
-            memory = tensors[entry.key].shards[entry.shard].memory
-            yield entry.name, memory.stream() if isinstance(memory, StreamedMemory) else memory.read()
+            yield entry.name, _values_of(tensors[entry.key].shards[entry.shard].memory)
+
+
+def _values_of(memory: Memory) -> np.ndarray | StreamedArray:
+    """A shard's values as they lie in memory, or part by part where they don't lie there one beside the other."""
+    if isinstance(memory, StreamedMemory):
+        return memory.stream()
+    if isinstance(memory, ComposedMemory) and memory.nbytes > PIECE_BYTES:
+        return StreamedArray(memory.dtype.numpy, memory.shape, memory.blocks)
+    return memory.read()

@@ -11,9 +11,10 @@ from reshard.comm import Communicator
 from reshard.errors import SaveError
 from reshard.format.digest import DIGEST_BYTES, Hasher, digest_of
 from reshard.format.names import tensor_name
+from reshard.planning.mapping.memory import ComposedMemory
 from reshard.planning.replicas import SharedRegions
 from reshard.saving.outcome import Failure, name_ranks
-from reshard.state import State
+from reshard.state import Memory, State
 
 # Strided memory is gathered in pieces of so many bytes.
 _PIECE_BYTES = 2 << 20
@@ -47,8 +48,7 @@ class Replicas:
         self._rank = rank
         self._shared = {same.number: same for same in shared}
         self._digests = {
-            same.number: b"".join(_digest(state.tensors[key].shards[shard].memory.read()) for key, _, shard in same.regions)
-            for same in shared
+            same.number: b"".join(_digest_of(state.tensors[key].shards[shard].memory) for key, _, shard in same.regions) for same in shared
         }
 
     @property
@@ -117,6 +117,16 @@ def _differences(told: Sequence[Mapping[int, Single]]) -> list[tuple[str, str]]:
                 words = [name_ranks(same) for same in values[:_SHOWN]] + (["…"] if len(values) > _SHOWN else [])
                 found.append((name, f"{name}, offset {list(offset)}, shape {list(shape)}: one value on {', another on '.join(words)}"))
     return found
+
+
+def _digest_of(memory: Memory) -> bytes:
+    """Of a shard's values; what has yet to be gathered is, part by part."""
+    if not isinstance(memory, ComposedMemory):
+        return _digest(memory.read())
+    hasher = Hasher()
+    for block in memory.blocks():
+        hasher.update(block.reshape(-1).view(np.uint8))
+    return hasher.digest()
 
 
 def _digest(array: np.ndarray) -> bytes:

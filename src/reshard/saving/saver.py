@@ -25,8 +25,7 @@ from reshard.format.index import INDEX_FILE
 from reshard.format.metrics import METRICS_FILE, encode_metrics
 from reshard.format.names import COMMON_FILE, EXTRA_DIRECTORY, GLOBAL_EXTRA_FILE, METADATA_FILE, iteration_name
 from reshard.format.seal import SEAL_FILE, SealedFile, encode_seal
-from reshard.planning.agreement import describe, digest
-from reshard.planning.telling import encode
+from reshard.saving.changing import change_together, check_none_changes
 from reshard.saving.commit import Undo, check_presence, publish
 from reshard.saving.given import check_step, counted_steps, encode_checked
 from reshard.saving.groups import GroupOptions, encode_options, merge_groups
@@ -192,10 +191,10 @@ class Saver:
         self._was_broken_off = True
         prepared: _Prepared | None = None
         if change is not None:
-            state, error = self._changed(state, change, error)
+            state, error = change_together(self._comm, state, change, error)
         if error is None:
             prepared, error = attempt(lambda: self._prepare(step, state, common, metrics))
-        agreed = self._agree(prepared)
+        agreed = self._agree(prepared, error)
         files, error = self._write_part(prepared, state, error) if agreed else ({}, error)
         self._notices.enter("committing")
         outcomes, is_outdated = self._tell(prepared, error, files)
@@ -271,21 +270,12 @@ class Saver:
         encoded = encode_checked(with_health(common, metrics))
         return _Prepared(number, self._structures.plan(state), encode_options(state.groups), encoded, counted_steps(state), numbers)
 
-    def _changed(
-        self, state: State, change: Callable[[State, bool], State], error: ReshardError | None
-    ) -> tuple[State, ReshardError | None]:
-        """Collective: the state as it is to be saved, and what went wrong on this rank."""
-        told = self._comm.all_gather(b"" if error is not None else digest(encode(describe(state, 0))))
-        if error is not None:
-            return state, error
-        changed, error = attempt(lambda: change(state, len(set(told)) == 1))
-        return (state if changed is None else changed), error
-
-    def _agree(self, prepared: _Prepared | None) -> bool:
+    def _agree(self, prepared: _Prepared | None, error: ReshardError | None) -> bool:
         """The first time, tell each other the structures; whether every rank has one, so that writing makes sense."""
         if self._structures.is_agreed:
             return True
         told = self._comm.all_gather(b"" if prepared is None else prepared.plan.structure)
+        check_none_changes(told, self._comm.rank, error)
         if not all(told):
             return False
         self._structures.learn(told)
@@ -335,6 +325,7 @@ class Saver:
             {} if self._replicas is None else self._replicas.folded,
         )
         gathered = self._comm.all_gather(msgspec.msgpack.encode(outcome))
+        check_none_changes(gathered, self._comm.rank, error)
         outcomes = [msgspec.msgpack.decode(data, type=Outcome) for data in gathered]
         is_outdated = self._structures.is_agreed and self._structures.learn([outcome.news for outcome in outcomes])
         return outcomes, is_outdated

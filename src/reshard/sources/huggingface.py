@@ -72,10 +72,31 @@ def read_model_config(storage: Storage, directory: str, name: str = CONFIG_FILE)
         MetadataError: it isn't a JSON object.
         StorageError: the storage refuses.
     """
+    data = read_config_bytes(storage, directory, name)
+    return None if data is None else decode_model_config(data, join(directory, name))
+
+
+def read_config_bytes(storage: Storage, directory: str, name: str = CONFIG_FILE) -> bytes | None:
+    """The same as it lies there.
+
+    Raises:
+        MetadataError: it is larger than any model's.
+        StorageError: the storage refuses.
+    """
     path = join(directory, name)
-    if storage.stat(path) is None:
-        return None
-    data = read_small(storage, path, _MOST_CONFIG_BYTES, error=MetadataError)
+    return None if storage.stat(path) is None else read_small(storage, path, _MOST_CONFIG_BYTES, error=MetadataError)
+
+
+def decode_model_config(data: bytes, path: str) -> Mapping[str, Any]:
+    """A model's description.
+
+    Args:
+        data: of the file.
+        path: of the file, for the error.
+
+    Raises:
+        MetadataError: it isn't a JSON object.
+    """
     return json_text.decode(data, _CONFIG_DECODER, path, error=MetadataError)
 
 

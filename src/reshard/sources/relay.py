@@ -10,6 +10,7 @@ from reshard.catalog import Catalog
 from reshard.format.common import read_common
 from reshard.format.names import COMMON_FILE, EXTRA_DIRECTORY, GLOBAL_EXTRA_FILE
 from reshard.format.seal import Seal
+from reshard.sources.huggingface import read_config_bytes
 from reshard.sources.items import ItemTable
 from reshard.sources.opening import headers_of, open_source
 from reshard.sources.pytorch.naming import Prefixes
@@ -29,6 +30,7 @@ class Relayed(msgspec.Struct, array_like=True):
         is_weights: whether it is a model's weights and nothing else.
         directory: where the files lie; None for the path that was opened.
         items: as in `Stored`.
+        config: the model's description (`config.json`) as it lies in the directory; None when there is none.
     """
 
     index: bytes
@@ -37,6 +39,7 @@ class Relayed(msgspec.Struct, array_like=True):
     is_weights: bool = False
     directory: str | None = None
     items: ItemTable | None = None
+    config: bytes | None = None
 
     def storage(self, storage: Storage) -> Storage:
         """Where to read the small files: what was sent, else the storage itself."""
@@ -72,11 +75,13 @@ def read_for_all(storage: Storage, directory: str, *, balanced: bool, prefixes: 
     """
     stored = open_source(storage, directory, prefixes)
     index = stored.encode_index()
+    # Beside a file that is all of a checkpoint there may be another model's.
+    config = read_config_bytes(storage, directory) if stored.catalog.directory == directory else None
     if stored.items is not None:
         files = {join(directory, name): data for name, data in stored.files.items()}
-        return Relayed(index, None, files, stored.is_weights, stored.catalog.directory, stored.items)
+        return Relayed(index, None, files, stored.is_weights, stored.catalog.directory, stored.items, config)
     if not balanced:
-        return Relayed(index, stored.seal, is_weights=stored.is_weights)
+        return Relayed(index, stored.seal, is_weights=stored.is_weights, config=config)
     common = join(directory, COMMON_FILE)
     # Whether it is sound, before it goes to everyone.
     read_common(storage, common)
@@ -84,4 +89,4 @@ def read_for_all(storage: Storage, directory: str, *, balanced: bool, prefixes: 
     for path in (common, join(directory, EXTRA_DIRECTORY, GLOBAL_EXTRA_FILE)):
         if storage.stat(path) is not None:
             files[path] = storage.read_bytes(path)
-    return Relayed(index, stored.seal, files, stored.is_weights)
+    return Relayed(index, stored.seal, files, stored.is_weights, config=config)

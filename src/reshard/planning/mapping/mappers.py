@@ -7,12 +7,13 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
 
+from reshard.catalog import Catalog
 from reshard.errors import UsageError
 from reshard.planning.mapping.composed import compose
 from reshard.planning.mapping.linking import Sides
 from reshard.planning.mapping.names import Naming, Rule
 from reshard.planning.mapping.rules import Sizes
-from reshard.state import Kind, State
+from reshard.state import Kind, State, TensorKey, model_key
 
 # An error names so many tensors.
 _SHOWN = 3
@@ -21,6 +22,9 @@ _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 ATOMS = "huggingface"
 """The naming of a family whose names are the atoms' own."""
+
+# Of atoms that are equal where a model ties them: the one that may be left out, and the one that stands for it.
+_TIES = (("lm_head.weight", "model.embed_tokens.weight"),)
 
 
 class Mapper(Protocol):
@@ -108,7 +112,7 @@ class Family:
     name: str
     model_types: tuple[str, ...]
     namings: Mapping[str, tuple[Rule, ...]]
-    ties: tuple[tuple[str, str], ...] = (("lm_head.weight", "model.embed_tokens.weight"),)
+    ties: tuple[tuple[str, str], ...] = _TIES
     architectures: tuple[str, ...] = ()
     sizes: Sizes = field(default_factory=dict)
     saves_as: str = "mindspore"
@@ -197,6 +201,18 @@ def _with_synonyms(sizes: Sizes) -> dict[str, int]:
     """The number of experts under each of the names that releases of models' code give it."""
     experts = next((sizes[name] for name in _EXPERTS if name in sizes), None)
     return dict(sizes) if experts is None else {**dict.fromkeys(_EXPERTS, experts), **sizes}
+
+
+def tied_in(config: Mapping[str, Any] | None, catalog: Catalog) -> dict[TensorKey, TensorKey]:
+    """The tensors under the names of Hugging Face files that only repeat others, as a model's configuration says, with these."""
+    if config is None or config.get("tie_word_embeddings") is not True:
+        return {}
+    found = {}
+    for tied, first in _TIES:
+        one, other = catalog.tensors.get(model_key(tied)), catalog.tensors.get(model_key(first))
+        if one is not None and other is not None and one.global_shape == other.global_shape:
+            found[one.key] = other.key
+    return found
 
 
 def config_of(model: Any) -> dict[str, int]:

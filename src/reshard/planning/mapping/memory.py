@@ -13,7 +13,7 @@ import numpy as np
 from reshard.geometry import DType, Region
 from reshard.planning.byte_runs import strides_of
 from reshard.planning.mapping.lattice import Face, clip, moved
-from reshard.state import Memory
+from reshard.state import HostMemory, Memory
 
 
 def view_of(array: np.ndarray, extents: tuple[int, ...], face: Face) -> np.ndarray:
@@ -127,6 +127,11 @@ class ComposedMemory:
     def address(self) -> int | None:
         return None
 
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the shard."""
+        return self.dtype.itemsize * prod(self.shape)
+
     def read(self) -> np.ndarray:
         return self.read_box(Region.whole(self.shape))
 
@@ -139,6 +144,24 @@ class ComposedMemory:
         for own, face, memory in self._inside(box):
             view_of(out, own.shape, face)[...] = memory.read()[own.slices]
         return out
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """The present values in the order of their bytes, some MiB at a time: what is gathered never is a second copy of the shard."""
+        held = self._on_host()
+        return (held.read_box(box) for box in row_boxes(self.shape, self.dtype.itemsize))
+
+    def _on_host(self) -> ComposedMemory:
+        """The same with what the host can't address copied there once, and not again for each block."""
+        copies: dict[int, HostMemory] = {}
+        pieces = []
+        for piece in self.pieces:
+            memory = piece.memory.memory
+            if memory.host is None:
+                if id(memory) not in copies:
+                    copies[id(memory)] = HostMemory(memory.read())
+                memory = copies[id(memory)]
+            pieces.append(piece._replace(memory=piece.memory._replace(memory=memory)))
+        return ComposedMemory(self.dtype, self.shape, tuple(pieces), self.fills)
 
     def write(self, region: Region, values: np.ndarray) -> None:
         for own, face, memory in self._inside(region):
@@ -155,9 +178,8 @@ class ComposedMemory:
         return ComposedMemory(self.dtype, self.shape, pieces, self.fills)
 
     def begin_copy(self, target: np.ndarray) -> Callable[[], object] | None:
-        # Block by block, so that what is gathered never is a second copy of the shard.
-        for box in row_boxes(self.shape, self.dtype.itemsize):
-            target[box.slices if box.shape else ()] = self.read_box(box)
+        for box, values in zip(row_boxes(self.shape, self.dtype.itemsize), self.blocks(), strict=True):
+            target[box.slices if box.shape else ()] = values
         return None
 
 
