@@ -114,7 +114,7 @@ def open_checkpoint(
         saved = read_own_extra(storage, directory, name, relayed.seal)
         file = join(directory, EXTRA_DIRECTORY, name)
         mine = rank_values_in(saved, comm.world_size, place_of(description), file)
-        if mine is None and through is not None:
+        if mine is None and saved is not None and through is not None:
             # Saved through the same mapping, the place has the checkpoint's names.
             for same in (True, False):
                 place = place_of(through.describe(destination.state, catalog, comm.rank, is_same_everywhere=same))

@@ -9,7 +9,8 @@ import numpy as np
 from reshard.errors import NoSpaceError, SaveError
 from reshard.format.extra import write_extra
 from reshard.format.names import EXTRA_DIRECTORY, rank_extra_file
-from reshard.format.safetensors import PIECE_BYTES, PlannedHeader, StreamedArray, write_tensors
+from reshard.format.safetensors import PlannedHeader, StreamedArray, write_tensors
+from reshard.format.safetensors.writer import PIECE_BYTES
 from reshard.format.seal import SealedFile
 from reshard.planning.file_plan import FilePlan, WriteEntry
 from reshard.planning.mapping.memory import ComposedMemory

@@ -3,10 +3,9 @@
 from reshard.format.safetensors.block_check import BlockCheck, check_bytes, count_whole
 from reshard.format.safetensors.header import Header, PlannedHeader, TensorEntry, parse_header, plan_header
 from reshard.format.safetensors.reader import read_header, read_start
-from reshard.format.safetensors.writer import PIECE_BYTES, StreamedArray, write_tensors
+from reshard.format.safetensors.writer import StreamedArray, write_tensors
 
 __all__ = [
-    "PIECE_BYTES",
     "BlockCheck",
     "Header",
     "PlannedHeader",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from typing import NamedTuple
 
 from reshard.errors import ReshardError, UsageError, extended
@@ -100,20 +100,25 @@ class Naming:
         return _Patterns([(pattern, index) for index, rule in enumerate(self.rules) for pattern in rule.of.patterns()])
 
     @cached_property
+    def _stacked(self) -> list[frozenset[str]]:
+        """Of each rule the numbers that its stacks count."""
+        return [frozenset(_stacked(rule.of)) for rule in self.rules]
+
+    @cached_property
     def _known(self) -> dict[tuple[int, tuple[Shape, ...], tuple[tuple[str, int], ...]], Composition]:
         return {}
 
     def count(self, names: Iterable[str]) -> int:
         """How many of some names rules of this naming are about."""
-        return sum(1 for name in names if self._by_name.find(name) is not None)
+        return sum(1 for name in names if self._by_name.has(name))
 
     def is_atom(self, name: str) -> bool:
         """Whether rules of this naming are made of the tensor of this name."""
-        return self._by_leaf.find(name) is not None
+        return self._by_leaf.has(name)
 
     def is_renamed(self, name: str) -> bool:
         """Whether a name is that of an atom and of a tensor of a rule, too."""
-        return self._by_name.find(name) is not None
+        return self._by_name.has(name)
 
     def take_apart(self, name: str, shape: Shape, sizes: Sizes) -> tuple[Named, Mapping[str, Shape]]:
         """What a tensor under this naming is made of, and the shapes of these atoms.
@@ -148,9 +153,8 @@ class Naming:
             if not matches:
                 tensors[atom] = Named(atom, shape, ((atom, _identity(shape)),))
             for index, numbers in matches:
-                rule = self.rules[index]
-                over = _stacked(rule.of)
-                binding = tuple((key, number) for key, number in numbers if key not in over)
+                rule, over = self.rules[index], self._stacked[index]
+                binding = tuple((key, number) for key, number in numbers if key not in over) if over else numbers
                 if (index, binding) in done:
                     continue
                 done.add((index, binding))
@@ -170,7 +174,7 @@ class Naming:
         """Atoms with those that belong to the same tensors, whose shapes follow from theirs."""
         found = dict(atoms)
         for index, binding in {
-            (index, tuple((key, number) for key, number in numbers if key not in _stacked(self.rules[index].of)))
+            (index, tuple((key, number) for key, number in numbers if key not in self._stacked[index]))
             for atom in atoms
             for index, numbers in self._by_leaf.find_all(atom)
         }:
@@ -224,10 +228,18 @@ class _Patterns:
         """The first of them."""
         return next(iter(self.find_all(name)), None)
 
+    def has(self, name: str) -> bool:
+        """Whether a name matches any."""
+        return name in self._plain or any(pattern.fullmatch(name) for pattern, _ in self._by_shape.get(_without_numbers(name), ()))
+
 
 _DIGITS = re.compile(r"[0-9]+")
 
+# The names of the largest models, which are asked for once for each naming of a family, and more often.
+_NAMES_KEPT = 1 << 18
 
+
+@lru_cache(_NAMES_KEPT)
 def _without_numbers(name: str) -> str:
     return _DIGITS.sub("#", name)
 

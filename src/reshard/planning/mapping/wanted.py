@@ -75,6 +75,8 @@ class _Arranger:
 
     def __init__(self) -> None:
         self._known: dict[tuple[int, int], Arrangement] = {}
+        # Where a strand lies in a piece doesn't depend on the file.
+        self._lying: dict[tuple[int, Region, Window | None], list[tuple[Region, Window]]] = {}
 
     def arrange(self, lattice: Lattice, arrangement: Arrangement) -> Arrangement:
         """How a strand lies in files."""
@@ -89,18 +91,23 @@ class _Arranger:
     def _pieces(self, lattice: Lattice, arrangement: Arrangement) -> list[Piece]:
         pieces = []
         for piece in arrangement.pieces:
-            whole = Region.whole(piece.stored_shape)
-            for box in clip(lattice.extents, lattice.right, piece.region):
-                begun = moved(lattice.right, box.offset)
-                offset = tuple(a - b for a, b in zip(begun.offset, piece.region.offset, strict=True))
-                strides = piece.strides(1)
-                window = Window(
-                    whole.shape,
-                    piece.begin(1) + sum(o * stride for o, stride in zip(offset, strides, strict=True)),
-                    tuple(strides[d] * step for d, step in zip(begun.dims, begun.steps, strict=True)),
-                )
-                pieces.append(Piece(box, piece.sites, piece.holders, window))
+            alike = (id(lattice), piece.region, piece.window)
+            lying = self._lying.get(alike)
+            if lying is None:
+                lying = self._lying[alike] = list(_windows(lattice, piece))
+            pieces += [Piece(box, piece.sites, piece.holders, window) for box, window in lying]
         return pieces
+
+
+def _windows(lattice: Lattice, piece: Piece) -> Iterator[tuple[Region, Window]]:
+    """What a piece has of a strand: boxes of the strand, and where each lies in the tensor in the file."""
+    strides = piece.strides(1)
+    for box in clip(lattice.extents, lattice.right, piece.region):
+        begun = moved(lattice.right, box.offset)
+        offset = tuple(a - b for a, b in zip(begun.offset, piece.region.offset, strict=True))
+        begin = piece.begin(1) + sum(o * stride for o, stride in zip(offset, strides, strict=True))
+        steps = tuple(strides[d] * step for d, step in zip(begun.dims, begun.steps, strict=True))
+        yield box, Window(piece.stored_shape, begin, steps)
 
 
 @dataclass(frozen=True)
