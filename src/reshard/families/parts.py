@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from reshard.planning.mapping.names import Rule
 from reshard.planning.mapping.parts import concatenate, either, flatten, interleave, rename, stack, transpose
-from reshard.planning.mapping.rules import Expression, Size
+from reshard.planning.mapping.rules import Expression, Size, renamed
 
 LAYER = "model.layers.{layer}."
 DECODER = "decoder.layers.{layer}."
@@ -69,6 +69,17 @@ def experts(gate: str, up: str, down: str, count: Size) -> tuple[Rule, ...]:
 
 def _below(matrix: str | Expression, count: Size) -> Expression:
     return flatten(stack(transpose(matrix), "expert", count), count)
+
+
+def moved_rule(rule: Rule, ours: tuple[str, str], theirs: tuple[str, str]) -> Rule:
+    """A rule about the same in another place.
+
+    Args:
+        rule: about a tensor of a layer.
+        ours: what its name begins with, and what instead.
+        theirs: likewise, of the names that it is made of.
+    """
+    return Rule(rule.name.replace(*ours), renamed(rule.of, lambda name: name.replace(*theirs)))
 
 
 def stacked_experts(gate: str, up: str, down: str, count: Size) -> tuple[Rule, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import msgspec
@@ -37,9 +37,9 @@ from reshard.loading.reader import locate, read_plan
 from reshard.loading.report import RankReport
 from reshard.loading.scales import PlannedScales, converting, plan_scales
 from reshard.loading.selection import Selection
+from reshard.loading.spare import Spare
 from reshard.loading.strictness import Misfits, Strictness, apply_strictness
 from reshard.planning.agreement import RankDescription, describe
-from reshard.planning.mapping.mappers import tied_in
 from reshard.planning.mapping.wanted import Asked, Told, ask
 from reshard.planning.read_plan import ReadPlan, plan_reads
 from reshard.planning.telling import decode_all, encode
@@ -111,7 +111,7 @@ class PlannedLoad:
             in strands, too.
         fills: memory to be filled before anything is read, and with what.
         scales: what is read of scales before anything else, where the load is about tensors that are quantised by block.
-        tied: the checkpoint's tensors that only repeat others, as the model's configuration says, with these.
+        spare: what of the checkpoint a run may well lack.
         seconds: how long it took to open and to plan.
     """
 
@@ -134,7 +134,7 @@ class PlannedLoad:
     told: Told | None = None
     fills: tuple[tuple[Shard, float], ...] = ()
     scales: PlannedScales | None = None
-    tied: Mapping[TensorKey, TensorKey] = field(default_factory=dict)
+    spare: Spare = Spare()  # noqa: RUF009 - frozen
 
     def run_keys(self, keys: Iterable[TensorKey]) -> set[TensorKey]:
         """The run's tensors that some keys are about."""
@@ -229,7 +229,7 @@ def plan_load(
         told,
         asked.fills,
         scales,
-        tied_in(config, stored),
+        Spare.of(config, stored),
     )
 
 
@@ -260,8 +260,7 @@ def load_tensors(planned: PlannedLoad, told: Sequence[bytes], comm: Communicator
     if planned.told is not None:
         misfits = known_misfits(misfits, present, planned.told)
         told_words = words_of_missing(misfits, planned.told)
-    repeated = [key for key in misfits.unexpected if key in planned.tied]
-    misfits = replace(misfits, unexpected=tuple(key for key in misfits.unexpected if key not in planned.tied))
+    misfits, dispensable = planned.spare.sift(misfits, () if planned.told is None else planned.told.links.ignored)
     idle = idle_patterns(findings)
     planned.selection.check(idle, catalog.directory)
     has_optimizer = any(key.kind is Kind.OPTIMIZER for key in catalog.tensors)
@@ -310,13 +309,8 @@ def load_tensors(planned: PlannedLoad, told: Sequence[bytes], comm: Communicator
     restored = tuple(dict.fromkeys(catalog.tensors[key].name for key in present if planned.run_keys([key]).isdisjoint(mismatched)))
     names = sorted(unlisted_names)
     notes = (f"the files hold tensors that the metadata doesn't list; ignored: {', '.join(names[:_NAMES_SHOWN])}",) if names else ()
-    repeated += [] if planned.told is None else [key for key in planned.told.links.ignored if key.kind is Kind.MODEL]
-    notes += tuple(
-        f"{tensor_name(key)} was not read: it is {tensor_name(planned.tied[key])}, as the configuration says (tie_word_embeddings)"
-        for key in dict.fromkeys(repeated)
-        if key in planned.tied
-    )
     scaled = len(scale_keys(findings, keys))
+    notes += dispensable
     notes += (f"{scaled} tensor{' was' if scaled == 1 else 's were'} dequantised by block",) if scaled else ()
     notes += tuple(f"exclude: {pattern!r} means no tensor of the checkpoint or the run" for pattern in idle)
     return TensorsLoaded(

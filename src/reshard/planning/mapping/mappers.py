@@ -107,6 +107,7 @@ class Family:
         architectures: the `architectures` of a config.json that it is recognised by.
         sizes: numbers that count more than those of a configuration.
         saves_as: the naming of what a run saves with this mapping.
+        further: what a model's sizes add to the rules of each naming; None when they add nothing.
     """
 
     name: str
@@ -116,6 +117,8 @@ class Family:
     architectures: tuple[str, ...] = ()
     sizes: Sizes = field(default_factory=dict)
     saves_as: str = "mindspore"
+    # Not told apart by it: where a function lies differs from process to process.
+    further: Callable[[Sizes], Mapping[str, tuple[Rule, ...]]] | None = field(default=None, repr=False, compare=False)
 
     def with_sizes(self, **sizes: int) -> Family:
         """The same family with numbers (or options) of one model, which count more than those of its configuration."""
@@ -158,15 +161,23 @@ class Family:
 
     def sides(self, run: Mapping[str, int], stored: Sequence[str], sizes: Sizes) -> Sides:
         mine, theirs = self._best(run, "run", ()), self._best(self.count(stored), "checkpoint", stored)
-        return Sides(self.naming(mine), self.naming(theirs), {**sizes, **self.sizes}, self.ties)
+        return self._between(mine, theirs, sizes)
 
     def saving(self, names: Sequence[str], sizes: Sizes) -> Sides:
         mine = self._best(self.count(names), "run", names)
-        return Sides(self.naming(mine), self.naming(self.saves_as), {**sizes, **self.sizes}, self.ties)
+        return self._between(mine, self.saves_as, sizes)
 
     def named(self, stored: Sequence[str], naming: str, sizes: Sizes) -> Sides:
         theirs = self._best(self.count(stored), "checkpoint", stored)
-        return Sides(self.naming(naming), self.naming(theirs), {**sizes, **self.sizes}, self.ties)
+        return self._between(naming, theirs, sizes)
+
+    def _between(self, run: str, checkpoint: str, sizes: Sizes) -> Sides:
+        known = {**sizes, **self.sizes}
+        more = {} if self.further is None else self.further(known)
+        mine, theirs = (
+            Naming((*self.naming(name).rules, *more[name])) if more.get(name) else self.naming(name) for name in (run, checkpoint)
+        )
+        return Sides(mine, theirs, known, self.ties)
 
     def _best(self, counts: Mapping[str, int], what: str, names: Sequence[str]) -> str:
         if not any(counts.values()):
@@ -205,14 +216,24 @@ def _with_synonyms(sizes: Sizes) -> dict[str, int]:
 
 def tied_in(config: Mapping[str, Any] | None, catalog: Catalog) -> dict[TensorKey, TensorKey]:
     """The tensors under the names of Hugging Face files that only repeat others, as a model's configuration says, with these."""
-    if config is None or config.get("tie_word_embeddings") is not True:
+    if config is None:
         return {}
+    ties = list(_TIES) if config.get("tie_word_embeddings") is True else []
+    for layer in further_layers(sizes_in(config)):
+        ties.append((f"model.layers.{layer}.embed_tokens.weight", "model.embed_tokens.weight"))
+        ties.append((f"model.layers.{layer}.shared_head.head.weight", "lm_head.weight"))
     found = {}
-    for tied, first in _TIES:
+    for tied, first in ties:
         one, other = catalog.tensors.get(model_key(tied)), catalog.tensors.get(model_key(first))
         if one is not None and other is not None and one.global_shape == other.global_shape:
             found[one.key] = other.key
     return found
+
+
+def further_layers(sizes: Sizes) -> range:
+    """The numbers of the layers behind a model's own, which predict further tokens; published weights have them, few runs do."""
+    own = sizes.get("num_hidden_layers", 0)
+    return range(own, own + (sizes.get("num_nextn_predict_layers", 0) if own else 0))
 
 
 def config_of(model: Any) -> dict[str, int]:

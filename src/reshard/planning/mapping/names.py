@@ -216,12 +216,18 @@ class _Patterns:
                 self._by_shape.setdefault(_without_numbers(re.sub(r"\{\w+\}", "0", pattern)), []).append((compiled, index))
 
     def find_all(self, name: str) -> list[tuple[int, _Binding]]:
-        """The numbers of the patterns that a name matches, each with what its braces stand for."""
+        """The numbers of the patterns that a name matches, each with what its braces stand for.
+
+        A pattern that has a number itself counts more than those that have braces there: of one layer something else may hold.
+        """
         found: list[tuple[int, _Binding]] = [(index, ()) for index in self._plain.get(name, ())]
         for pattern, index in self._by_shape.get(_without_numbers(name), ()):
             match = pattern.fullmatch(name)
             if match is not None:
                 found.append((index, tuple((key, int(number)) for key, number in match.groupdict().items())))
+        if len(found) > 1:
+            fewest = min(len(binding) for _, binding in found)
+            found = [one for one in found if len(one[1]) == fewest]
         return found
 
     def find(self, name: str) -> tuple[int, _Binding] | None:

@@ -6,7 +6,7 @@ whole, and back, with the shares that concatenations declare.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -76,6 +76,21 @@ class Leaf(Expression):
 
     def patterns(self) -> list[str]:
         return [self.pattern]
+
+
+def renamed(expression: Expression, change: Callable[[str], str]) -> Expression:
+    """The same expression of tensors with other names."""
+    match expression:
+        case Leaf(pattern):
+            return Leaf(change(pattern))
+        case Concatenation():
+            return replace(expression, of=tuple(renamed(part, change) for part in expression.of))
+        case Choice():
+            return replace(expression, then=renamed(expression.then, change), otherwise=renamed(expression.otherwise, change))
+        case Stack() | Transposition() | Flattening() | Window():
+            return replace(expression, of=renamed(expression.of, change))
+        case _:
+            raise UsageError("an expression that can't be renamed", found=type(expression).__name__)
 
 
 @dataclass(frozen=True)
