@@ -62,7 +62,7 @@ class Meshes:
     """
 
     def __init__(self, tensors: Iterable[torch.Tensor], fsdp2: Collection[int] = ()) -> None:
-        self._meshes: dict[Any, Mesh] = {}
+        self._meshes: dict[int, Mesh] = {}
         self._holdings: dict[Any, tuple[tuple[int, ...], _Holding]] = {}
         self._layouts: dict[tuple[int, tuple[tuple[int, ...], ...]], Layout] = {}
         self._by_fsdp2: set[Any] = set()
@@ -70,7 +70,7 @@ class Meshes:
         seen: set[int] = set()
         for tensor in dtensors_of(tensors):
             device_mesh = tensor.device_mesh
-            if id(device_mesh) not in seen:  # by identity: its hash goes over its ranks
+            if id(device_mesh) not in seen:
                 seen.add(id(device_mesh))
                 self._mesh(device_mesh)
             if id(tensor) in fsdp2:
@@ -121,12 +121,14 @@ class Meshes:
         return ShardedTensor(key, dtype, whole, holding.layout, shards)
 
     def _mesh(self, device_mesh: Any) -> Mesh:
-        mesh = self._meshes.get(device_mesh)
+        # By identity (the tensors keep it alive): its hash goes over its ranks, and what it gives as `mesh` is made anew each time.
+        mesh = self._meshes.get(id(device_mesh))
         if mesh is None:
-            shape = tuple(device_mesh.mesh.shape)
+            ranks = device_mesh.mesh
+            shape = tuple(ranks.shape)
             axes = tuple(device_mesh.mesh_dim_names or (f"axis{index}" for index in range(len(shape))))
-            mesh = Mesh(shape, axes, tuple(device_mesh.mesh.flatten().tolist()))
-            mesh = self._meshes[device_mesh] = next((other for other in self._meshes.values() if other == mesh), mesh)
+            mesh = Mesh(shape, axes, tuple(ranks.flatten().tolist()))
+            mesh = self._meshes[id(device_mesh)] = next((other for other in self._meshes.values() if other == mesh), mesh)
         return mesh
 
     def _holding(self, tensor: Any, local: torch.Tensor, name: str) -> tuple[tuple[int, ...], _Holding]:
@@ -146,7 +148,7 @@ class Meshes:
         splits = splits_of(tensor.placements, len(shape), name)
         rank = _rank()
         orders = _orders(splits, spec, mesh, len(shape))
-        by_fsdp2 = _kind_of(tensor) in self._by_fsdp2
+        by_fsdp2 = bool(self._by_fsdp2) and _kind_of(tensor) in self._by_fsdp2
         if orders is not None and not by_fsdp2 and not _agree(splits, Layout(mesh, orders), shape):
             orders = None
         layout = None if orders is None else self._layout(mesh, orders, rank)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -109,15 +109,15 @@ def _roots(model: Any) -> list[tuple[str, nn.Module]]:
 
 
 def _add_module(result: NamedTensors, root: nn.Module, prefix: str) -> None:
-    for module in root.modules():
-        if _reshard_fsdp2(module):
-            result.fsdp2.update(id(parameter) for parameter in module.parameters())
-        _refuse_fsdp1(module)
+    # Modules by way of `_modules`, `_parameters` and `_buffers`, as `state_dict` itself goes: what is public goes through generators in
+    # generators, and a deep model has hundreds of modules.
+    paths = list(_walk(root, prefix))
+    _see_to_fsdp(result, [module for _, module in paths])
     ties: dict[str, str] = {}
     # Each tensor with all names that this tree has for it; of most there is one, and they are many.
     found: dict[int, torch.Tensor] = {}
     names: dict[int, str | list[str]] = {}
-    for path, module in _walk(root, prefix):
+    for path, module in paths:
         for name, target in _declared_ties(module).items():
             ties.setdefault(path + name, path + target)  # an outer module knows better than its parts
         for name, tensor in _own_tensors(module):
@@ -182,31 +182,41 @@ def _add_tensor(result: NamedTensors, tensor: torch.Tensor, own: list[str], ties
     named.is_tied |= bool(targets)
 
 
-def _walk(module: nn.Module, path: str, above: tuple[nn.Module, ...] = ()) -> Iterator[tuple[str, nn.Module]]:
+def _walk(root: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
     """All modules of a tree under every path that leads to them, parents first; a wrapper's path is that of what it wraps."""
-    yield path, module
-    above = (*above, module)
-    is_data_parallel = isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel)
-    for name, child in module._modules.items():  # `named_children` leaves out a child's second name
-        if child is None or any(child is other for other in above):
+    # Each with the identities of those above it: a module that has one of them for a child leads in a circle.
+    left: list[tuple[str, nn.Module, tuple[int, ...]]] = [(prefix, root, ())]
+    while left:
+        path, module, above = left.pop()
+        yield path, module
+        if not module._modules:
             continue
-        is_wrapped = name in _WRAPPED or (is_data_parallel and name == "module")
-        yield from _walk(child, path if is_wrapped else f"{path}{name}.", above)
+        above = (*above, id(module))
+        is_data_parallel = isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel)
+        # `named_children` leaves out a child's second name.
+        for name, child in reversed(module._modules.items()):
+            if child is not None and id(child) not in above:
+                is_wrapped = name in _WRAPPED or (is_data_parallel and name == "module")
+                left.append((path if is_wrapped else f"{path}{name}.", child, above))
 
 
 def _own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """The parameters and persistent buffers of one module, not of its children."""
-    yield from module.named_parameters(recurse=False, remove_duplicate=False)
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            yield name, parameter
     transient = module._non_persistent_buffers_set  # torch has no public way to ask
-    for name, tensor in module.named_buffers(recurse=False, remove_duplicate=False):
-        if name not in transient:
-            yield name, tensor
+    for name, buffer in module._buffers.items():
+        if buffer is not None and name not in transient:
+            yield name, buffer
 
 
 def _declared_ties(module: nn.Module) -> dict[str, str]:
     """What a module declares as tied, by `tie` or as a model of transformers; names relative to it."""
-    ties = dict(getattr(module, _TIES, {}))
-    declared = getattr(module, "_tied_weights_keys", None)
+    # Looked for where they are: `getattr` takes a module of most of its time to say that it has no such attribute. A wrapper hands on what
+    # the module in it has, which is asked itself.
+    ties = dict(vars(module).get(_TIES, {}))
+    declared = vars(module).get("_tied_weights_keys", getattr(type(module), "_tied_weights_keys", None))
     if isinstance(declared, Mapping) and getattr(getattr(module, "config", None), "tie_word_embeddings", False):
         # The class may declare patterns and whole modules; the instance has what they came to, from when the model was whole.
         expanded = getattr(module, "all_tied_weights_keys", None)
@@ -214,24 +224,26 @@ def _declared_ties(module: nn.Module) -> dict[str, str]:
     return ties
 
 
-def _reshard_fsdp2(module: nn.Module) -> bool:
-    """Put the sharded parameters of an FSDP2 module in the place of gathered ones (after a forward pass without a backward pass).
+def _see_to_fsdp(result: NamedTensors, modules: Sequence[nn.Module]) -> None:
+    """Put the sharded parameters of FSDP2 modules in the place of gathered ones (after a forward pass without a backward pass), and note
+    which these are.
 
-    Returns:
-        Whether it is an FSDP2 module.
+    Raises:
+        CaptureError: a module of FSDP1 that keeps its parameters in flat pieces.
     """
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is None or not isinstance(module, fsdp.FSDPModule):
-        return False
-    sharded: Any = module
-    sharded.reshard()
-    return True
-
-
-def _refuse_fsdp1(module: nn.Module) -> None:
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is None or not isinstance(module, fsdp.FullyShardedDataParallel):
+    if fsdp is None:
         return
+    for module in modules:
+        if isinstance(module, fsdp.FSDPModule):
+            sharded: Any = module
+            sharded.reshard()
+            result.fsdp2.update(id(parameter) for parameter in module.parameters())
+        elif isinstance(module, fsdp.FullyShardedDataParallel):
+            _refuse_flat(module, fsdp)
+
+
+def _refuse_flat(module: Any, fsdp: Any) -> None:
     whole = module.sharding_strategy is fsdp.ShardingStrategy.NO_SHARD and module._use_orig_params
     if not whole:
         raise CaptureError(
