@@ -5,6 +5,7 @@ from __future__ import annotations
 import posixpath
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from json.encoder import encode_basestring_ascii
 from typing import Annotated
 
@@ -55,6 +56,10 @@ class _Entry(msgspec.Struct, gc=False):
     name: str | None = None
 
 
+# The text of a key of `storage_data` between the tensor's name and the slice's number; and all after the name for slice 0.
+_BEFORE_NUMBER = ", ("
+_AFTER_NAME = f'{_BEFORE_NUMBER}0,))"'
+
 _METADATA = msgspec.json.Decoder(_Metadata)
 _ENTRIES = msgspec.json.Decoder(Annotated[list[_Entry], msgspec.Meta(min_length=1)])
 
@@ -73,20 +78,21 @@ def encode_metadata(catalog: Catalog) -> bytes:
     """
     writer = _Writer()
     parameters: dict[str, str] = {}
-    storage: list[tuple[int, str]] = []
+    by_rank: dict[int, list[str]] = {}
     for tensor in catalog.tensors.values():
         name = tensor_name(tensor.key)
         if name in parameters:
             raise CaptureError("two tensors have the same name in files", tensor=name, fix="rename the parameter or the optimizer's slot")
         made = writer.arrangement(tensor, name)
         parameters[name] = made.parameter
-        for number, rank, places in made.storage:
-            key = encode_basestring_ascii(storage_key(name, number))
-            storage.append((rank, f"{key}:[{places(name)}]"))
-    # The published writer goes rank by rank; the sort is stable, so that a rank's chunks stay in the order of the tensors.
-    storage.sort(key=lambda item: item[0])
+        # `storage_key` of every slice, as a JSON string: what comes before the slice's number is the same for all of a tensor.
+        begin = encode_basestring_ascii(storage_key(name, 0)).removesuffix(_AFTER_NAME)
+        for rank, end in made.storage:
+            by_rank.setdefault(rank, []).append(begin + (end if isinstance(end, str) else end(name)))
+    # The published writer goes rank by rank; a rank's chunks are in the order of the tensors.
+    storage = chain.from_iterable(by_rank[rank] for rank in sorted(by_rank))
     head = ",".join(f"{encode_basestring_ascii(name)}:{text}" for name, text in parameters.items())
-    tail = ",".join(text for _, text in storage)
+    tail = ",".join(storage)
     more = f'"format_version":{FORMAT_VERSION},"writer":"reshard {__version__}"'
     return f'{{"state_dict_metadata":{{{head}}},"storage_data":{{{tail}}},{more}}}'.encode("ascii")
 
@@ -97,11 +103,12 @@ class _Written:
 
     Attributes:
         parameter: the text of their entry.
-        storage: of each stored chunk the slice id, the rank of its first file, and what makes the text of its storage entries for a name.
+        storage: of each stored chunk the rank of its first file, and the text of its storage entries from the slice's number on, or what
+            makes that for a name.
     """
 
     parameter: str
-    storage: list[tuple[int, int, Callable[[str], str]]]
+    storage: list[tuple[int, str | Callable[[str], str]]]
 
 
 class _Writer:
@@ -119,7 +126,7 @@ class _Writer:
         if made is None:
             text, numbers = self._parameter(tensor, name)
             pieces = zip(tensor.arrangement.pieces, numbers, strict=True)
-            storage = [(number, piece.sites[0].rank, self._places(piece, tensor.key.kind, name)) for piece, number in pieces if piece.sites]
+            storage = [(piece.sites[0].rank, self._places(piece, number, tensor.key.kind, name)) for piece, number in pieces if piece.sites]
             made = self._written[key] = _Written(text, storage)
         return made
 
@@ -150,20 +157,20 @@ class _Writer:
             made = self._parameters[key] = (text, numbers)
         return made
 
-    def _places(self, piece: Piece, kind: Kind, name: str) -> Callable[[str], str]:
-        """What makes the storage entries of a chunk for a tensor's name."""
+    def _places(self, piece: Piece, number: int, kind: Kind, name: str) -> str | Callable[[str], str]:
+        """The storage entries of a chunk, or what makes them for a tensor's name."""
+        begin = f'{_BEFORE_NUMBER}{number},))":['
         group = self._groups.get(piece.holders)
         if group is None:
             group = f',"rank_group":[{",".join(map(str, piece.holders))}]' if piece.holders else ""
             self._groups[piece.holders] = group
         heads = [(f"{self._head(site, kind, name)}{group}", site.suffix) for site in piece.sites]
-        text = ",".join(f"{head}}}" for head, _ in heads)
         if not any(suffix for _, suffix in heads):
-            return lambda _: text
+            return f"{begin}{','.join(f'{head}}}' for head, _ in heads)}]"
 
         def named(own: str) -> str:
             others = [f',"name":{encode_basestring_ascii(own + suffix)}' if suffix else "" for _, suffix in heads]
-            return ",".join(f"{head}{other}}}" for (head, _), other in zip(heads, others, strict=True))
+            return f"{begin}{','.join(f'{head}{other}}}' for (head, _), other in zip(heads, others, strict=True))}]"
 
         return named
 
