@@ -14,10 +14,13 @@ from torch import optim
 
 import reshard
 from reshard.cli.export import Format, export
+from reshard.comm import Communicator
 from reshard.conversion import convert
 from reshard.errors import UsageError
 from reshard.families import family
 from reshard.planning.mapping.mappers import sizes_in
+from reshard.state import model_key
+from reshard.testing import mesh_of, run_ranks, split, tensor_on_rank
 from reshard.verification import verify
 from tests.sources.pytorch.test_dcp import save
 from tests.sources.pytorch.test_saved_file import run, train
@@ -124,6 +127,22 @@ def test_nothing_is_overwritten(trained: Any, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="is a file"):
         convert(source, tmp_path / "file")
+
+
+def test_parts_that_no_layout_can_say_become_whole_tensors(tmp_path: Path) -> None:
+    """A checkpoint that MindSpore Transformers would refuse becomes one that it reads."""
+    array = np.arange(21.0, dtype=np.float32).reshape(7, 3)
+
+    def save_part(comm: Communicator) -> None:
+        tensor = tensor_on_rank(model_key("w"), array, split(mesh_of(dp=4), "dp", None), comm.rank)
+        reshard.save(tmp_path / "uneven", 1, model={"w": tensor}, communicator=comm)
+
+    run_ranks(4, save_part)
+    assert reshard.Checkpoint(tmp_path / "uneven")["w"].layout is None
+    convert(tmp_path / "uneven", tmp_path / "whole")
+    metadata = json.loads((tmp_path / "whole" / "iteration_00000001" / "metadata.json").read_text())
+    assert metadata["state_dict_metadata"]["w"]["chunk"] == [{"global_offset": [0], "local_shape": [7, 3], "offset": [0, 0]}]
+    np.testing.assert_array_equal(reshard.Checkpoint(tmp_path / "whole")["w"][...], array)
 
 
 def test_large_tensors_are_read_part_by_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

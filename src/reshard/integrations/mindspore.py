@@ -114,8 +114,9 @@ class CheckpointMonitor(Callback):
 
     def on_train_begin(self, run_context: Any) -> None:
         """Load what `load_path` names."""
-        self._take(run_context.original_args())
-        self.load()
+        if self._loading["load_path"]:
+            self._take(run_context.original_args())
+            self.load()
 
     def load(self, network: Any = None, optimizer: Any = None) -> RestoreReport | None:
         """For a loop of one's own: load what `load_path` names, before the first step.

@@ -62,6 +62,23 @@ def test_a_run_resumes_under_another_strategy(
             assert said["extra"] == (None if form == "app" else {"lr_scheduler": schedule})
 
 
+@pytest.mark.parametrize(("kind", "world"), [("fsdp over tp", 4), ("tp", 2)])
+def test_what_ranks_wrote_by_the_hugging_face_writer_is_loaded(
+    rank_pool: Callable[[int], RankPool], tmp_path: Path, kind: str, world: int
+) -> None:
+    whole = rank_pool(world).run(dcp_ranks.save_weights, tmp_path / "parts", kind)[0]
+    assert len(list((tmp_path / "parts").glob("shard-*.safetensors"))) == world
+    checkpoint = reshard.Checkpoint(tmp_path / "parts")
+    assert set(checkpoint) == set(whole)
+    assert any(len(checkpoint[name].chunks) == world for name in whole)
+    for name, array in whole.items():
+        np.testing.assert_array_equal(checkpoint[name][...], array, name)
+    for reader in ("fsdp", "tp"):
+        for found in rank_pool(2).run(dcp_ranks.load_weights, tmp_path / "parts", reader, reader == "tp"):
+            for name, array in whole.items():
+                np.testing.assert_array_equal(found[name], array, name)
+
+
 def test_a_checkpoint_is_looked_into_without_a_framework(written: dict[str, tuple[Path, Any]]) -> None:
     directory, before = written["fsdp over tp"]
     checkpoint = reshard.Checkpoint(directory)

@@ -20,26 +20,7 @@ import reshard
 from reshard.cli.listing import list_root
 from reshard.errors import CheckpointNotFoundError, DataFileError, MetadataError, UsageError
 from reshard.storage import PosixStorage
-from tests.processes import RankPool
-from tests.sources.pytorch import dcp_ranks
 from tests.sources.pytorch.test_pickles import Runs
-
-
-@pytest.mark.parametrize(("kind", "world"), [("fsdp over tp", 4), ("tp", 2)])
-def test_what_ranks_wrote_by_the_hugging_face_writer_is_loaded(
-    rank_pool: Callable[[int], RankPool], tmp_path: Path, kind: str, world: int
-) -> None:
-    whole = rank_pool(world).run(dcp_ranks.save_weights, tmp_path / "parts", kind)[0]
-    assert len(list((tmp_path / "parts").glob("shard-*.safetensors"))) == world
-    checkpoint = reshard.Checkpoint(tmp_path / "parts")
-    assert set(checkpoint) == set(whole)
-    assert any(len(checkpoint[name].chunks) == world for name in whole)
-    for name, array in whole.items():
-        np.testing.assert_array_equal(checkpoint[name][...], array, name)
-    for reader in ("fsdp", "tp"):
-        for found in rank_pool(2).run(dcp_ranks.load_weights, tmp_path / "parts", reader, reader == "tp"):
-            for name, array in whole.items():
-                np.testing.assert_array_equal(found[name], array, name)
 
 
 @pytest.mark.parametrize("files", [None, {"w": 1, "b": 2}])

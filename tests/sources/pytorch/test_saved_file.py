@@ -14,7 +14,9 @@ import torch
 from torch import nn, optim
 
 import reshard
+from reshard.comm import Communicator
 from reshard.errors import CheckpointNotFoundError, DataFileError
+from reshard.testing import run_ranks
 from tests.sources.pytorch.test_pickles import Runs
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8]
@@ -116,10 +118,46 @@ def test_every_type_view_and_shared_storage_comes_back(tmp_path: Path) -> None:
     np.testing.assert_array_equal(checkpoint["rows"][1:, 2:4], base[2:3, 2:4].numpy())
 
 
-def test_what_lies_in_no_order_is_refused(tmp_path: Path) -> None:
-    torch.save({"w": torch.ones(2, 3).t()}, tmp_path / "turned.pt")
+VIEWS: dict[str, Callable[[], torch.Tensor]] = {
+    "turned": lambda: torch.arange(40.0).reshape(5, 8).t(),
+    "a square, turned": lambda: torch.arange(64.0).reshape(8, 8).t(),
+    "channels last": lambda: torch.arange(120.0).reshape(2, 3, 4, 5).to(memory_format=torch.channels_last),
+    "columns": lambda: torch.arange(42).reshape(6, 7)[:, 2:5],
+    "every other": lambda: torch.arange(42, dtype=torch.int16).reshape(6, 7)[::2, ::3],
+    "expanded": lambda: torch.arange(4.0)[:, None].expand(4, 6),
+    "expanded before": lambda: torch.arange(4.0).expand(3, 4),
+    "one number": lambda: torch.tensor(2.0).expand(3, 2),
+    "turned around": lambda: torch.arange(24, dtype=torch.bfloat16).reshape(2, 3, 4).permute(2, 0, 1),
+    "with a dimension of one": lambda: torch.arange(12.0).reshape(3, 4).t()[:, None, :],
+}
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+def test_views_are_read_as_they_are_stored(tmp_path: Path, balanced: bool) -> None:
+    state = {name: make() for name, make in VIEWS.items()}
+    torch.save({"model": state}, tmp_path / "views.pt")
+    checkpoint = reshard.Checkpoint(tmp_path / "views.pt")
+    for name, tensor in state.items():
+        assert not tensor.is_contiguous(), name
+        np.testing.assert_array_equal(checkpoint[name][...].astype(np.float32), tensor.float().numpy(), name)
+        np.testing.assert_array_equal(checkpoint[name][1:].astype(np.float32), tensor[1:].float().numpy(), name)
+
+    def load(comm: Communicator) -> dict[str, np.ndarray]:
+        model = {name: np.zeros_like(checkpoint[name][...]) for name in state}
+        reshard.load(tmp_path / "views.pt", model=model, balanced=balanced, communicator=comm)
+        return model
+
+    for found in run_ranks(2 if balanced else 1, load):
+        for name, tensor in state.items():
+            np.testing.assert_array_equal(found[name].astype(np.float32), tensor.float().numpy(), name)
+
+
+def test_what_would_be_in_too_many_pieces_is_refused(tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(800, 800)[::8, ::8]}, tmp_path / "few.pt")
+    assert reshard.Checkpoint(tmp_path / "few.pt")["w"][...].sum() == 100 * 100
+    torch.save({"w": torch.ones(800, 800)[::2, ::2]}, tmp_path / "many.pt")
     with pytest.raises(DataFileError, match="row-major") as caught:
-        reshard.Checkpoint(tmp_path / "turned.pt")
+        reshard.Checkpoint(tmp_path / "many.pt")
     assert caught.value.tensor == "w"
     assert "contiguous" in str(caught.value.fix)
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from reshard.catalog import Arrangement, Piece, Site
 from reshard.errors import DataFileError
-from reshard.geometry import Region
 from reshard.sources.items import ItemTable
 from reshard.sources.pytorch.assembly import StateDictionary, assemble
-from reshard.sources.pytorch.items import check_order
 from reshard.sources.pytorch.naming import Path, Prefixes
 from reshard.sources.pytorch.objects import MAX_DEPTH, TensorRef
+from reshard.sources.pytorch.runs import Run, runs_of
 from reshard.sources.pytorch.values import ValueReader, open_archive, place_of, value_or_problem
 from reshard.sources.pytorch.zip_records import ZipRecords
 from reshard.sources.stored import Stored
@@ -47,24 +46,37 @@ def open_saved_file(storage: Storage, path: str, prefixes: Prefixes) -> Stored:
         records, root = open_archive(file)
         leaves, paths = _flatten(root, path)
         tensors = {key: value for key, value in leaves.items() if type(value) is TensorRef}
-        for key, tensor in tensors.items():
-            check_order(tensor, key, path)
+        runs = {key: runs_of(tensor, key, path) for key, tensor in tensors.items()}
         places = {key: place_of(records, tensor) for key, tensor in tensors.items()}
 
         def read(keys: Sequence[str]) -> tuple[Keyed, dict[str, str]]:
             return _read_values(file, records, leaves, keys)
 
         known: dict[tuple[object, ...], Arrangement] = {}
-        arrangements = {key: whole_tensor(tensor, name, known) for key, tensor in tensors.items()}
+        arrangements = {key: arrange(tensor, runs[key], name, known) for key, tensor in tensors.items()}
         storages = {key: (tensor.storage.key, tensor.offset, tensor.shape) for key, tensor in tensors.items()}
         others = [key for key in leaves if key not in tensors]
         made = assemble(StateDictionary(directory, path, arrangements, others, paths, read, storages), prefixes)
-    rows = [(number, 0, places[key], tensors[key].nbytes) for number, key in enumerate(made.keys)]
+    rows = [row for number, key in enumerate(made.keys) for row in item_rows(number, runs[key], places[key])]
     return Stored(made.catalog, is_weights=made.is_weights, files=made.files, items=ItemTable.of("raw", {name: rows}))
 
 
-def read_tensors(storage: Storage, path: str) -> tuple[dict[str, tuple[TensorRef, int]], list[str]]:
-    """The tensors of such a file by their keys, each with where its bytes begin, and the keys of what is no tensor.
+class StoredTensorRef(NamedTuple):
+    """A tensor in such a file.
+
+    Attributes:
+        tensor: as the file describes it.
+        runs: that it consists of.
+        begin: where its first byte is in the file.
+    """
+
+    tensor: TensorRef
+    runs: tuple[Run, ...]
+    begin: int
+
+
+def read_tensors(storage: Storage, path: str) -> tuple[dict[str, StoredTensorRef], list[str]]:
+    """The tensors of such a file by their keys, and the keys of what is no tensor.
 
     Args:
         storage: where it lies.
@@ -79,9 +91,8 @@ def read_tensors(storage: Storage, path: str) -> tuple[dict[str, tuple[TensorRef
         records, root = open_archive(file)
         leaves, _ = _flatten(root, path)
         tensors = {key: value for key, value in leaves.items() if type(value) is TensorRef}
-        for key, tensor in tensors.items():
-            check_order(tensor, key, path)
-        return {key: (tensor, place_of(records, tensor)) for key, tensor in tensors.items()}, [key for key in leaves if key not in tensors]
+        found = {key: StoredTensorRef(one, runs_of(one, key, path), place_of(records, one)) for key, one in tensors.items()}
+        return found, [key for key in leaves if key not in tensors]
 
 
 def is_saved_file(storage: Storage, path: str) -> bool:
@@ -145,13 +156,27 @@ def _leaves(value: Any, where: Path, path: str, left: list[int]) -> Iterator[tup
         yield where, value
 
 
-def whole_tensor(tensor: TensorRef, file: str, known: dict[tuple[object, ...], Arrangement]) -> Arrangement:
-    """How a tensor lies that a file has whole; `known` has those that lie alike, and gets this one."""
-    alike = (tensor.dtype.name, tensor.shape, file)
+def arrange(tensor: TensorRef, runs: tuple[Run, ...], file: str, known: dict[tuple[object, ...], Arrangement]) -> Arrangement:
+    """How a tensor of a file lies in it; `known` has those that lie alike, and gets this one."""
+    alike = (tensor.dtype.name, tensor.shape, len(runs), runs[0].region.shape, file)
     found = known.get(alike)
     if found is None:
-        found = known[alike] = Arrangement(tensor.dtype, tensor.shape, None, (Piece(Region.whole(tensor.shape), (Site(file, 0),), (0,)),))
+        # Several runs are as many tensors, with names of their own.
+        pieces = (Piece(run.region, (Site(file, 0, f" (run {number})" if number else ""),), (0,)) for number, run in enumerate(runs))
+        found = known[alike] = Arrangement(tensor.dtype, tensor.shape, None, tuple(pieces))
     return found
+
+
+def item_rows(number: int, runs: tuple[Run, ...], begin: int) -> Iterator[tuple[int, int, int, int]]:
+    """The rows of a table of items for a tensor.
+
+    Args:
+        number: of the tensor in the catalog's order.
+        runs: that it consists of.
+        begin: where its first byte is in the file.
+    """
+    for piece, run in enumerate(runs):
+        yield number, piece, begin + run.begin, run.nbytes
 
 
 def _read_values(file: ReadableFile, records: ZipRecords, leaves: Mapping[str, Any], keys: Sequence[str]) -> tuple[Keyed, dict[str, str]]:

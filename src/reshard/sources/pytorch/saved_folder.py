@@ -12,8 +12,7 @@ from reshard.errors import DataFileError
 from reshard.format.names import COMMON_FILE, METADATA_FILE
 from reshard.sources.huggingface import check_present, read_weight_map
 from reshard.sources.items import ItemTable
-from reshard.sources.pytorch.objects import TensorRef
-from reshard.sources.pytorch.saved_file import read_tensors, whole_tensor
+from reshard.sources.pytorch.saved_file import StoredTensorRef, arrange, item_rows, read_tensors
 from reshard.sources.stored import Stored
 from reshard.state import TensorKey, model_key
 from reshard.storage import Storage
@@ -60,18 +59,18 @@ def open_saved_folder(storage: Storage, directory: str) -> Stored:
         found, others = read_tensors(storage, join(directory, file))
         if others:
             notes.append(f"left out of {file}, since they are no tensors: {_some(others)}")
-        for name, (tensor, at) in _meant(directory, file, found, located).items():
+        for name, (tensor, runs, begin) in _meant(directory, file, found, located).items():
             if not name:
                 raise DataFileError("a name that no tensor has", file=join(directory, file), tensor=repr(name), fix=_FETCH)
             key = model_key(name)
-            rows.setdefault(file, []).append((len(tensors), 0, at, tensor.nbytes))
-            tensors[key] = StoredTensor(key, name, whole_tensor(tensor, file, known))
+            rows.setdefault(file, []).extend(item_rows(len(tensors), runs, begin))
+            tensors[key] = StoredTensor(key, name, arrange(tensor, runs, file, known))
     return Stored(Catalog(directory, tensors, tuple(notes)), is_weights=True, items=ItemTable.of("raw", rows))
 
 
 def _meant(
-    directory: str, file: str, found: Mapping[str, tuple[TensorRef, int]], located: Mapping[str, str] | None
-) -> Mapping[str, tuple[TensorRef, int]]:
+    directory: str, file: str, found: Mapping[str, StoredTensorRef], located: Mapping[str, str] | None
+) -> Mapping[str, StoredTensorRef]:
     """Of a file's tensors those that the index places in it."""
     if located is None:
         return found
