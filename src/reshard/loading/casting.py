@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from reshard.errors import UsageError
 from reshard.geometry import DType, Region
 from reshard.geometry.casts import cast_values
 from reshard.planning.block_scales import BlockScale
@@ -86,7 +87,7 @@ class ScaledMemory:
         return None
 
     def read(self) -> np.ndarray:
-        raise NotImplementedError("a dequantised tensor is not read as a quantised one")
+        raise UsageError("a dequantised tensor is not read as a quantised one")
 
     def write(self, region: Region, values: np.ndarray) -> None:
         for box, part in _in_blocks(region, values):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from reshard.errors import UsageError
 from reshard.format.safetensors import StreamedArray
 from reshard.geometry import DType, Region
 
@@ -39,7 +40,7 @@ class StreamedMemory:
         return self.source(Region.whole(self.shape))
 
     def write(self, region: Region, values: np.ndarray) -> None:
-        raise NotImplementedError("a stored tensor is not written to")
+        raise UsageError("a stored tensor is not written to")
 
     def hold(self) -> StreamedMemory:
         return self
