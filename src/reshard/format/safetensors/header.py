@@ -131,18 +131,26 @@ def plan_header(
         CaptureError: two tensors of one name, a name that can't be written, or more tensors than a header can hold.
     """
     ordered = sorted(tensors, key=lambda tensor: _RANK[tensor[1].safetensors])
-    relative: dict[str, TensorEntry] = {}
-    position = 0
+    # Many tensors are alike.
+    known: dict[tuple[str, tuple[int, ...]], _Kin] = {}
+    kin: list[_Kin] = []
+    items: list[str] = []
+    position = number = 0
     for name, dtype, shape in ordered:
-        end = position + dtype.itemsize * prod(shape)
-        relative[name] = TensorEntry(name, dtype, tuple(shape), position, end)
+        alike = known.get((dtype.name, shape))
+        if alike is None:
+            alike = known[dtype.name, shape] = _Kin.of(dtype, shape)
+        kin.append(alike)
+        number += alike.blocks
+        end = position + alike.nbytes
+        items.append(f"{encode_basestring(name)}{alike.text}{position},{end}]}}")
         position = end
-    if len(relative) != len(ordered) or _METADATA in relative:
+    names = {name for name, _, _ in ordered}
+    if len(names) != len(ordered) or _METADATA in names:
         raise CaptureError(
             "a file can't hold two tensors of one name, nor one named __metadata__", found=_repeated([t[0] for t in ordered]) or _METADATA
         )
-    number = sum(_digests_of(entry) for entry in relative.values()) if digests else 0
-    text = _text(relative, {**metadata, DIGEST_NAME: "0" * (DIGEST_DIGITS * number)} if digests else metadata)
+    text = _text(items, {**metadata, DIGEST_NAME: "0" * (DIGEST_DIGITS * number)} if digests else metadata)
     nbytes = 8 + len(text)
     if nbytes > MAX_TEXT_BYTES:
         raise CaptureError(
@@ -151,25 +159,38 @@ def plan_header(
             expected=f"at most {MAX_TEXT_BYTES} bytes",
             fix="save from more ranks, or stack small tensors",
         )
-    entries = {e.name: TensorEntry(e.name, e.dtype, e.shape, e.begin + nbytes, e.end + nbytes) for e in relative.values()}
+    entries: dict[str, TensorEntry] = {}
+    begin = nbytes
+    for (name, dtype, _), alike in zip(ordered, kin, strict=True):
+        end = begin + alike.nbytes
+        entries[name] = TensorEntry(name, dtype, alike.shape, begin, end)
+        begin = end
     blank = len(text).to_bytes(8, "little") + text
     # Found at the first place that can be the key's: the metadata comes first, and in text before it every quote is escaped.
     at = blank.index(f'"{DIGEST_NAME}":"'.encode()) + len(DIGEST_NAME) + 4 if digests else None
-    return PlannedHeader(entries, nbytes, nbytes + position, blank, at, number)
+    return PlannedHeader(entries, nbytes, nbytes + position, blank, at, number if digests else 0)
 
 
-def _digests_of(entry: TensorEntry) -> int:
-    return 1 if entry.end - entry.begin <= LEAST_BYTES else row_blocks_of(entry.shape, entry.dtype.itemsize).number
+class _Kin(NamedTuple):
+    """What tensors of one type and shape have in common: their bytes, how many row blocks, and the text between name and place."""
+
+    shape: tuple[int, ...]
+    nbytes: int
+    blocks: int
+    text: str
+
+    @classmethod
+    def of(cls, dtype: DType, shape: tuple[int, ...]) -> _Kin:
+        nbytes = dtype.itemsize * prod(shape)
+        blocks = 1 if nbytes <= LEAST_BYTES else row_blocks_of(shape, dtype.itemsize).number
+        extents = ",".join(map(str, shape))
+        return cls(tuple(shape), nbytes, blocks, f':{{"dtype":"{dtype.safetensors}","shape":[{extents}],"data_offsets":[')
 
 
-def _text(entries: Mapping[str, TensorEntry], metadata: Mapping[str, str]) -> bytes:
-    """The padded text; the entries' places are counted from the begin of the data."""
+def _text(items: Sequence[str], metadata: Mapping[str, str]) -> bytes:
+    """The padded text: of the tensors' entries, whose places are counted from the begin of the data."""
     parts = [f'"{_METADATA}":{json.dumps(dict(metadata), ensure_ascii=False, separators=(",", ":"))}'] if metadata else []
-    for e in entries.values():
-        shape = ",".join(map(str, e.shape))
-        parts.append(
-            f'{encode_basestring(e.name)}:{{"dtype":"{e.dtype.safetensors}","shape":[{shape}],"data_offsets":[{e.begin},{e.end}]}}'
-        )
+    parts += items
     try:
         text = ("{" + ",".join(parts) + "}").encode()
     except UnicodeEncodeError as cause:
