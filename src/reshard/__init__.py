@@ -12,6 +12,7 @@ from reshard.manager import CheckpointManager
 from reshard.saving.policies import Committed, KeepAny, KeepBest, KeepEvery, KeepFor, KeepNewest, KeepPolicy
 from reshard.saving.report import SaveReport
 from reshard.shortcuts import load, save
+from reshard.sources.legacy.saved_under import SavedUnder
 from reshard.sources.pytorch.naming import Prefixes
 from reshard.stopping.graceful import GracefulStop
 from reshard.verification import Fault, Verification, verify
@@ -36,6 +37,7 @@ __all__ = [
     "ReshardError",
     "RestoreReport",
     "SaveReport",
+    "SavedUnder",
     "Strictness",
     "Verification",
     "__version__",

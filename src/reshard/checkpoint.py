@@ -25,6 +25,7 @@ from reshard.planning.mapping.linking import link
 from reshard.planning.mapping.mappers import ATOMS, sizes_in
 from reshard.planning.mapping.wanted import Told, run_groups, tell
 from reshard.sources.huggingface import read_model_config
+from reshard.sources.legacy.saved_under import given_with
 from reshard.sources.native import check_promises, read_own_extra
 from reshard.sources.opening import headers_of, open_source
 from reshard.sources.pytorch.naming import Prefixes
@@ -45,7 +46,8 @@ class Checkpoint:
     """A stored checkpoint, as a collection of global tensors by their names in files.
 
     Args:
-        path: a checkpoint root (its tracker is obeyed), the directory of one checkpoint, or a folder of Hugging Face weights.
+        path: a checkpoint root (its tracker is obeyed), the directory of one checkpoint, a folder of Hugging Face weights, or a
+            `SavedUnder`.
         storage: where it lies; the file system by default.
         mapping: to see it under other names: a family of models (its name, or a `Family`), or a `RuleMapping`, whose run's names they are.
         naming: of a family, which of its namings; those of Hugging Face files by default.
@@ -83,7 +85,7 @@ class Checkpoint:
         found = resolve(self._storage, os.path.abspath(os.fspath(path)))
         self.directory: str = found.directory
         self.iteration: int | None = found.iteration
-        stored = open_source(self._storage, found.directory, prefixes)
+        stored = open_source(self._storage, found.directory, prefixes, given_with(path))
         self.catalog: Catalog = stored.catalog
         self.seal: Seal | None = stored.seal
         # A foreign checkpoint has no files of ours: what it says is made into them.

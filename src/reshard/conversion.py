@@ -80,7 +80,8 @@ def convert(
     The model's configuration comes along, as the value `config` of the extras.
 
     Args:
-        source: a checkpoint of torch.distributed.checkpoint, a file of torch.save, a folder of weights, or one of this project's.
+        source: a checkpoint of torch.distributed.checkpoint, a file of torch.save or mindspore.save_checkpoint, a `SavedUnder`, a folder of
+            weights, or one of this project's.
         target: a checkpoint root; made if needed. What it holds is never overwritten.
         iteration: the number of the iteration; by default the source's step count, else the number in its name, else 0.
         prefix: the first part of data files' names; None for none.
@@ -205,8 +206,10 @@ class _Reader:
 def _number_of(checkpoint: Checkpoint) -> int:
     if checkpoint.iteration is not None:
         return checkpoint.iteration
-    if checkpoint.common is not None and checkpoint.common.global_step is not None:
-        return checkpoint.common.global_step
+    common = checkpoint.common
+    counted = None if common is None else common.global_step if common.global_step is not None else common.step_num
+    if counted is not None:
+        return counted
     match = _NUMBERED.fullmatch(posixpath.basename(checkpoint.directory).partition(".")[0])
     return 0 if match is None else int(match[1])
 

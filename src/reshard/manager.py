@@ -35,6 +35,7 @@ from reshard.saving.progress import SaveStatus, read_status
 from reshard.saving.report import AsyncSave, SaveReport, WhenBusy
 from reshard.saving.root import is_same_directory
 from reshard.saving.saver import Saver
+from reshard.sources.legacy.saved_under import given_with
 from reshard.sources.pytorch.naming import Prefixes
 from reshard.state import State
 from reshard.stateful import values_of_parts
@@ -284,8 +285,8 @@ class CheckpointManager:
         """Load a checkpoint into the run, resharded to its strategy.
 
         Args:
-            path: a root (then the iteration in its tracker is loaded), one iteration, or a folder of Hugging Face weights, which has
-                nothing for an optimizer; this manager's root when it isn't given.
+            path: a root (then the iteration in its tracker is loaded), one iteration, a folder of Hugging Face weights, which has nothing
+                for an optimizer, or a `SavedUnder`; this manager's root when it isn't given.
             model: as in `save`; its parameters and buffers are filled in place.
             optimizer: as in `save`; a fresh one gets its slots. None loads weights only.
             scheduler: has `load_state_dict`, or None.
@@ -325,7 +326,8 @@ class CheckpointManager:
         how = How(strict, select(only, exclude), balanced, memory_budget, verify, select_mapper(mapping))
         root = self.directory if path is None else os.path.abspath(os.fspath(path))
         with collector_paused(), lost_ranks_named(self._comm):
-            loaded = load_run(self._storage, self._comm, root, run, Rules(missing_ok, on_corrupt, skip_unhealthy, prefixes), how)
+            rules = Rules(missing_ok, on_corrupt, skip_unhealthy, prefixes, given_with(path))
+            loaded = load_run(self._storage, self._comm, root, run, rules, how)
         if loaded is None:
             return None
         resolved, report = loaded

@@ -12,6 +12,7 @@ import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from reshard.cli.output import JsonOption, console, count_words, print_json, size_words
+from reshard.cli.strategy_option import StrategyOption, source_of
 from reshard.conversion import ConversionProgress
 from reshard.conversion import convert as convert_checkpoint
 
@@ -20,7 +21,8 @@ def convert(
     source: Annotated[
         str,
         typer.Argument(
-            help="A directory of torch.distributed.checkpoint, a file of torch.save, a folder of weights.",
+            help="A directory of torch.distributed.checkpoint, a file of torch.save or mindspore.save_checkpoint, a directory of "
+            "rank_0, rank_1, …, a folder of weights.",
             show_default=False,
         ),
     ],
@@ -37,6 +39,7 @@ def convert(
         str | None,
         typer.Option("--optimizer-prefix", help="What stands before the optimizer's `state.` and `param_groups.`.", show_default=False),
     ] = None,
+    strategy: StrategyOption = None,
     json: JsonOption = False,
 ) -> None:
     """Write a checkpoint of another kind as an iteration of a checkpoint root. Nothing there is overwritten.
@@ -45,7 +48,7 @@ def convert(
     """
     with _progress() as progress:
         done = convert_checkpoint(
-            source,
+            source_of(source, strategy),
             os.path.abspath(target),
             iteration=iteration,
             model_prefix=model_prefix,

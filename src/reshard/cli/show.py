@@ -29,6 +29,7 @@ from reshard.cli.output import (
     size_words,
     table,
 )
+from reshard.cli.strategy_option import StrategyOption, source_of
 from reshard.errors import UsageError
 from reshard.format.names import tensor_name
 from reshard.state import Kind
@@ -49,13 +50,14 @@ def show(
         typer.Argument(help="Only these tensors: a name, a part of names, or a glob such as 'adam_m.*layers.0.*'.", show_default=False),
     ] = None,
     regex: Annotated[bool, typer.Option("--regex", "-E", help="Take PATTERN as a regular expression, found anywhere in a name.")] = False,
+    strategy: StrategyOption = None,
     json: JsonOption = False,
 ) -> None:
     """Show a checkpoint's tensors and how they lie on ranks.
 
     If PATTERN means a single tensor, a drawing shows which ranks hold which part of it.
     """
-    opened = Checkpoint(checkpoint)
+    opened = Checkpoint(source_of(checkpoint, strategy))
     names = {tensor_name(key): tensor for key, tensor in opened.catalog.tensors.items()}
     chosen = names if pattern is None else {name: names[name] for name in matching(names, pattern, regex=regex)}
     # What is shown can be loaded, as far as headers and sizes tell.

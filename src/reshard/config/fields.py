@@ -267,7 +267,11 @@ class RunConfig(Section):
         "what is saved is 2.0 all the same",
     )
     auto_trans_ckpt: bool | None = Field(default=None, description="not needed: every load reshards")
-    src_strategy_path_or_dir: str | None = Field(default=None, description="not needed: checkpoints know their strategy")
+    src_strategy_path_or_dir: str | None = Field(
+        default=None,
+        description="with use_legacy_format: True and a checkpoint of several ranks: the strategy files of the run that saved it, or a "
+        "table of layouts in JSON; else not needed: checkpoints know their strategy",
+    )
     load_ckpt_format: str = Field(default="safetensors", description="the only format of Checkpoint 2.0; others are converted to it")
     max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
         default=1.0, description="largest global norm of the gradient, larger ones are scaled down; null: no clipping"

@@ -34,7 +34,8 @@ def unified(run: RunConfig) -> tuple[RunConfig, list[str]]:
 
     The rule: what the `checkpoint:` section gives counts; what it leaves out is as the older fields say, or their defaults.
     """
-    notes = [f"{name} is not needed: {why}" for name, why in _NOT_NEEDED.items() if _given(run, name) is not None]
+    given = [name for name in _NOT_NEEDED if _given(run, name) is not None and not _is_read(run, name)]
+    notes = [f"{name} is not needed: {_NOT_NEEDED[name]}" for name in given]
     section = run.checkpoint
     if section is None:
         return run, notes
@@ -58,6 +59,11 @@ def unified(run: RunConfig) -> tuple[RunConfig, list[str]]:
     elif run.use_legacy_format is None:
         changed["use_legacy_format"] = False
     return run.model_copy(update=changed), notes
+
+
+def _is_read(run: RunConfig, name: str) -> bool:
+    """Whether a field is needed all the same: Checkpoint 1.0 doesn't say how its ranks shared the work."""
+    return name == "src_strategy_path_or_dir" and bool(run.use_legacy_format) and run.checkpoint is None and bool(run.load_checkpoint)
 
 
 def _taken_over(section: CheckpointSection, older: Any, names: dict[str, str], where: str) -> tuple[dict[str, Any], list[str]]:

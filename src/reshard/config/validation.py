@@ -217,7 +217,8 @@ def _check_versions(run: RunConfig, document: Document, notes: list[str]) -> Non
         notes.append("use_legacy_format is not given: checkpoints are Checkpoint 2.0")
     elif run.use_legacy_format:
         notes.append("use_legacy_format: True: load_checkpoint may name files of Checkpoint 1.0; what is saved is Checkpoint 2.0")
-    given = [("load_ckpt_format", run.load_ckpt_format)]
+    # Files of Checkpoint 1.0 say themselves of which kind they are.
+    given = [] if run.use_legacy_format else [("load_ckpt_format", run.load_ckpt_format)]
     for index, callback in enumerate(run.callbacks):
         if isinstance(callback, CheckpointMonitor):
             given.append((f"callbacks[{index}].checkpoint_format", callback.checkpoint_format))

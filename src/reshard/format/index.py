@@ -105,15 +105,17 @@ def decode_index(data: bytes, directory: str, metadata: bytes | None = None) -> 
         index = msgspec.msgpack.decode(body, type=_Index)
         if index.version != INDEX_VERSION or (metadata is not None and index.metadata != metadata):
             return None
-        return Catalog(directory, _tensors(index), tuple(index.notes), index.format_version)
+        return Catalog(directory, _tensors(index, is_own=metadata is not None), tuple(index.notes), index.format_version)
     except (msgspec.MsgspecError, ReshardError, IndexError, ValueError):
         return None
 
 
-def _tensors(index: _Index) -> Mapping[TensorKey, StoredTensor]:
+def _tensors(index: _Index, *, is_own: bool) -> Mapping[TensorKey, StoredTensor]:
     meshes = [Mesh(*mesh) for mesh in index.meshes]
     layouts = [Layout(meshes[mesh], split) for mesh, split in index.layouts]
-    if not all(is_plain_file_name(file) for file in index.pieces.file_names):
+    # Files of our own lie in the checkpoint's directory; those of other programs perhaps in one for each rank.
+    parts = [[file] if is_own else file.split("/") for file in index.pieces.file_names]
+    if not all(is_plain_file_name(part) for file in parts for part in file):
         raise ValueError("a file name that leads out of the checkpoint's directory")
     pieces = decode_pieces(index.pieces, [shape for _, shape, _ in index.arrangements])
     arrangements = [

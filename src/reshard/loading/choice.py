@@ -21,6 +21,7 @@ from reshard.errors import (
 from reshard.format.common import is_unhealthy, read_common
 from reshard.format.names import COMMON_FILE, TRACKER_FILE
 from reshard.format.tracker import read_tracker
+from reshard.sources.legacy.saved_under import GivenStrategy
 from reshard.sources.pytorch.naming import Prefixes
 from reshard.sources.relay import Relayed, read_for_all
 from reshard.sources.resolve import Resolved, latest, list_iterations, resolve
@@ -61,12 +62,14 @@ class Rules:
         on_corrupt: what is done about a damaged one: `error`, or `fallback` to the newest older one that is intact.
         skip_unhealthy: whether an unhealthy one gives way to the newest older one that isn't.
         prefixes: where model and optimizer begin in the keys of a checkpoint of PyTorch.
+        strategy: under which it was saved, where it doesn't say so itself; rank 0's counts.
     """
 
     missing_ok: bool = False
     on_corrupt: OnCorrupt = "error"
     skip_unhealthy: bool = False
     prefixes: Prefixes = Prefixes()  # noqa: RUF009 - frozen
+    strategy: GivenStrategy | None = None
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,7 @@ def choose(storage: Storage, path: str, rules: Rules, *, balanced: bool, passed_
             candidates = _from(storage, first)
     for candidate in candidates if candidates is not None else _below(storage, passed[-1]):
         try:
-            relayed = read_for_all(storage, candidate.directory, balanced=balanced, prefixes=rules.prefixes)
+            relayed = read_for_all(storage, candidate.directory, balanced=balanced, prefixes=rules.prefixes, strategy=rules.strategy)
             common = read_common(storage, join(candidate.directory, COMMON_FILE)) if rules.skip_unhealthy else None
         except CheckpointNotFoundError:
             # A run that saves may just have removed an old one.

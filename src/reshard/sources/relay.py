@@ -12,6 +12,7 @@ from reshard.format.names import COMMON_FILE, EXTRA_DIRECTORY, GLOBAL_EXTRA_FILE
 from reshard.format.seal import Seal
 from reshard.sources.huggingface import read_config_bytes
 from reshard.sources.items import ItemTable
+from reshard.sources.legacy.saved_under import GivenStrategy
 from reshard.sources.opening import headers_of, open_source
 from reshard.sources.pytorch.naming import Prefixes
 from reshard.sources.stored import Headers
@@ -61,7 +62,14 @@ def held_in_memory(files: Mapping[str, bytes]) -> Storage:
     return held
 
 
-def read_for_all(storage: Storage, directory: str, *, balanced: bool, prefixes: Prefixes = Prefixes()) -> Relayed:  # noqa: B008 - frozen
+def read_for_all(
+    storage: Storage,
+    directory: str,
+    *,
+    balanced: bool,
+    prefixes: Prefixes = Prefixes(),  # noqa: B008 - frozen
+    strategy: GivenStrategy | None = None,
+) -> Relayed:
     """Read what all ranks need: on one of them.
 
     Args:
@@ -69,11 +77,12 @@ def read_for_all(storage: Storage, directory: str, *, balanced: bool, prefixes: 
         directory: its directory, or the file that is all of it.
         balanced: whether the training information and the extras are read for the others, too.
         prefixes: as in `open_source`.
+        strategy: likewise.
 
     Raises:
         ReshardError: as `open_source` and `read_common`.
     """
-    stored = open_source(storage, directory, prefixes)
+    stored = open_source(storage, directory, prefixes, strategy)
     index = stored.encode_index()
     # Beside a file that is all of a checkpoint there may be another model's.
     config = read_config_bytes(storage, directory) if stored.catalog.directory == directory else None

@@ -21,6 +21,7 @@ from reshard.format.names import (
 )
 from reshard.format.tracker import read_tracker
 from reshard.sources.huggingface import holds_weights
+from reshard.sources.legacy.ranks import CKPT_SUFFIX, is_legacy_directory
 from reshard.sources.pytorch.dcp import is_dcp
 from reshard.sources.pytorch.dcp_metadata import DCP_METADATA_FILE
 from reshard.sources.pytorch.saved_folder import is_saved_folder
@@ -71,7 +72,7 @@ def resolve(storage: Storage, path: str) -> Resolved:
             "there is no such checkpoint", file=path, found="nothing", fix="give a checkpoint root or an iteration"
         )
     if not there.is_directory:
-        if path.endswith((DATA_SUFFIX, *_TEXT_SUFFIXES)):
+        if path.endswith(_TEXT_SUFFIXES) or kind_of_file(posixpath.basename(path)) is not None:
             raise CheckpointNotFoundError(
                 "a checkpoint is a directory, and this is a file", file=path, fix="give the directory that it lies in"
             )
@@ -88,6 +89,8 @@ def resolve(storage: Storage, path: str) -> Resolved:
         step, directory = committed[-1]
         note = f"{path} has no tracker ({TRACKER_FILE}); took the newest of {len(committed)} iterations, {step}"
         return Resolved(directory, step, path, (note, *_replaced_note(directory), *_refused_note(refused)))
+    if is_legacy_directory(storage, path, entries):
+        return Resolved(path, None, None)
     raise CheckpointNotFoundError(
         "there is no checkpoint in this directory", file=path, found=_listing(entries), fix=_nearby(storage, path, entries)
     )
@@ -109,7 +112,7 @@ def latest(storage: Storage, root: str) -> Resolved | None:
         if not any(e.name == TRACKER_FILE for e in entries) and not _has_checkpoint_files(entries):
             committed, refused = _look(storage, root, entries)
             _check_newest(committed, refused)
-            if not committed:
+            if not committed and not is_legacy_directory(storage, posixpath.normpath(root), entries):
                 return None
     return resolve(storage, root)
 
@@ -257,4 +260,7 @@ def _nearby(storage: Storage, path: str, entries: Sequence[Entry]) -> str:
         with suppress(StorageError):
             if entry.is_directory and storage.stat(join(path, entry.name, TRACKER_FILE)) is not None:
                 return f"did you mean {join(path, entry.name)}?"
+    for entry in entries:
+        if entry.name.endswith(CKPT_SUFFIX) and not entry.is_directory:
+            return f"give the path of a file, such as {join(path, entry.name)}"
     return "give a checkpoint root (with a tracker or iteration_ directories) or an iteration"

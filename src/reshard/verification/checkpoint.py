@@ -65,14 +65,14 @@ def verify(
     Raises:
         CheckpointNotFoundError: there is no checkpoint.
         TrackerError: the root's tracker is damaged.
-        UsageError: it is a checkpoint of PyTorch, which has no digests.
+        UsageError: it is a checkpoint of PyTorch or of MindSpore's Checkpoint 1.0, which have no digests.
         StorageError: the directory can't be listed.
     """
     storage = PosixStorage() if storage is None else storage
     found = resolve(storage, os.path.abspath(os.fspath(path)))
     if is_foreign(storage, found.directory):
         raise UsageError(
-            "a checkpoint of PyTorch can't be verified: nothing in it says which bytes it must have",
+            "a checkpoint of PyTorch or of MindSpore's Checkpoint 1.0 can't be verified: nothing in it says which bytes it must have",
             file=found.directory,
             fix="`reshard show` looks whether its files hold what its metadata promises; `reshard convert` adds digests",
         )

@@ -8,15 +8,14 @@ from typing import Any
 
 from reshard.catalog import Arrangement, Catalog, StoredTensor
 from reshard.errors import CaptureError, MetadataError
-from reshard.format.common import CommonInfo, encode_common
-from reshard.format.extra import encode_tree, global_tree, write_extra
-from reshard.format.names import COMMON_FILE, EXTRA_DIRECTORY, GLOBAL_EXTRA_FILE, tensor_name
+from reshard.format.common import CommonInfo
+from reshard.format.extra import encode_tree
+from reshard.format.names import tensor_name
+from reshard.sources.made import made_files
 from reshard.sources.pytorch.naming import Keys, Path, Prefixes, Understood, understand
 from reshard.sources.pytorch.optimizer import STEP, ModelTensor, OptimizerState, read_optimizer
 from reshard.sources.pytorch.values import MOST_TENSOR_BYTES
 from reshard.state import TensorKey, model_key, slot_key
-from reshard.storage.memory import MemoryStorage
-from reshard.storage.storage import join
 
 # Under these names runs keep what a load gives back to a scheduler or to a data loader.
 _PARTS = {"scheduler": "scheduler", "lr_scheduler": "scheduler", "dataloader": "dataloader"}
@@ -162,12 +161,8 @@ def _files(optimizer: OptimizerState, tree: Mapping[Any, Any]) -> dict[str, byte
     for name, part in _PARTS.items():
         if name in tree:
             values.setdefault(part, tree[name])
-    name = join(EXTRA_DIRECTORY, GLOBAL_EXTRA_FILE)
-    held = MemoryStorage()
-    held.make_directory(f"/{EXTRA_DIRECTORY}")
-    write_extra(held, f"/{name}", global_tree(values, optimizer.groups))
     step = optimizer.global_step
-    return {COMMON_FILE: encode_common(CommonInfo(step_num=step, global_step=step)), name: held.read_bytes(f"/{name}")}
+    return made_files(CommonInfo(step_num=step, global_step=step), values, optimizer.groups)
 
 
 def _some(keys: Sequence[str]) -> str:
