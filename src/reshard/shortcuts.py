@@ -191,6 +191,7 @@ def load(
     """
     with CheckpointManager(path, communicator=communicator, storage=storage, read_only=True) as manager:
         return manager.load(
+            path,
             model=model,
             optimizer=optimizer,
             scheduler=scheduler,
