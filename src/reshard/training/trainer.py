@@ -26,6 +26,7 @@ from reshard.training.corpus import open_corpus
 from reshard.training.mesh import Place
 from reshard.training.metrics import METRICS_FILE, MetricsFile, StepMetrics
 from reshard.training.model import saved_config
+from reshard.training.named import named_checkpoint
 from reshard.training.optimization import build_optimizer, build_scheduler, go_to_step
 from reshard.training.outcome import STOPPED_FILE, Outcome, read_outcome, write_outcome
 from reshard.training.parallelize import build_model
@@ -181,10 +182,10 @@ class Trainer:
         reader = manager if manager is not None else CheckpointManager(run.load_checkpoint, read_only=True)
         try:
             if run.resume_training:
-                report = reader.load(run.load_checkpoint, **self._how(), **self._loaded_parts())
+                report = reader.load(named_checkpoint(run), **self._how(), **self._loaded_parts())
                 assert report is not None
                 return self._continue(report, "resume_training: continuing from", progress)
-            report = reader.load(run.load_checkpoint, model=self.model, restore_random=False, **self._how())
+            report = reader.load(named_checkpoint(run), model=self.model, restore_random=False, **self._how())
             progress.note(f"load_checkpoint: weights of {report}; optimizer, schedule and data begin anew")
             return None
         finally:

@@ -13,7 +13,7 @@ from reshard.geometry import Region
 from reshard.sources.legacy.assembly import assemble
 from reshard.sources.legacy.ckpt import FIRST_BYTE, cipher_of, read_ckpt
 from reshard.sources.legacy.naming import some
-from reshard.sources.legacy.ranks import Save, choose_files, rank_of, save_of
+from reshard.sources.legacy.ranks import Save, choose_files, list_ranks, rank_of, save_of
 from reshard.sources.legacy.saved_file import FileTensor, Part, SavedFile
 from reshard.sources.legacy.strategy import Strategy
 from reshard.sources.stored import Stored
@@ -60,6 +60,19 @@ def open_legacy(storage: Storage, path: str, strategy: Strategy | None) -> Store
         raise _no_strategy(storage, directory, sorted(files))
     read = [_read_file(storage, directory, file, rank) for rank, file in files.items()]
     return assemble(storage, directory, read, strategy, None if save is None or save.name else save.step, notes)
+
+
+def path_of_legacy(storage: Storage, path: str) -> str:
+    """What to open where Checkpoint 1.0 is meant: the path itself, or the newest save of the ranks' directories in it, whatever else there
+    is.
+
+    Raises:
+        ReshardError: as `choose_files`.
+    """
+    there = storage.stat(path)
+    if there is None or not there.is_directory or not list_ranks(storage, path):
+        return path
+    return join(path, next(iter(choose_files(storage, path).files.values())))
 
 
 def _files_of(storage: Storage, path: str) -> tuple[str, Mapping[int, str], Save | None, tuple[str, ...]]:

@@ -101,8 +101,9 @@ def _entry(value: Any, pattern: str, origin: str) -> Entry:
         value = value[0]
         if isinstance(value, Layout):
             return value
-    if hasattr(value, "to_dict"):
-        value = value.to_dict()
+    as_mapping: Any = getattr(value, "to_dict", None)
+    if callable(as_mapping):
+        value = as_mapping()
     if not isinstance(value, Mapping) or not {"device_matrix", "tensor_map"} <= value.keys() or not value.keys() <= set(_FIELDS):
         raise UsageError(
             "not a layout",
