@@ -39,8 +39,7 @@ from reshard.sources.legacy.saved_under import given_with
 from reshard.sources.pytorch.naming import Prefixes
 from reshard.state import State
 from reshard.stateful import values_of_parts
-from reshard.storage import Storage
-from reshard.storage.posix import PosixStorage
+from reshard.storage import PosixStorage, Storage
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # in typing from Python 3.11 on
@@ -299,8 +298,7 @@ class CheckpointManager:
                 out is neither missing nor unexpected, is not read, and keeps the run's values. The same on every rank.
             exclude: patterns, likewise: what matches one is left out.
             missing_ok: no checkpoint at all is not an error but gives None (a fresh start).
-            on_corrupt: what is done about a damaged checkpoint. `error`: an error that names the newest intact one. `fallback`: the newest
-                intact one of its root that is older is loaded; a warning and the report say so. The same on every rank.
+            on_corrupt: about a damaged one: `error` names the newest intact one, `fallback` loads it and warns. The same on every rank.
             skip_unhealthy: whether an unhealthy one (`ckpt_status`) gives way, with a warning, to the newest older one that isn't.
             restore_random: give the random generators their states, where this rank has the same place in the same strategy.
             reseed: the seed of this rank's generators where it hasn't: one for all that must draw alike. None leaves them alone.
