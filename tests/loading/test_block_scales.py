@@ -146,6 +146,18 @@ def test_a_selection_takes_the_scale_along() -> None:
     assert report.cast == ("w: float8_e4m3fn -> float32",)
 
 
+def test_numbers_that_are_scaled_in_another_way_are_not_loaded_as_they_are() -> None:
+    storage = MemoryStorage()
+    values, _ = quantised((6, 8), 1)
+    folder_in(storage, {"w": values, "w_scale": np.full((6, 1), 0.5, np.float32)}, block=None)
+    model = {"w": np.zeros((6, 8), np.float32)}
+    with pytest.raises(UsageError, match=r"can't be dequantised here(.|\n)*w_scale of shape \[6, 1\]"):
+        reshard.load("/hf", model=model, storage=storage)
+    assert not model["w"].any()
+    with pytest.raises(UsageError, match="can't be dequantised here"):
+        reshard.Checkpoint("/hf", storage=storage, dequantise="float32")
+
+
 @pytest.mark.parametrize(("block", "error", "words"), [(None, UsageError, "weight_block_size"), ((2, 4), MismatchError, r"\[4, 3\]")])
 def test_blocks_that_nobody_knows_or_that_make_another_scale_are_errors(block: Any, error: type[Exception], words: str) -> None:
     values, scale = quantised((7, 9), 1)

@@ -20,6 +20,8 @@ from reshard.planning.mapping.lattice import Face
 from reshard.state import Kind, TensorKey
 
 _SUFFIX = "_scale_inv"
+# Other programs call so what a whole tensor, or each row of it, is multiplied by. To load such numbers without it would be to load others.
+_OTHER_SUFFIX = "_scale"
 
 _QUANTISED = frozenset({"float8_e4m3fn", "float8_e5m2"})
 _SCALES = frozenset({"float32", "bfloat16", "float16"})
@@ -120,7 +122,7 @@ def block_in(config: Mapping[str, Any] | None) -> tuple[int, ...] | None:
 
 
 def quantised_in(catalog: Catalog, keys: Iterable[TensorKey]) -> dict[TensorKey, TensorKey]:
-    """Those of some tensors that are quantised by block, each with its scale.
+    """Those of some tensors that are quantised, each with its scale: by block, or in a way that `scale_of` refuses.
 
     Args:
         catalog: what the checkpoint holds.
@@ -129,9 +131,11 @@ def quantised_in(catalog: Catalog, keys: Iterable[TensorKey]) -> dict[TensorKey,
     found: dict[TensorKey, TensorKey] = {}
     for key in keys:
         if key.kind is Kind.MODEL and catalog.tensors[key].dtype.name in _QUANTISED:
-            scale = key._replace(parameter=key.parameter + _SUFFIX)
-            if scale in catalog.tensors and catalog.tensors[scale].dtype.name in _SCALES:
-                found[key] = scale
+            for suffix in (_SUFFIX, _OTHER_SUFFIX):
+                scale = key._replace(parameter=key.parameter + suffix)
+                if scale in catalog.tensors and catalog.tensors[scale].dtype.name in _SCALES:
+                    found[key] = scale
+                    break
     return found
 
 
@@ -145,10 +149,19 @@ def scale_of(catalog: Catalog, key: TensorKey, scale: TensorKey, block: tuple[in
         block: as `block_in` gave it.
 
     Raises:
-        UsageError: nobody knows the blocks.
+        UsageError: nobody knows the blocks, or the tensor isn't quantised by block.
         MismatchError: the scale has another shape than they make.
     """
     tensor, numbers = catalog.tensors[key], catalog.tensors[scale]
+    if not scale.parameter.endswith(_SUFFIX):
+        raise UsageError(
+            "a tensor is quantised in a way that can't be dequantised here",
+            file=catalog.directory,
+            tensor=tensor.name,
+            found=f"{tensor.dtype} with {numbers.name} of shape {list(numbers.global_shape)}",
+            expected=f"blocks, with {tensor.name}{_SUFFIX}; or tensors that aren't quantised",
+            fix="take the folder of the model that isn't quantised, or dequantise it with the program that made it",
+        )
     if block is None:
         raise UsageError(
             "a tensor is quantised by block, and nothing says by which",
