@@ -33,6 +33,7 @@ from reshard.training.model import _Elsewhere
 from reshard.training.parallelize import _lay_out, layer_plan, outer_plan
 from reshard.training.progress import Progress
 from reshard.training.step import TrainStep
+from reshard.training.torch_learner import TorchLearner
 from reshard.training.trainer import Trainer
 from tests.training import ranks
 
@@ -71,7 +72,7 @@ def begin_and_train(configuration: Configuration, exported: Path, steps: int) ->
     place, _ = ranks.rank_place(configuration)
     shown = io.StringIO()
     with contextlib.redirect_stdout(shown):
-        trainer = Trainer(configuration, place)
+        trainer = Trainer(configuration, TorchLearner(configuration.run, place))
         assert trainer._resume(None, Progress(steps)) is None
         before = logits(trainer.model, place)
         for _ in range(steps):

@@ -21,6 +21,7 @@ from reshard.state import model_key
 from reshard.training.mesh import Place, make_place
 from reshard.training.parallelize import build_model
 from reshard.training.step import TrainStep, clip_gradients
+from reshard.training.torch_learner import TorchLearner
 from reshard.training.trainer import Trainer
 
 MODEL = {
@@ -61,6 +62,11 @@ def settings(data: int = 1, tensor: int = 1, pipeline: int = 1, shard: int | Non
     for name, value in more.items():
         fields[name] = {**fields[name], **value} if isinstance(value, dict) else value
     return validate(Document("test", fields))
+
+
+def trainer_of(configuration: Configuration) -> Trainer:
+    """This rank's trainer."""
+    return Trainer(configuration, TorchLearner(configuration.run, rank_place(configuration)[0]))
 
 
 def rank_place(configuration: Configuration) -> tuple[Place, BatchSizes]:
@@ -123,7 +129,7 @@ def train(configuration: Configuration, output: Path, steps: int) -> tuple[list[
     }
     fields = {**configuration.run.model_dump(), **more}
     configuration = validate(Document("test", fields))
-    trainer = Trainer(configuration, rank_place(configuration)[0])
+    trainer = trainer_of(configuration)
     losses: list[float] = []
     one_step = trainer.step
 

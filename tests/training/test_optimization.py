@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from reshard.config.fields import OptimizerSettings, RunConfig
-from reshard.training.optimization import build_optimizer, build_scheduler, go_to_step, learning_rate_factor
+from reshard.training.optimization import build_optimizer, build_scheduler, go_to_step
+from reshard.training.schedule import learning_rate_factor
 
 
 def config(**schedule: Any) -> RunConfig:

@@ -38,7 +38,7 @@ def trainer(output: Path, *, steps: int = STEPS, monitor: dict[str, Any] | None 
         **fields,
     }
     configuration = ranks.settings(**given)
-    return Trainer(configuration, ranks.rank_place(configuration)[0])
+    return ranks.trainer_of(configuration)
 
 
 def run(output: Path, **fields: Any) -> str:
@@ -100,7 +100,7 @@ def _without_schedule(resumed: Trainer) -> None:
 
 
 def _without_random_states(resumed: Trainer) -> None:
-    resumed._seed_from(0)
+    resumed._learner.seed(0)
 
 
 @pytest.mark.parametrize(
@@ -324,5 +324,5 @@ def test_notes_of_the_configuration_are_shown(tmp_path: Path) -> None:
     configuration = validate(Document("test", fields))
     shown = io.StringIO()
     with redirect_stdout(shown):
-        Trainer(configuration, ranks.rank_place(configuration)[0]).train()
+        ranks.trainer_of(configuration).train()
     assert shown.getvalue().startswith("use_legacy_format is not given: checkpoints are Checkpoint 2.0\n")

@@ -31,7 +31,7 @@ def trainer(output: Path, *, monitor: dict[str, Any] | None = None, **fields: An
         **fields,
     }
     configuration = ranks.settings(**given)
-    return Trainer(configuration, ranks.rank_place(configuration)[0])
+    return ranks.trainer_of(configuration)
 
 
 def run(one: Trainer, *, signal_in: int | None = None) -> tuple[Outcome, str]:

@@ -36,7 +36,7 @@ def train_to(output: Path, steps: int, callbacks: list[dict[str, Any]], kill_at:
     """On a rank of a pool: train on from the newest checkpoint; or die in the middle of a step."""
     fields = {"output_dir": str(output), "resume": "auto", "callbacks": callbacks}
     configuration = ranks.settings(**RUN, **fields, runner_config={"max_steps": steps})
-    trainer = ranks.Trainer(configuration, ranks.rank_place(configuration)[0])
+    trainer = ranks.trainer_of(configuration)
     whole_step = trainer.step
 
     def step() -> Any:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+Framework = Literal["torch", "mindspore"]
 ResumeMode = Literal["never", "auto"]
 ScheduleType = Literal["ConstantWarmUpLR", "LinearWithWarmUpLR", "CosineWithWarmUpLR"]
 
@@ -220,6 +221,11 @@ Callback = Annotated[CheckpointMonitor | LossMonitor, Field(discriminator="type"
 class RunConfig(Section):
     """The whole configuration."""
 
+    framework: Framework = Field(
+        default="torch",
+        description="what trains: torch, or mindspore, under msrun and by data parallelism; a run goes on under either from the other's "
+        "checkpoints",
+    )
     seed: NotNegative = Field(default=42, description="of initial weights, order of samples and random numbers")
     output_dir: str = Field(default="./output", description="where metrics.jsonl and, by default, the checkpoints go")
     load_checkpoint: str = Field(

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from reshard.config.document import Document, FieldPath, apply_overrides, dotted, read_document
 from reshard.config.fields import CheckpointMonitor, LossMonitor, RunConfig, sections_in
+from reshard.config.framework_check import check_framework
 from reshard.config.model_check import check_model
 from reshard.config.spellings import unified
 from reshard.errors import ConfigError
@@ -96,6 +97,7 @@ def validate(document: Document) -> Configuration:
     _check_versions(run, document, notes)
     _check_sources(run, document, notes)
     check_model(run, document)
+    check_framework(run, document)
     _check_schedule(run, document)
     _check_callbacks(run, document)
     return Configuration(run, tuple(notes), document.file)

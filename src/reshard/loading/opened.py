@@ -119,6 +119,7 @@ def open_checkpoint(
             for same in (True, False):
                 place = place_of(through.describe(destination.state, catalog, comm.rank, is_same_everywhere=same))
                 mine = mine or rank_values_in(saved, comm.world_size, place, file)
+        mine = None if mine is None else _without_foreign_generators(mine, adapter.framework)
     return Opened(adapter, catalog, common, values, groups, destination, description, mine, selection, told, config)
 
 
@@ -128,6 +129,15 @@ def _config_of(relayed: Relayed, directory: str, values: Mapping[str, Any]) -> M
     extra = values.get("extra")
     config = extra.get("config") if isinstance(extra, Mapping) else None
     return config if isinstance(config, Mapping) else None
+
+
+def _without_foreign_generators(values: Mapping[str, Any], framework: str) -> Mapping[str, Any]:
+    """A rank's values without the random states of a run in another framework, which has other generators."""
+    states = values.get("random")
+    # Without a framework the host's generators are all that there are, and every run has those.
+    if framework == "numpy" or not isinstance(states, Mapping) or framework in states:
+        return values
+    return {name: value for name, value in values.items() if name != "random"}
 
 
 def restore_parts(values: Mapping[str, Any], parts: Mapping[str, Any]) -> tuple[str, ...]:

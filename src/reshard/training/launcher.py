@@ -1,4 +1,4 @@
-"""Starts the ranks of a run on this machine, through torch's own elastic launcher."""
+"""Starts the ranks of a run on this machine, through the launcher of its framework."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ import time
 from multiprocessing import forkserver
 from typing import Any
 
-import reshard.errors
-from reshard.config.fields import RunConfig
+from reshard.config.fields import Framework, RunConfig
 from reshard.config.sizes import batch_sizes, expected_ranks, parallel_sizes
 from reshard.config.validation import Configuration
-from reshard.errors import ConfigError, ReshardError
+from reshard.errors import ConfigError
+from reshard.training.failures import RankFailedError, error_of_rank
+from reshard.training.mindspore.launcher import launch_under_msrun
 
 # Imported once by the process that all ranks are forked from: torch and transformers cost seconds, and ranks share few processors.
 _PRELOADED = ("reshard.training.preload",)
@@ -25,12 +26,9 @@ _PRELOADED = ("reshard.training.preload",)
 _GRACE = 30.0
 
 
-class RankFailedError(RuntimeError):
-    """A rank ended by something that no error of this package explains; the message has its traceback, or the signal that killed it."""
-
-
 def launch(configuration: Configuration, nproc: int | None = None) -> None:
-    """Train as the environment says: as a plain worker where torchrun or a scheduler has started this process, else with ranks of our own.
+    """Train as the environment says: as a plain worker where torchrun, msrun or a scheduler has started this process, else with ranks of
+    our own.
 
     Args:
         configuration: what to do.
@@ -43,8 +41,9 @@ def launch(configuration: Configuration, nproc: int | None = None) -> None:
             started ends with 0 when its last step is saved: they would take anything else for a failure.
     """
     run = configuration.run
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        _check_sizes(run, int(os.environ["WORLD_SIZE"]), nproc)
+    started = _ranks_started(run.framework)
+    if started is not None:
+        _check_sizes(run, started, nproc)
         _run_here(configuration, is_worker=True)
         return
     ranks = nproc if nproc is not None else expected_ranks(run)
@@ -52,9 +51,33 @@ def launch(configuration: Configuration, nproc: int | None = None) -> None:
     # Before torch is imported: one thread a rank, unless the user knows better.
     if ranks > 1:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-        _launch_elastic(configuration, ranks)
+        if run.framework == "mindspore":
+            launch_under_msrun(configuration, ranks)
+        else:
+            _launch_elastic(configuration, ranks)
     else:
         _run_here(configuration, is_worker=False)
+
+
+def _ranks_started(framework: Framework) -> int | None:
+    """How many ranks there are, where this process was started as one of them; None where it wasn't.
+
+    Raises:
+        ConfigError: it was, by the launcher of another framework.
+    """
+    by_torchrun, by_msrun = "RANK" in os.environ and "WORLD_SIZE" in os.environ, "MS_ROLE" in os.environ
+    mine, other = (by_msrun, by_torchrun) if framework == "mindspore" else (by_torchrun, by_msrun)
+    if other and not mine:
+        launchers = {"mindspore": "msrun", "torch": "torchrun"}
+        raise ConfigError(
+            "this process was started by the launcher of another framework",
+            field="framework",
+            found=f"{framework}, and the environment of {launchers['torch' if framework == 'mindspore' else 'mindspore']}",
+            expected=f"{launchers[framework]}, or no launcher: reshard starts ranks by itself",
+        )
+    if not mine:
+        return None
+    return int(os.environ["MS_WORKER_NUM" if framework == "mindspore" else "WORLD_SIZE"])
 
 
 def _check_sizes(run: RunConfig, ranks: int, nproc: int | None) -> None:
@@ -64,15 +87,19 @@ def _check_sizes(run: RunConfig, ranks: int, nproc: int | None) -> None:
             "this process was started as one of several ranks already",
             field="--nproc",
             found=nproc,
-            expected=f"WORLD_SIZE of the environment, {ranks}",
-            fix="leave --nproc out under torchrun",
+            expected=f"{ranks}, as the environment says",
+            fix="leave --nproc out under torchrun and msrun",
         )
     batch_sizes(run, parallel_sizes(run, ranks))
 
 
 def _run_here(configuration: Configuration, *, is_worker: bool) -> None:
     from reshard.training.outcome import EXIT_STOPPED
-    from reshard.training.worker import run_rank
+
+    if configuration.run.framework == "mindspore":
+        from reshard.training.mindspore.worker import run_rank
+    else:
+        from reshard.training.worker import run_rank
 
     code = run_rank(configuration).exit_code
     if code and not (is_worker and code == EXIT_STOPPED):
@@ -145,10 +172,7 @@ def _error_of(failed: Any) -> Exception:
     message = failure.message
     if not isinstance(message, dict):
         return RankFailedError(f"rank {failure.local_rank} died: {message}")
-    kind = getattr(reshard.errors, message["kind"], None)
-    if isinstance(kind, type) and issubclass(kind, ReshardError):
-        return kind(message["message"])
-    return RankFailedError(f"rank {message['rank']} failed:\n{message['message']}")
+    return error_of_rank(message["kind"], message["message"], message["rank"])
 
 
 def _silence_launcher() -> None:

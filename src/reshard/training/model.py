@@ -13,6 +13,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRotaryEmbed
 
 from reshard.config.fields import ModelSettings
 from reshard.planning.naming import stage_layers
+from reshard.training.config_fields import config_fields
 from reshard.training.experts import RoutedExperts
 from reshard.training.seeds import derived_seed
 
@@ -70,30 +71,8 @@ class _Elsewhere(nn.Module):
 
 def model_config(settings: ModelSettings) -> Qwen3Config | Qwen3MoeConfig:
     """The Hugging Face configuration of a model."""
-    heads = settings.num_attention_heads
-    common: dict[str, Any] = {
-        "vocab_size": settings.vocab_size,
-        "hidden_size": settings.hidden_size,
-        "intermediate_size": settings.intermediate_size,
-        "num_hidden_layers": settings.num_hidden_layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": settings.num_key_value_heads or heads,
-        "head_dim": settings.head_dim or settings.hidden_size // heads,
-        "hidden_act": settings.hidden_act,
-        "max_position_embeddings": settings.max_position_embeddings,
-        "initializer_range": settings.initializer_range,
-        "rms_norm_eps": settings.rms_norm_eps,
-        "rope_parameters": {"rope_type": "default", "rope_theta": settings.rope_theta},
-        "attention_bias": settings.attention_bias,
-        "attention_dropout": settings.attention_dropout,
-        "tie_word_embeddings": settings.tie_word_embeddings,
-        "use_cache": False,
-    }
-    if settings.model_type == "qwen3":
-        config = Qwen3Config(**common)
-    else:
-        names = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers")
-        config = Qwen3MoeConfig(**common, **{name: getattr(settings, name) for name in names})
+    fields = config_fields(settings)
+    config = Qwen3Config(**fields) if settings.model_type == "qwen3" else Qwen3MoeConfig(**fields)
     # Its dropout is drawn from torch's own generators, which checkpoints save.
     config._attn_implementation = "sdpa"
     return config

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from reshard.config.fields import ModelSettings
+from reshard.config.fields import Framework, ModelSettings
 from reshard.loading.report import RestoreReport
 from reshard.shortcuts import load
 from reshard.sources.huggingface import read_model_config
@@ -24,7 +24,9 @@ _UNSEEN = (
 )
 
 
-def load_pretrained(directory: str, model: Any, settings: ModelSettings, *, balanced: bool) -> tuple[RestoreReport, tuple[str, ...]]:
+def load_pretrained(
+    directory: str, model: Any, settings: ModelSettings, framework: Framework, *, balanced: bool
+) -> tuple[RestoreReport, tuple[str, ...]]:
     """Fill a model with the weights of a folder. Collective.
 
     Types are converted where they differ from the model's. Optimizer, schedule, data and random numbers stay as they are.
@@ -33,6 +35,7 @@ def load_pretrained(directory: str, model: Any, settings: ModelSettings, *, bala
         directory: the folder.
         model: the run's.
         settings: the model's: what the folder's `config.json` says otherwise is said.
+        framework: the run's; under MindSpore a model has other names.
         balanced: whether ranks read for each other.
 
     Returns:
@@ -42,7 +45,7 @@ def load_pretrained(directory: str, model: Any, settings: ModelSettings, *, bala
         ReshardError: the folder isn't what it promises, or its weights don't fit the model.
     """
     # The folder has each expert's matrices, the model has those of a layer stacked; a dense model has the folder's names.
-    mapping = settings.model_type if settings.num_experts is not None else None
+    mapping = settings.model_type if settings.num_experts is not None or framework == "mindspore" else None
     report = load(directory, model=model, restore_random=False, balanced=balanced, mapping=mapping)
     config = read_model_config(PosixStorage(), directory)
     return report, tuple(_differences(config, settings)) if config is not None else ()

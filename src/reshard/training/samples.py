@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import torch
 
 from reshard.errors import ConfigError
 from reshard.training.corpus import Corpus
@@ -89,7 +88,7 @@ class SampleStream:
         length = self.seq_length + 1
         return self.corpus.read(self._permutation[1][index] * length, length)
 
-    def next_batch(self, total: int, part: int, parts: int) -> torch.Tensor:
+    def next_batch(self, total: int, part: int, parts: int) -> np.ndarray:
         """A part of the next global batch: token ids, int64 of shape (total / parts, seq_length + 1). The position moves on by the whole.
 
         Args:
@@ -101,7 +100,7 @@ class SampleStream:
         first = self.consumed_samples + part * share
         rows = np.stack([self.sample(first + row) for row in range(share)])
         self.consumed_samples += total
-        return torch.from_numpy(rows.astype(np.int64))
+        return rows.astype(np.int64)
 
     def state_dict(self) -> dict[str, Any]:
         """The position, and what it is a position in. The same on every rank."""

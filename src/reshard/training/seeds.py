@@ -6,7 +6,6 @@ import hashlib
 import random
 
 import numpy as np
-import torch
 
 
 def derived_seed(seed: int, *purpose: object) -> int:
@@ -17,6 +16,8 @@ def derived_seed(seed: int, *purpose: object) -> int:
 
 def seed_generators(seed: int) -> None:
     """Seed every generator of this process: Python's, numpy's and torch's."""
+    import torch  # who trains with another framework needs none of it
+
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 - the global generator is what libraries draw from
     torch.manual_seed(seed)

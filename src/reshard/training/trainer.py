@@ -11,30 +11,30 @@ from dataclasses import replace
 from signal import Signals
 from typing import Any
 
-from reshard.config.fields import CheckpointMonitor, LossMonitor, RunConfig
+from reshard.checkpoint import Checkpoint
+from reshard.config.fields import CheckpointMonitor, Framework, LossMonitor, RunConfig
 from reshard.config.sizes import batch_sizes
 from reshard.config.validation import Configuration
-from reshard.errors import NoAgreementError
+from reshard.errors import NoAgreementError, ReshardError
 from reshard.loading.report import RestoreReport
 from reshard.manager import CheckpointManager
 from reshard.saving.policies import KeepAny, KeepBest, KeepEvery, KeepFor, KeepPolicy
+from reshard.sources.legacy.saved_under import SavedUnder
 from reshard.sources.resolve import list_iterations
 from reshard.stopping.graceful import GracefulStop
 from reshard.storage.posix import PosixStorage
 from reshard.training.callbacks import Callback, CheckpointCallback, MetricsCallback, all_callbacks
 from reshard.training.corpus import open_corpus
-from reshard.training.mesh import Place
+from reshard.training.learner import Learner
 from reshard.training.metrics import METRICS_FILE, MetricsFile, StepMetrics
-from reshard.training.model import saved_config
 from reshard.training.named import named_checkpoint
-from reshard.training.optimization import build_optimizer, build_scheduler, go_to_step
 from reshard.training.outcome import STOPPED_FILE, Outcome, read_outcome, write_outcome
-from reshard.training.parallelize import build_model
 from reshard.training.pretrained import load_pretrained
 from reshard.training.progress import Progress
 from reshard.training.samples import SampleStream
-from reshard.training.seeds import derived_seed, seed_generators
-from reshard.training.step import TrainStep, clip_gradients
+
+# A name that only checkpoints of MindSpore have, and all of them.
+_OF_MINDSPORE = "embedding.word_embeddings.weight"
 
 
 class Trainer:
@@ -42,26 +42,24 @@ class Trainer:
 
     Args:
         configuration: what to do.
-        place: this rank's.
+        learner: this rank's model, in its framework.
 
     Raises:
         ConfigError: something that only shows when it is built (no data, sizes that don't fit).
     """
 
-    def __init__(self, configuration: Configuration, place: Place) -> None:
+    def __init__(self, configuration: Configuration, learner: Learner) -> None:
         run = configuration.run
         self._run = run
         self._notes = configuration.notes
-        self._place = place
-        self._batch = batch_sizes(run, place.sizes)
+        self._learner = learner
+        self._batch = batch_sizes(run, learner.sizes)
         self.stream = SampleStream(open_corpus(run.train_dataset.path), run.train_dataset.seq_length, run.seed)
         self.max_steps = run.runner_config.max_steps or math.ceil(run.runner_config.epochs * self.stream.windows / self._batch.total)
-        self.model = build_model(run.model, run.seed, place)
-        self.optimizer = build_optimizer(self.model, run.optimizer, run.learning_rate)
-        self.scheduler = build_scheduler(self.optimizer, run, self.max_steps)
-        self._train_step = TrainStep(self.model, run.model, place, self._batch, run.train_dataset.seq_length)
+        learner.plan(self.max_steps)
+        self.model, self.optimizer, self.scheduler = learner.model, learner.optimizer, learner.scheduler
         self.done = 0
-        self._seed_from(0)
+        learner.seed(0)
 
     def train(self) -> Outcome:
         """Resume or begin, and train to the last step, or until the run is told to stop.
@@ -72,16 +70,16 @@ class Trainer:
         began = time.monotonic()
         with ExitStack() as open_things:
             every = next((callback.per_print_times for callback in self._run.callbacks if isinstance(callback, LossMonitor)), 1)
-            progress = open_things.enter_context(Progress(self.max_steps, every, shown=self._place.rank == 0))
+            progress = open_things.enter_context(Progress(self.max_steps, every, shown=self._learner.rank == 0))
             for note in self._notes:
                 progress.note(note)
             progress.note(self._introduction())
             manager = open_things.enter_context(_manager(self._run))
             resumed = self._resume(manager, progress)
-            if resumed is None and manager is not None and self._place.rank == 0:
+            if resumed is None and manager is not None and self._learner.rank == 0:
                 _warn_of_other_run(manager.directory, progress)
             metrics = None
-            if self._place.rank == 0:
+            if self._learner.rank == 0:
                 metrics = MetricsFile(os.path.join(self._run.output_dir, METRICS_FILE))
                 open_things.callback(metrics.close)
                 metrics.event("start", **self._start_facts(resumed))
@@ -143,19 +141,14 @@ class Trainer:
     def step(self) -> StepMetrics:
         """One optimizer step."""
         started = time.perf_counter()
-        samples = self.stream.next_batch(self._batch.total, self._place.data_index, self._place.sizes.data).to(self._place.device)
-        loss, norm = self._train_step.run(samples)
-        clip_gradients(self.model.parameters(), norm, self._run.max_grad_norm)
-        rate = float(self.scheduler.get_last_lr()[0])
-        self.optimizer.step()
-        self.scheduler.step()
-        self.optimizer.zero_grad()
+        samples = self.stream.next_batch(self._batch.total, self._learner.data_index, self._learner.sizes.data)
+        learned = self._learner.learn(samples)
         self.done += 1
         return StepMetrics(
             step=self.done,
-            loss=loss,
-            lr=rate,
-            grad_norm=norm,
+            loss=learned.loss,
+            lr=learned.lr,
+            grad_norm=learned.grad_norm,
             tokens=self._batch.total * self._run.train_dataset.seq_length,
             seconds=time.perf_counter() - started,
             consumed_samples=self.stream.consumed_samples,
@@ -169,32 +162,38 @@ class Trainer:
         run = self._run
         if run.resume == "auto":
             assert manager is not None  # validation: `auto` needs a monitor
-            report = manager.load(missing_ok=True, **self._how(), **self._loaded_parts())
+            report = manager.load(missing_ok=True, **self._how(manager.directory), **self._loaded_parts())
             if report is not None:
                 return self._continue(report, "resume: auto: continuing from", progress)
             progress.note(f"resume: auto: no checkpoint in {manager.directory}, a fresh start")
         if not run.load_checkpoint:
             if run.pretrained_model_dir:
-                report, notes = load_pretrained(run.pretrained_model_dir, self.model, run.model, balanced=run.balanced_load)
+                report, notes = load_pretrained(run.pretrained_model_dir, self.model, run.model, run.framework, balanced=run.balanced_load)
                 for note in (f"pretrained_model_dir: weights of {report}", *notes):
                     progress.note(note)
             return None
         reader = manager if manager is not None else CheckpointManager(run.load_checkpoint, read_only=True)
+        named = named_checkpoint(run)
         try:
             if run.resume_training:
-                report = reader.load(named_checkpoint(run), **self._how(), **self._loaded_parts())
+                report = reader.load(named, **self._how(named), **self._loaded_parts())
                 assert report is not None
                 return self._continue(report, "resume_training: continuing from", progress)
-            report = reader.load(named_checkpoint(run), model=self.model, restore_random=False, **self._how())
+            report = reader.load(named, model=self.model, restore_random=False, **self._how(named))
             progress.note(f"load_checkpoint: weights of {report}; optimizer, schedule and data begin anew")
             return None
         finally:
             if reader is not manager:
                 reader.close()
 
-    def _how(self) -> dict[str, Any]:
+    def _how(self, path: str | SavedUnder) -> dict[str, Any]:
         run = self._run
-        return {"balanced": run.balanced_load, "on_corrupt": run.on_corrupt, "skip_unhealthy": run.skip_unhealthy}
+        return {
+            "balanced": run.balanced_load,
+            "on_corrupt": run.on_corrupt,
+            "skip_unhealthy": run.skip_unhealthy,
+            "mapping": run.model.model_type if _is_of_other_framework(path, run.framework) else None,
+        }
 
     def _loaded_parts(self) -> dict[str, Any]:
         parts = self.parts()
@@ -210,26 +209,22 @@ class Trainer:
         for one in report.passed_over:
             progress.note(f"passed over {one}: {one.path}: {' '.join(one.details.split())}")
         progress.resumed(self.done)
-        if self.scheduler.last_epoch != self.done:
-            go_to_step(self.scheduler, self.done)
+        if self._learner.go_to_step(self.done):
             progress.note(f"the schedule was put after step {self.done}")
         if self.stream.consumed_samples == 0 and self.done > 0:
             known = common.consumed_samples if common is not None else None
             self.stream.consumed_samples = known if known is not None else self.done * self._batch.total
             progress.note(f"the data were put after {self.stream.consumed_samples} samples")
         if report.random != "restored":
-            self._seed_from(self.done)
-            progress.note(f"random numbers go on from the seed, step {self.done} and each rank's place: the strategy is another one")
+            self._learner.seed(self.done)
+            progress.note(
+                f"random numbers go on from the seed, step {self.done} and each rank's place: strategy or framework is another one"
+            )
         for note in self.stream.notes:
             progress.note(note)
         if common is not None and common.global_batch_size not in (None, self._batch.total):
             progress.note(f"a step had {common.global_batch_size} samples and now has {self._batch.total}")
         return report
-
-    def _seed_from(self, step: int) -> None:
-        """Seed this rank's generators. Ranks of one tensor-parallel group get the same numbers: what they compute in common must agree."""
-        place = self._place
-        seed_generators(derived_seed(self._run.seed, "random", step, place.stage, place.data_index))
 
     def _checkpoint_callback(
         self, manager: CheckpointManager | None, progress: Progress, metrics: MetricsFile | None
@@ -241,7 +236,7 @@ class Trainer:
             manager,
             monitor.save_checkpoint_steps,
             # By the configuration an export needs none other.
-            {**self.parts(), "extra": {"config": saved_config(self._run.model)}},
+            {**self.parts(), "extra": {"config": self._learner.config()}},
             windows=self.stream.windows,
             global_batch_size=self._batch.total,
             progress=progress,
@@ -252,15 +247,16 @@ class Trainer:
         settings = self._run.model
         batch = self._batch
         return (
-            f"{settings.model_type} of {settings.num_hidden_layers} layers, width {settings.hidden_size}, on {self._place.sizes.ranks} "
-            f"rank{'s' if self._place.sizes.ranks > 1 else ''} ({self._place.sizes}); steps of {batch.total} samples of "
+            f"{settings.model_type} of {settings.num_hidden_layers} layers, width {settings.hidden_size}, on {self._learner.sizes.ranks} "
+            f"rank{'s' if self._learner.sizes.ranks > 1 else ''} ({self._learner.sizes}); steps of {batch.total} samples of "
             f"{self._run.train_dataset.seq_length} tokens; data: {self.stream.corpus.name}, {self.stream.corpus.size / 1e6:.1f} MB"
         )
 
     def _start_facts(self, resumed: RestoreReport | None) -> dict[str, Any]:
-        sizes = self._place.sizes
+        sizes = self._learner.sizes
         return {
             "time": time.time(),
+            "framework": self._run.framework,
             "ranks": sizes.ranks,
             "strategy": str(sizes),
             "resumed_from": None if resumed is None else self.done,
@@ -277,6 +273,16 @@ def _warn_of_other_run(directory: str, progress: Progress) -> None:
             f"{directory} holds iterations {there[0][0]} to {there[-1][0]} of an earlier run, which this one will replace step by step; "
             "resume: auto would have continued it"
         )
+
+
+def _is_of_other_framework(path: str | SavedUnder, framework: Framework) -> bool:
+    """Whether a checkpoint has the names that models have in the other framework."""
+    try:
+        checkpoint = Checkpoint(path)
+    except ReshardError:
+        # The load itself says what is wrong with it.
+        return False
+    return (_OF_MINDSPORE in checkpoint) != (framework == "mindspore")
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from reshard.config.validation import Configuration
 from reshard.errors import CommunicationError, ReshardError
 from reshard.training.mesh import local_device, make_place
 from reshard.training.outcome import EXIT_STOPPED, Outcome, write_outcome
+from reshard.training.torch_learner import TorchLearner
 from reshard.training.trainer import Trainer
 
 # Longest wait for another rank; saving a large checkpoint is inside of it.
@@ -53,7 +54,7 @@ def run_rank(configuration: Configuration) -> Outcome:
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
     try:
-        return Trainer(configuration, make_place(sizes)).train()
+        return Trainer(configuration, TorchLearner(configuration.run, make_place(sizes))).train()
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

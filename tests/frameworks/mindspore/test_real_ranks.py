@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.family import end, family_of
 
 RANKS = Path(__file__).with_name("ranks.py")
 
@@ -32,7 +33,7 @@ def msrun(count: int, program: Path, *arguments: str | Path, environment: dict[s
         return process.communicate(timeout=timeout)[0]
     finally:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+            end(family_of(process.pid))
             process.wait()
 
 
