@@ -170,8 +170,8 @@ class _Reader:
     def __init__(self, checkpoint: Checkpoint, memory_budget: int, progress: ConversionProgress | None, dtype: DType | None) -> None:
         self._checkpoint = checkpoint
         self._dtype = dtype
-        # What is read is written before the next is read; beside it there are the buffers of both.
-        # of a conversion. A cast holds them as four bytes each on the way.
+        # What is read is written before the next is read; beside it there are the buffers of both. A cast holds values as four bytes each
+        # on the way.
         self._part_bytes = memory_budget // (4 if dtype is None else 16)
         self._progress = progress
         self._done = 0

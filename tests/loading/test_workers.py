@@ -69,3 +69,11 @@ def test_pieces_under_way_end_before_the_error_is_raised() -> None:
     with pytest.raises(ValueError, match="broken"):
         run_all(iter([slow, broken]), 2, "test")
     assert ended.is_set()
+
+
+def test_where_no_thread_can_be_had_the_caller_does_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    assert sorted(run_all(iter([lambda: 1, lambda: 2, lambda: 3]), 3, "test")) == [1, 2, 3]

@@ -129,3 +129,29 @@ def test_an_error_of_who_finishes_is_raised_there_and_holds_nobody(copies: Calla
         made.finish()
     made.wait()
     assert made.is_copied
+
+
+class Interrupted(threading.Condition):
+    """Raises after it was let go of for so many times."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.left = times
+
+    def __exit__(self, *arguments: object) -> None:
+        self.release()
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupt_between_two_parts_loses_none(copies: Callable[[Callable[[], None]], list[int]]) -> None:
+    copies(lambda: None)
+    for times in range(1, 12):
+        made = taken()
+        made._turn = Interrupted(times)
+        with pytest.raises(KeyboardInterrupt):
+            made.wait()
+        made.finish()
+        assert made.is_copied
+        check(made)

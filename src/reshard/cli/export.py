@@ -70,17 +70,24 @@ def export(
 def _export_mindspore(checkpoint: str, folder: str, *, family: str | None, dtype: str | None, config: str | None, force: bool) -> None:
     if force:
         raise UsageError("a checkpoint root is never replaced", field="--force", file=folder, fix="give another folder")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if _world_size() > 1:
         raise UsageError("this export is the work of one process", field="--format", found="mindspore", fix="start it without torchrun")
     with _progress(shown=True) as progress:
         done = convert(checkpoint, folder, naming="mindspore", model_family=family, config=config, dtype=dtype, progress=progress)
     print_lines(console(), [f"{done.directory}: {done.tensors} tensors, {done.nbytes / 1e6:.1f} MB", *(f"  note: {n}" for n in done.notes)])
 
 
+def _world_size() -> int:
+    given = os.environ.get("WORLD_SIZE", "1")
+    if not given.isascii() or not given.isdigit() or not int(given):
+        raise UsageError("not a number of ranks", field="WORLD_SIZE", found=repr(given), fix="unset it, or start with torchrun")
+    return int(given)
+
+
 @contextmanager
 def _ranks() -> Iterator[int]:
     """This process's rank; of those that torchrun or a scheduler started together, else the only one, which needs no framework."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
+    if _world_size() == 1 or "RANK" not in os.environ:
         yield 0
         return
     from reshard.frameworks.torch.launched import launched_ranks

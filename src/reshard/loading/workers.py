@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -30,17 +31,27 @@ def run_all(works: Iterator[Callable[[], T]], threads: int, name: str) -> list[T
     crew = _Crew(works)
     helpers = [threading.Thread(target=crew.serve, name=name, daemon=True) for _ in range(threads - 1)]
     try:
-        for helper in helpers:
-            helper.start()
+        # Where the system gives no further thread, those that there are do all.
+        with suppress(RuntimeError):
+            for helper in helpers:
+                helper.start()
         crew.serve()
     finally:
         crew.stop()
-        for helper in helpers:
-            if helper.ident is not None:
-                helper.join()
+        _join([helper for helper in helpers if helper.ident is not None])
     if crew.error is not None:
         raise crew.error
     return crew.results
+
+
+def _join(threads: Sequence[threading.Thread]) -> None:
+    """Wait for all, whatever comes in between: what they work on ends with the call."""
+    try:
+        for thread in threads:
+            thread.join()
+    except KeyboardInterrupt:
+        _join([thread for thread in threads if thread.is_alive()])
+        raise
 
 
 class _Crew(Generic[T]):

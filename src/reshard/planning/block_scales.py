@@ -133,7 +133,7 @@ def quantised_in(catalog: Catalog, keys: Iterable[TensorKey]) -> dict[TensorKey,
         if key.kind is Kind.MODEL and catalog.tensors[key].dtype.name in _QUANTISED:
             for suffix in (_SUFFIX, _OTHER_SUFFIX):
                 scale = key._replace(parameter=key.parameter + suffix)
-                if scale in catalog.tensors and catalog.tensors[scale].dtype.name in _SCALES:
+                if scale in catalog.tensors:
                     found[key] = scale
                     break
     return found
@@ -153,13 +153,13 @@ def scale_of(catalog: Catalog, key: TensorKey, scale: TensorKey, block: tuple[in
         MismatchError: the scale has another shape than they make.
     """
     tensor, numbers = catalog.tensors[key], catalog.tensors[scale]
-    if not scale.parameter.endswith(_SUFFIX):
+    if not scale.parameter.endswith(_SUFFIX) or numbers.dtype.name not in _SCALES:
         raise UsageError(
             "a tensor is quantised in a way that can't be dequantised here",
             file=catalog.directory,
             tensor=tensor.name,
-            found=f"{tensor.dtype} with {numbers.name} of shape {list(numbers.global_shape)}",
-            expected=f"blocks, with {tensor.name}{_SUFFIX}; or tensors that aren't quantised",
+            found=f"{tensor.dtype} with {numbers.name} of shape {list(numbers.global_shape)}, {numbers.dtype}",
+            expected=f"blocks, with {tensor.name}{_SUFFIX} of {' or '.join(sorted(_SCALES))}; or tensors that aren't quantised",
             fix="take the folder of the model that isn't quantised, or dequantise it with the program that made it",
         )
     if block is None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from dataclasses import replace
 from math import prod
-from threading import Condition, Event
 from typing import NamedTuple
 
 import numpy as np
@@ -93,10 +92,11 @@ class Snapshot:
         self.state = state
         self.nbytes = nbytes
         self._left = deque(left)
-        self._begun: dict[int, _Left] = {}
+        self._begun: dict[int, _Left] = {}  # by thread
+        self._is_over = False
         self._waits = waits
-        self._turn = Condition()
-        self._copied = Event()
+        self._turn = threading.Condition()
+        self._copied = threading.Event()
         if not self._left and not waits:
             self._copied.set()
 
@@ -113,42 +113,46 @@ class Snapshot:
                 wait()
         finally:
             # Also when it failed: then the snapshot is lost, but training must not wait for ever.
-            self._left.clear()
-            self._waits.clear()
+            with self._turn:
+                self._is_over = True
+                self._left.clear()
+                self._waits.clear()
             self._copied.set()
 
     def wait(self) -> None:
         """Return when the original may be changed. Until then the caller copies, too: it may have more of the machine than who finishes."""
-        # What fails here fails there, where it is told.
-        with suppress(Exception):
+        try:
             self._copy_left()
+        except Exception:  # noqa: BLE001 - what fails here fails there, where it is told
+            self._give_back()
+        except BaseException:
+            self._give_back()
+            raise
         self._copied.wait()
 
     def _copy_left(self) -> None:
-        """Copy part after part until none is left. One that an interrupt or an error breaks off is left for the next who comes."""
+        """Copy part after part until none is left. An interrupt may come between any two steps: their order loses no part."""
+        me = threading.get_ident()
         while True:
-            part: _Left | None = None
-            is_done = False
-            wait: Callable[[], object] | None = None
-            try:
-                with self._turn:
-                    if not self._left:
-                        return
-                    # In this order: an interrupt may come in between, and no part may be lost.
-                    part = self._left[0]
-                    self._begun[id(part)] = part
-                    del self._left[0]
-                wait = _copy(*part)
-                is_done = True
-            finally:
-                if part is not None:
-                    with self._turn:
-                        self._begun.pop(id(part), None)
-                        if not is_done:
-                            self._left.appendleft(part)
-                        elif wait is not None:
-                            self._waits.append(wait)
-                        self._turn.notify_all()
+            with self._turn:
+                if not self._left:
+                    return
+                part = self._begun[me] = self._left[0]
+                del self._left[0]
+            wait = _copy(*part)
+            with self._turn:
+                if wait is not None:
+                    self._waits.append(wait)
+                del self._begun[me]
+                self._turn.notify_all()
+
+    def _give_back(self) -> None:
+        """Leave the part that this thread has begun to the next who comes: it is copied again, from its begin."""
+        with self._turn:
+            part = self._begun.pop(threading.get_ident(), None)
+            if part is not None and not self._is_over:
+                self._left.appendleft(part)
+            self._turn.notify_all()
 
     @property
     def is_copied(self) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 import mindspore
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import reshard
 from reshard.comm import Communicator
@@ -312,6 +312,24 @@ def test_strategy_files_that_contradict_each_other(tmp_path: Path) -> None:
     assert "ckpt_strategy_rank_9.ckpt" in words
 
 
+def test_files_of_different_runs_are_not_one_save(tmp_path: Path) -> None:
+    run = Run(tmp_path, PLAIN)
+    for path in run.directory.glob("rank_1/*"):
+        path.rename(path.with_name(f"other{path.name[path.name.rindex('-') :]}"))
+    with pytest.raises(UsageError, match=r"those of different runs(.|\n)*rank_1(.|\n)*as of rank 0"):
+        reshard.Checkpoint(run.source)
+
+
+def test_a_rank_s_folder_of_weights_is_one_of_weights(tmp_path: Path) -> None:
+    folder = tmp_path / "rank_0"
+    folder.mkdir()
+    for number in (1, 2):
+        save_file({f"w{number}": np.full(3, number, np.float32)}, folder / f"model-0000{number}-of-00002.safetensors")
+    places = {f"w{number}": f"model-0000{number}-of-00002.safetensors" for number in (1, 2)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    assert reshard.Checkpoint(folder)["w2"][:].tolist() == [2, 2, 2]
+
+
 def test_names_that_do_not_say_which_save_is_the_newest(tmp_path: Path) -> None:
     run = Run(tmp_path, PLAIN)
     for rank in range(run.ranks):
@@ -335,12 +353,22 @@ def test_a_rank_that_has_more_than_its_own_is_told_of(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "table", [{"*": 3}, {"*": {"device_matrix": [2.5], "tensor_map": [0]}}, {"*": {"tensor_map": [0]}}, {"*": [1, 2, 3]}]
+    "entry",
+    [
+        3,
+        [1, 2, 3],
+        {"tensor_map": [0]},
+        {"device_matrix": [2.5], "tensor_map": [0]},
+        {"device_matrix": [2], "tensor_map": [0], "alias_name": 5},
+        {"device_matrix": [2], "tensor_map": [0], "alias_name": "dp"},
+        {"device_matrix": [2], "tensor_map": [0], "rank_list": [0, 0]},
+        {"device_matrix": [2], "tensor_map": [0], "rank_list": [-1, 0]},
+    ],
 )
-def test_a_table_of_something_else(tmp_path: Path, table: dict[str, Any]) -> None:
+def test_a_table_of_something_else(tmp_path: Path, entry: Any) -> None:
     run = Run(tmp_path, ONE_EACH)
-    with pytest.raises(UsageError, match="not a layout"):
-        reshard.Checkpoint(reshard.SavedUnder(run.directory, table))
+    with pytest.raises(UsageError, match=r"not a (layout|list of ranks)"):
+        reshard.Checkpoint(reshard.SavedUnder(run.directory, {"*": entry}))
 
 
 def test_metadata_errors_come_from_strategy_files(tmp_path: Path) -> None:

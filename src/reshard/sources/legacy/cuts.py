@@ -11,8 +11,8 @@ from reshard.errors import LayoutError
 from reshard.geometry import Layout, Mesh
 from reshard.geometry.tensor_map import layout_from_tensor_map
 
-# Far more than any job has, and few enough to list.
-_MOST_RANKS = 1 << 20
+MOST_RANKS = 1 << 20
+"""Far more than any job has, and few enough to list."""
 
 ALL_REPLICAS = -1
 """Of `shard`: the optimizer cuts a slice over all ranks that would hold it."""
@@ -53,7 +53,7 @@ class Cut:
         Raises:
             LayoutError: the numbers contradict each other, or the tensor.
         """
-        if min(self.device_matrix, default=0) < 1 or self.size > _MOST_RANKS:
+        if min(self.device_matrix, default=0) < 1 or self.size > MOST_RANKS:
             raise LayoutError("a mesh that no job has", field="device_matrix", found=reprlib.repr(self.device_matrix))
         tensor_map = self.tensor_map
         if self.is_flat and dimensions == 1 and len(tensor_map) > 1:

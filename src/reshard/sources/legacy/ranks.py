@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import posixpath
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from reshard.errors import CheckpointNotFoundError, DataFileError, UsageError
 from reshard.format.names import COMMON_FILE, DATA_SUFFIX, METADATA_FILE, kind_of_file
+from reshard.sources.huggingface import CONFIG_FILE
 from reshard.sources.legacy.naming import some
 from reshard.storage import Entry, Storage
 from reshard.storage.storage import join
@@ -23,6 +24,10 @@ _NUMBERED = re.compile(r".*-(\d{1,15})_(\d{1,15})\.\w+", re.ASCII | re.DOTALL)
 _OWN_RANK = re.compile(r"rank_\d+", re.ASCII)
 
 _SAVES_SHOWN = 4
+
+# What makes a directory a folder of Hugging Face weights.
+_WEIGHTS_INDEX = "model.safetensors.index.json"
+_WEIGHTS_FILE = "model.safetensors"
 
 
 class Save(NamedTuple):
@@ -84,18 +89,24 @@ def is_legacy_directory(storage: Storage, path: str, entries: Sequence[Entry]) -
     Raises:
         StorageError: a rank's directory can't be listed.
     """
-    names = {entry.name for entry in entries if not entry.is_directory}
+    names = _files_in(entries)
     if METADATA_FILE in names or COMMON_FILE in names:
         return False
-    if rank_of(posixpath.basename(path)) is not None and any(is_file_of_legacy(name) for name in names):
+    if rank_of(posixpath.basename(path)) is not None and _has_files(names):
         return True
-    return any(
-        is_file_of_legacy(file.name)
-        for entry in entries
-        if entry.is_directory and rank_of(entry.name) is not None
-        for file in storage.list(join(path, entry.name))
-        if not file.is_directory
-    )
+    ranks = [entry.name for entry in entries if entry.is_directory and rank_of(entry.name) is not None]
+    return any(_has_files(_files_in(storage.list(join(path, name)))) for name in ranks)
+
+
+def _files_in(entries: Sequence[Entry]) -> set[str]:
+    return {entry.name for entry in entries if not entry.is_directory}
+
+
+def _has_files(names: Collection[str]) -> bool:
+    """Whether a rank's directory has files of Checkpoint 1.0: it may be a folder of Hugging Face weights that a rank wrote."""
+    if _WEIGHTS_INDEX in names or {_WEIGHTS_FILE, CONFIG_FILE} <= set(names):
+        return False
+    return any(is_file_of_legacy(name) for name in names)
 
 
 def list_ranks(storage: Storage, directory: str) -> dict[int, list[str]]:
@@ -109,7 +120,8 @@ def list_ranks(storage: Storage, directory: str) -> dict[int, list[str]]:
         rank = rank_of(entry.name)
         if rank is not None and entry.is_directory:
             files = [file.name for file in storage.list(join(directory, entry.name)) if not file.is_directory]
-            if own := [name for name in files if is_file_of_legacy(name)]:
+            own = [name for name in files if is_file_of_legacy(name)] if _has_files(files) else []
+            if own:
                 found[rank] = own
     return dict(sorted(found.items()))
 
@@ -156,7 +168,7 @@ def choose_files(storage: Storage, directory: str, named: str | None = None) -> 
             files[rank] = name
     if named is not None:
         chosen = save_of(named)
-        return Chosen(_paths(saves[_whole_one(saves, chosen, listed, directory)]), chosen)
+        return Chosen(_paths(saves[_whole_one(saves, chosen, listed, directory)], directory), chosen)
     whole = [save for save, files in saves.items() if len(files) == len(listed)]
     if not whole:
         raise DataFileError(
@@ -181,7 +193,7 @@ def choose_files(storage: Storage, directory: str, named: str | None = None) -> 
     torn = [save for save in saves if save > newest and not save.name]
     if torn:
         notes.append(f"newer saves lack files of some ranks and were left out: {some([str(save) for save in sorted(torn)])}")
-    return Chosen(_paths(saves[newest]), newest, tuple(notes))
+    return Chosen(_paths(saves[newest], directory), newest, tuple(notes))
 
 
 def _whole_one(saves: Mapping[Save, Mapping[int, str]], save: Save, listed: Mapping[int, Sequence[str]], directory: str) -> Save:
@@ -197,5 +209,21 @@ def _whole_one(saves: Mapping[Save, Mapping[int, str]], save: Save, listed: Mapp
     return save
 
 
-def _paths(files: Mapping[int, str]) -> dict[int, str]:
+def _paths(files: Mapping[int, str], directory: str) -> dict[int, str]:
+    """The files of one save, relative to the directory.
+
+    Raises:
+        UsageError: they are of runs with different names.
+    """
+    first = min(files)
+    for rank, name in files.items():
+        if _OWN_RANK.sub("rank_*", name) != _OWN_RANK.sub("rank_*", files[first]):
+            raise UsageError(
+                "the files of a save have different names, as those of different runs have",
+                file=join(directory, f"rank_{rank}", name),
+                rank=rank,
+                found=name,
+                expected=f"{files[first]}, as of rank {first}, but for the rank",
+                fix="move the files of the other run elsewhere",
+            )
     return {rank: join(f"rank_{rank}", name) for rank, name in files.items()}

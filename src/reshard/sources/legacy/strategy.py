@@ -10,7 +10,7 @@ from typing import Any
 from reshard.errors import LayoutError, UsageError
 from reshard.geometry import Layout, Mesh
 from reshard.geometry.layout import INTERLEAVED_AXIS
-from reshard.sources.legacy.cuts import Cut
+from reshard.sources.legacy.cuts import MOST_RANKS, Cut
 
 _EXAMPLE = '{"*.weight": {"device_matrix": [2, 2], "tensor_map": [0, -1]}, "*": null}'
 
@@ -112,19 +112,21 @@ def _entry(value: Any, pattern: str, origin: str) -> Entry:
             found=f"{type(value).__name__} {value!r}"[:200],
             expected=f"such as {_EXAMPLE}",
         )
-    axes = tuple(str(name) for name in value.get("alias_name") or ())
-    if value.get("interleaved_parallel") or INTERLEAVED_AXIS in axes:
-        raise UsageError(
-            "a layout with micro-slices on one card is one of activations, not of parameters", file=origin, field=pattern, found=axes
-        )
-    ranks = value.get("rank_list")
+    ranks, names = value.get("rank_list"), value.get("alias_name")
     try:
+        axes = _names(names)
         tensor_map = tuple(_axes(entry) for entry in value["tensor_map"])
         matrix = tuple(_whole(size) for size in value["device_matrix"])
         shard = _whole(value.get("opt_weight_shard_size", 0))
         listed = None if ranks is None else tuple(_whole(rank) for rank in ranks)
     except TypeError as cause:
         raise UsageError("not a layout", file=origin, field=pattern, found=str(cause), expected=f"such as {_EXAMPLE}") from cause
+    if value.get("interleaved_parallel") or INTERLEAVED_AXIS in axes:
+        raise UsageError(
+            "a layout with micro-slices on one card is one of activations, not of parameters", file=origin, field=pattern, found=axes
+        )
+    if listed is not None and (len(set(listed)) < len(listed) or min(listed, default=0) < 0 or max(listed, default=0) >= MOST_RANKS):
+        raise UsageError("not a list of ranks", file=origin, field=f"{pattern}: rank_list", found=list(listed), expected="each rank once")
     if not matrix or min(matrix) < 1:
         raise UsageError("not a device matrix", file=origin, field=pattern, found=list(matrix), expected="sizes of at least 1")
     return Cut(matrix, tensor_map, shard, axes=axes), listed
@@ -132,6 +134,12 @@ def _entry(value: Any, pattern: str, origin: str) -> Entry:
 
 def _axes(entry: Any) -> tuple[int, ...]:
     return tuple(_whole(axis) for axis in entry) if isinstance(entry, list | tuple) else (_whole(entry),)
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    if value is not None and not (isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)):
+        raise TypeError(f"{value!r} in the place of the axes' names")
+    return tuple(value or ())
 
 
 def _whole(value: Any) -> int:
