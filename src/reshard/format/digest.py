@@ -43,7 +43,7 @@ def parse_digests(text: str) -> bytes | None:
 
     Upper-case digits are none: each digest has one spelling, so that no bit of it is free.
     """
-    # By `translate`: a header has some hundred thousand digits, and a pattern takes 20 times as long to look at them.
+    # By `translate`: a header has some hundred thousand digits, and a pattern takes far longer to look at them.
     if len(text) % DIGEST_DIGITS or not text.isascii() or text.encode().translate(None, _DIGITS):
         return None
     return bytes.fromhex(text)
