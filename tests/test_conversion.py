@@ -93,7 +93,7 @@ def test_a_run_under_the_names_of_hugging_face_keeps_its_optimizer_under_those_o
             holder = holder.get_submodule(part)
         holder.register_parameter(last, weight)
     optimizer = optim.AdamW(module.parameters())
-    sum((weight**2).sum() for weight in weights.values()).backward()  # type: ignore[union-attr]
+    torch.stack([weight.square().sum() for weight in weights.values()]).sum().backward()
     optimizer.step()
     reshard.save(tmp_path / "run", 5, model=module, optimizer=optimizer, extra={"config": folder.config})
     done = convert(tmp_path / "run", tmp_path / "direct", naming="mindspore", dtype="bfloat16")
