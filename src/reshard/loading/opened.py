@@ -128,8 +128,7 @@ def _config_of(relayed: Relayed, directory: str, values: Mapping[str, Any]) -> M
         return decode_model_config(relayed.config, join(directory if relayed.directory is None else relayed.directory, CONFIG_FILE))
     extra = values.get("extra")
     config = extra.get("config") if isinstance(extra, Mapping) else None
-    # A run may keep a configuration of another kind under this name.
-    return config if isinstance(config, Mapping) and not {"model_type", "architectures"}.isdisjoint(config) else None
+    return config if isinstance(config, Mapping) else None
 
 
 def _without_foreign_generators(values: Mapping[str, Any], framework: str) -> Mapping[str, Any]:
