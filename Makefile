@@ -17,11 +17,11 @@ export OMP_NUM_THREADS ?= 1
 export SWEEP_SECONDS
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help env demo demo-experts test sweep faults bench-load bench-save bench-plan lint format clean
+.PHONY: help env demo demo-experts demo-mindspore test sweep faults bench-load bench-save bench-plan lint format clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 $(BUILT): pyproject.toml requirements-dev.txt
 	@set -e; \
@@ -52,6 +52,9 @@ demo: $(BUILT) ## train on 8 ranks, kill, resume on 4, 1 and 8, and compare the 
 
 demo-experts: $(BUILT) ## the same for a model with experts, and for hybrid sharding (some minutes)
 	@$(PY) examples/experts/run.py
+
+demo-mindspore: $(BUILT) ## train under MindSpore on 2 ranks, kill, resume on 1, go on in PyTorch, and compare the losses
+	@$(PY) examples/mindspore/run.py
 
 test: $(BUILT) ## run the tests and the checks of the code (some 10 minutes on 2 cores; WORKERS=4: as many files of them at a time)
 	@$(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)

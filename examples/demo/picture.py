@@ -26,12 +26,16 @@ FLOOR = 1e-8
 LIMIT = 1e-4
 
 
-def draw(groups: Sequence[tuple[str, Run, Sequence[Run]]], path: Path) -> None:
+HEADING = "One training run, killed and resumed under other strategies"
+
+
+def draw(groups: Sequence[tuple[str, Run, Sequence[Run]]], path: Path, heading: str = HEADING) -> None:
     """Draw the runs.
 
     Args:
         groups: for each column its title, the reference and the runs beside it.
         path: where the PNG goes.
+        heading: of the whole picture.
     """
     mpl.rcParams.update({"font.family": "DejaVu Sans", "font.size": 10, "axes.edgecolor": FAINT, "text.color": INK, "axes.labelcolor": INK})
     figure = Figure(figsize=(14, 9.4), layout="constrained", facecolor="white")
@@ -46,7 +50,7 @@ def draw(groups: Sequence[tuple[str, Run, Sequence[Run]]], path: Path) -> None:
             _dress(axes[row][column], last=max(losses_of(reference)))
     axes[0][0].set_ylabel("loss (nats per byte)")
     axes[2][0].set_ylabel("relative deviation\nfrom the reference")
-    figure.suptitle("One training run, killed and resumed under other strategies", fontsize=16, fontweight="bold", x=0.02, ha="left")
+    figure.suptitle(heading, fontsize=16, fontweight="bold", x=0.02, ha="left")
     marks = [
         Line2D([], [], color=REFERENCE, linewidth=6, label="reference, uninterrupted"),
         Line2D([], [], color=KILL, marker="X", linestyle="none", markersize=9, label="all ranks killed by SIGKILL"),

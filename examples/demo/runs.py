@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -89,26 +89,43 @@ class StartedRun:
 
     def kill(self) -> None:
         """SIGKILL to the launcher and every rank, and wait until none is left."""
-        os.killpg(self.process.pid, signal.SIGKILL)
+        # Msrun gives each of its ranks a session of its own.
+        members = family_of(self.process.pid)
+        for member in members:
+            with suppress(ProcessLookupError):
+                os.kill(member, signal.SIGKILL)
         self.wait()
         deadline = time.monotonic() + 30
-        while any(alive_in_group(self.process.pid)):
+        while members & running().keys():
             if time.monotonic() > deadline:
                 raise RuntimeError(f"processes of {self.process.pid} outlive SIGKILL")
             time.sleep(0.01)
 
 
-def alive_in_group(group: int) -> Iterator[int]:
-    """The processes of a group that still run."""
+def running() -> dict[int, tuple[int, int]]:
+    """The running processes, each with its parent and its group."""
+    found = {}
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue
         try:
-            state, _, process_group = (entry / "stat").read_text().rpartition(")")[2].split()[:3]
+            state, parent, group = (entry / "stat").read_text().rpartition(")")[2].split()[:3]
         except OSError:
             continue
-        if int(process_group) == group and state not in "ZX":
-            yield int(entry.name)
+        if state not in "ZX":
+            found[int(entry.name)] = int(parent), int(group)
+    return found
+
+
+def family_of(leader: int) -> set[int]:
+    """The running processes of a group, and what descends from them."""
+    everyone = running()
+    members = {process for process, (_, group) in everyone.items() if group == leader}
+    while True:
+        children = {process for process, (parent, _) in everyone.items() if parent in members} - members
+        if not children:
+            return members
+        members |= children
 
 
 def fresh(run: Run) -> Run:

@@ -16,17 +16,22 @@ _COLUMNS = ("run", "ranks", "strategy", "dropout", "killed after step", "resumed
 
 def reference_row(run: Run, start: dict[str, object], dropout: str = "0", ended: str = "") -> tuple[str, ...]:
     """The line of a run that nothing stopped."""
-    return run.name, str(start["ranks"]), str(start["strategy"]), dropout, "", "", ended
+    return run.name, str(start["ranks"]), _strategy(start), dropout, "", "", ended
 
 
 def compared_row(run: Run, found: Comparison, dropout: str = "0") -> tuple[str, ...]:
     """The line of a run that was killed, or goes on from one that was."""
     last = found.segments[-1].start
-    strategies = " → ".join(strategy for strategy, _ in groupby(str(segment.start["strategy"]) for segment in found.segments))
+    strategies = " → ".join(strategy for strategy, _ in groupby(_strategy(segment.start) for segment in found.segments))
     kills = ", ".join(f"{kill['step']} (in a save)" if kill["saving"] else str(kill["step"]) for kill in run.kills)
     resumes = ", ".join(str(segment.start["resumed_from"]) for segment in found.segments if segment.start["resumed_from"] is not None)
     deviation = "0: identical" if found.largest == 0 else f"{found.largest:.1e}"
     return run.name, str(last["ranks"]), strategies, dropout, kills, resumes, f"{deviation} ({found.steps} steps)"
+
+
+def _strategy(start: dict[str, object]) -> str:
+    framework = " in MindSpore" if start["framework"] == "mindspore" else ""
+    return f"{start['strategy']}{framework}"
 
 
 def show(rows: Sequence[tuple[str, ...]]) -> None:

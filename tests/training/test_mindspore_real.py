@@ -17,7 +17,9 @@ import yaml
 
 import reshard
 from reshard.training.metrics import read_metrics
+from reshard.training.outcome import EXIT_STOPPED, read_outcome
 from tests.family import end, family_of, gone
+from tests.frameworks.mindspore.test_real_ranks import msrun
 from tests.training import ranks
 from tests.training.test_mindspore import LIMIT, SMALL, close, losses, run
 
@@ -98,6 +100,31 @@ LONG = {"lr_schedule": {"type": "ConstantWarmUpLR", "warmup_steps": 2}}
 
 
 @pytest.mark.sweep
+def test_stopped_by_a_scheduler_and_continued(tmp_path: Path, process_environment: dict[str, str], run_reshard: Command) -> None:
+    callbacks = [{"type": "CheckpointMonitor", "save_checkpoint_steps": 3, "async_save": True, "remove_redundancy": True}]
+    with running(tmp_path, process_environment, 4, callbacks=callbacks, **LONG) as (process, workers):
+        everyone = family_of(process.pid)
+        assert len(everyone) > len(workers) == 2
+        os.killpg(process.pid, signal.SIGTERM)
+        shown, errors = process.communicate(timeout=120)
+        assert process.returncode == EXIT_STOPPED, errors
+        assert "Traceback" not in errors
+        assert gone(everyone)
+    outcome = read_outcome(tmp_path / "out" / "stopped.json")
+    assert outcome is not None
+    assert (outcome.state, outcome.reason, outcome.saved) == ("stopped", "SIGTERM", True)
+    assert f"stopping after step {outcome.step}: SIGTERM" in shown
+    assert reshard.Checkpoint(tmp_path / "out" / "checkpoint").iteration == outcome.step
+    last = outcome.step + 3
+    done = run_reshard("train", tmp_path / "run.yaml", "--set", f"runner_config.max_steps={last}", timeout=500)
+    assert done.returncode == 0, done.stderr
+    assert f"continuing from iteration {outcome.step}" in done.stdout
+    straight = run_reshard("train", written(tmp_path / "out", **LONG), "--set", f"runner_config.max_steps={last}", timeout=500)
+    assert straight.returncode == 0, straight.stderr
+    assert losses(tmp_path / "out") == losses(tmp_path / "out" / "out")
+
+
+@pytest.mark.sweep
 def test_killed_and_continued_with_the_same_losses(tmp_path: Path, process_environment: dict[str, str], run_reshard: Command) -> None:
     with running(tmp_path, process_environment, 5, **LONG) as (process, workers):
         everyone = family_of(process.pid)
@@ -119,3 +146,44 @@ def test_killed_and_continued_with_the_same_losses(tmp_path: Path, process_envir
     expected = losses(tmp_path / "out" / "out")
     assert {step.step: step.loss for step in resumed.steps} == {step: expected[step] for step in range(saved + 1, last + 1)}
     assert all(step.loss == expected[step.step] for step in killed.steps if step.step <= last)
+
+
+@pytest.mark.sweep
+def test_a_rank_that_is_killed_ends_the_run(tmp_path: Path, process_environment: dict[str, str]) -> None:
+    with running(tmp_path, process_environment, 2, **LONG) as (process, workers):
+        everyone = family_of(process.pid)
+        os.kill(workers["1"], signal.SIGKILL)
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 1
+        assert "rank 1 died: Signal 9 (SIGKILL)" in errors
+        assert gone(everyone)
+
+
+@pytest.mark.sweep
+def test_no_rank_outlives_its_launcher(tmp_path: Path, process_environment: dict[str, str]) -> None:
+    with running(tmp_path, process_environment, 2, **LONG) as (process, _):
+        everyone = family_of(process.pid)
+        process.kill()
+        assert gone(everyone)
+
+
+@pytest.mark.sweep
+def test_a_ranks_error_is_said_once_without_its_stack(tmp_path: Path, run_reshard: Command) -> None:
+    path = written(tmp_path, resume="never", load_checkpoint=str(tmp_path / "none"))
+    done = run_reshard("train", path, timeout=500)
+    assert done.returncode == 2
+    assert done.stderr.count("error: ") == 1
+    assert str(tmp_path / "none") in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.sweep
+def test_under_a_users_own_msrun(tmp_path: Path, process_environment: dict[str, str]) -> None:
+    path = written(tmp_path)
+    program = tmp_path / "reshard_train.py"
+    program.write_text("import sys\nfrom reshard.cli.app import main\nmain()\n")
+    printed = msrun(2, program, "train", path, environment=process_environment, cwd=tmp_path, timeout=500)
+    (segment,) = read_metrics(tmp_path / "out" / "metrics.jsonl")
+    assert [step.step for step in segment.steps] == list(range(1, 9)), printed
+    assert reshard.Checkpoint(tmp_path / "out" / "checkpoint").iteration == 8
+    assert "on 2 ranks (dp2)" in printed
