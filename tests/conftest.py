@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import os
 import random
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, is_hypothesis_test, settings
 
+from reshard.cli.app import main
 from tests import faults
 from tests.processes import RankPool
 
@@ -166,3 +169,26 @@ def rank_pool() -> Iterator[Callable[[int], RankPool]]:
     yield pool
     for started in pools.values():
         started.close()
+
+
+@pytest.fixture
+def call_reshard(monkeypatch: pytest.MonkeyPatch) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """As `run_reshard`, in this process: one of its own takes a second to begin."""
+
+    def call(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+        command = ["reshard", *map(str, arguments)]
+        code: object = 0
+        with monkeypatch.context() as patch, redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as errors:
+            patch.setattr(sys, "argv", command)
+            patch.setenv("NO_COLOR", "1")
+            patch.setenv("COLUMNS", "160")
+            if cwd is not None:
+                patch.chdir(cwd)
+            try:
+                main()
+            except SystemExit as ended:
+                code = ended.code
+        assert isinstance(code, int)
+        return subprocess.CompletedProcess(command, code, out.getvalue(), errors.getvalue())
+
+    return call

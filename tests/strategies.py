@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import ml_dtypes
 import numpy as np
+import pytest
 
 from reshard.geometry import Layout, Mesh
 from reshard.state import GLOBAL_STEP, TensorKey, model_key, slot_key
@@ -76,6 +77,17 @@ STRATEGIES = (
     Strategy(dp=2, tp=2, pp=2, fsdp=True),
     Strategy(tp=2, pp=4),
 )
+
+# What `make test` tries of them; a sweep tries all.
+FEW = (
+    STRATEGIES[0],
+    Strategy(dp=2, fsdp=True),
+    Strategy(tp=4),
+    Strategy(tp=2, pp=2),
+    Strategy(dp=4, tp=2, fsdp=True),
+    Strategy(tp=2, pp=4),
+)
+MOSTLY_SWEPT = [pytest.param(strategy, id=str(strategy), marks=() if strategy in FEW else pytest.mark.sweep) for strategy in STRATEGIES]
 
 
 def arrays() -> dict[TensorKey, np.ndarray]:

@@ -41,9 +41,9 @@ def size_of(directory: Path) -> int:
     return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
 
 
-def test_it_lists_iterations_with_size_files_ranks_and_the_tracker(root: Path, run_reshard: Run) -> None:
+def test_it_lists_iterations_with_size_files_ranks_and_the_tracker(root: Path, call_reshard: Run) -> None:
     os.utime(root / "iteration_00000012" / "common.json", (2e9, 2e9))
-    done = run_reshard("ls", root, "--json")
+    done = call_reshard("ls", root, "--json")
     assert done.returncode == 0, done.stderr
     listing = json.loads(done.stdout)
     assert listing["root"] == str(root)
@@ -58,8 +58,8 @@ def test_it_lists_iterations_with_size_files_ranks_and_the_tracker(root: Path, r
     assert second["modified"] == "2033-05-18T03:33:20+00:00"
 
 
-def test_the_text_has_one_line_per_iteration_and_marks_the_tracked_one(root: Path, run_reshard: Run) -> None:
-    done = run_reshard("ls", root)
+def test_the_text_has_one_line_per_iteration_and_marks_the_tracked_one(root: Path, call_reshard: Run) -> None:
+    done = call_reshard("ls", root)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0] == str(root)
@@ -146,19 +146,19 @@ def test_a_single_card_checkpoint_is_committed_without_metadata(tmp_path: Path) 
     ("content", "problem"),
     [(b"", "the tracker is empty"), (b"latest", "the tracker holds no iteration number"), (b"7", "it names iteration 7, which isn't here")],
 )
-def test_a_bad_tracker_is_said_and_the_rest_listed(root: Path, content: bytes, problem: str, run_reshard: Run) -> None:
+def test_a_bad_tracker_is_said_and_the_rest_listed(root: Path, content: bytes, problem: str, call_reshard: Run) -> None:
     (root / TRACKER).write_bytes(content)
     listing = list_root(PosixStorage(), str(root))
     assert listing.tracker_problem == problem
     assert len(listing.iterations) == 2
-    done = run_reshard("ls", root)
+    done = call_reshard("ls", root)
     assert done.returncode == 0
     assert done.stdout.splitlines()[-1] == f"tracker: {problem}"
 
 
-def test_without_a_tracker_the_newest_is_what_a_run_resumes_from(root: Path, run_reshard: Run) -> None:
+def test_without_a_tracker_the_newest_is_what_a_run_resumes_from(root: Path, call_reshard: Run) -> None:
     (root / TRACKER).unlink()
-    done = run_reshard("ls", root)
+    done = call_reshard("ls", root)
     assert done.returncode == 0
     assert done.stdout.splitlines()[-1].endswith("a run resumes from the newest committed iteration")
 
@@ -169,9 +169,9 @@ def test_other_directories_are_not_listed(root: Path) -> None:
     assert [line.iteration for line in list_root(PosixStorage(), str(root)).iterations] == [1, 12]
 
 
-def test_nothing_there_is_an_error(tmp_path: Path, run_reshard: Run) -> None:
+def test_nothing_there_is_an_error(tmp_path: Path, call_reshard: Run) -> None:
     for path, words in ((tmp_path, "there is no checkpoint in this directory"), (tmp_path / "nowhere", "there is no such directory")):
-        done = run_reshard("ls", path)
+        done = call_reshard("ls", path)
         assert done.returncode == 2
         assert done.stdout == ""
         assert done.stderr.startswith(f"error: {words}\n  file:     {path}\n")
@@ -255,7 +255,7 @@ def test_data_that_is_missing_is_damage(root: Path) -> None:
     assert second[2].name in lines[1].problem
 
 
-def test_metrics_and_health_are_shown_where_there_are_any(tmp_path: Path, run_reshard: Run) -> None:
+def test_metrics_and_health_are_shown_where_there_are_any(tmp_path: Path, call_reshard: Run) -> None:
     statuses = [None, 0, 1]
     with reshard.CheckpointManager(tmp_path) as manager:
         for step, status in enumerate(statuses, start=1):
@@ -264,7 +264,7 @@ def test_metrics_and_health_are_shown_where_there_are_any(tmp_path: Path, run_re
             if status:
                 metrics = {"loss": float("nan"), **(metrics or {}), "fifth": 5}
             manager.save(step, model={"w": np.zeros(3)}, metrics=metrics, common=common)
-    done = run_reshard("ls", tmp_path)
+    done = call_reshard("ls", tmp_path)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert " ".join(lines[1].split()) == "iteration global step size files ranks age accuracy many more loss health state"
@@ -272,7 +272,7 @@ def test_metrics_and_health_are_shown_where_there_are_any(tmp_path: Path, run_re
     assert lines[4].split()[-5:] == ["0.25", "1", "2", "healthy", "committed"]
     assert lines[5].split()[-6:] == ["0.375", "1", "2", "nan", "unhealthy", "committed"]
     assert lines[6] == "(1 more metric: --json shows them)"
-    listed = json.loads(run_reshard("ls", tmp_path, "--json").stdout)["iterations"]
+    listed = json.loads(call_reshard("ls", tmp_path, "--json").stdout)["iterations"]
     assert [line["health"] for line in listed] == [None, "healthy", "unhealthy"]
     assert [line["metrics"] for line in listed] == [
         {},

@@ -409,7 +409,7 @@ def test_what_is_no_size(text: str) -> None:
         parse_size(text)
 
 
-def test_as_a_command_of_its_own(run_reshard: Run, sources: dict[str, Path]) -> None:
-    done = run_reshard("plan", sources["mixed"], "--strategy", "dp=2,tp=4,pp=2", "--balanced")
+def test_as_a_command_of_its_own(call_reshard: Run, sources: dict[str, Path]) -> None:
+    done = call_reshard("plan", sources["mixed"], "--strategy", "dp=2,tp=4,pp=2", "--balanced")
     assert done.returncode == 0, done.stderr
     assert "into dp=2,tp=4,pp=2: 16 ranks, each byte is read once and sent on" in done.stdout

@@ -21,15 +21,15 @@ from tests.golden import GOLDEN
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def show_json(run_reshard: Run, *arguments: str | Path) -> dict:
-    done = run_reshard("show", *arguments, "--json")
+def show_json(call_reshard: Run, *arguments: str | Path) -> dict:
+    done = call_reshard("show", *arguments, "--json")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
-def test_json_has_every_tensor_with_its_chunks(run_reshard: Run) -> None:
+def test_json_has_every_tensor_with_its_chunks(call_reshard: Run) -> None:
     case = GOLDEN / "dp2_tp2_optshard_rr"
-    document = show_json(run_reshard, case / "checkpoint")
+    document = show_json(call_reshard, case / "checkpoint")
     expected = np.load(case / "expected.npz")
     tensors = {tensor["name"]: tensor for tensor in document["tensors"]}
     assert set(tensors) == set(expected.files)
@@ -45,8 +45,8 @@ def test_json_has_every_tensor_with_its_chunks(run_reshard: Run) -> None:
     assert document["totals"]["optimizer"]["tensors"] == 39
 
 
-def test_json_says_how_a_tensor_lies(run_reshard: Run) -> None:
-    document = show_json(run_reshard, GOLDEN / "dp2_tp2_optshard_rr" / "checkpoint", "adam_m.embedding.word_embeddings.weight")
+def test_json_says_how_a_tensor_lies(call_reshard: Run) -> None:
+    document = show_json(call_reshard, GOLDEN / "dp2_tp2_optshard_rr" / "checkpoint", "adam_m.embedding.word_embeddings.weight")
     (tensor,) = document["tensors"]
     assert (tensor["kind"], tensor["slot"], tensor["parameter"]) == ("optimizer", "adam_m", "embedding.word_embeddings.weight")
     assert tensor["layout"] == {
@@ -60,16 +60,16 @@ def test_json_says_how_a_tensor_lies(run_reshard: Run) -> None:
     assert len(tensor["files"]) == 4
 
 
-def test_a_single_tensor_is_drawn(run_reshard: Run) -> None:
-    done = run_reshard("show", GOLDEN / "dp2_tp2" / "checkpoint", "decoder.layers.0.mlp.linear_fc2.weight")
+def test_a_single_tensor_is_drawn(call_reshard: Run) -> None:
+    done = call_reshard("show", GOLDEN / "dp2_tp2" / "checkpoint", "decoder.layers.0.mlp.linear_fc2.weight")
     assert done.returncode == 0, done.stderr
     assert "  layout: dim 1 over c(2), replicated over a(2)\n" in done.stdout
     assert "  ┌──────┬───────┐\n  │ 0,2  │  1,3  │\n  └──────┴───────┘\n" in done.stdout
     assert "qwen3-model-0000000-0000004.safetensors, qwen3-model-0000002-0000004.safetensors" in done.stdout
 
 
-def test_the_list_has_a_line_per_tensor(run_reshard: Run) -> None:
-    done = run_reshard("show", GOLDEN / "dp2_tp2_pp2_rr" / "checkpoint", "*.linear_proj.weight")
+def test_the_list_has_a_line_per_tensor(call_reshard: Run) -> None:
+    done = call_reshard("show", GOLDEN / "dp2_tp2_pp2_rr" / "checkpoint", "*.linear_proj.weight")
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines() if ".linear_proj.weight" in line]
     assert len(lines) == 4 * 3
@@ -95,15 +95,15 @@ def test_a_long_list_says_the_same_without_a_table(width: int, monkeypatch: pyte
     assert len(short) > 100
 
 
-def test_a_checkpoint_of_a_single_card(run_reshard: Run) -> None:
-    done = run_reshard("show", GOLDEN / "single_real_train" / "checkpoint" / "iteration_00000001", "learning_rate")
+def test_a_checkpoint_of_a_single_card(call_reshard: Run) -> None:
+    done = call_reshard("show", GOLDEN / "single_real_train" / "checkpoint" / "iteration_00000001", "learning_rate")
     assert done.returncode == 0, done.stderr
     assert "note: no metadata.json" in done.stdout
     assert "shape:  []" in done.stdout
 
 
-def test_without_an_optimizer(run_reshard: Run) -> None:
-    done = run_reshard("show", GOLDEN / "dp2_tp2_noopt" / "checkpoint")
+def test_without_an_optimizer(call_reshard: Run) -> None:
+    done = call_reshard("show", GOLDEN / "dp2_tp2_noopt" / "checkpoint")
     assert done.returncode == 0, done.stderr
     assert "optimizer: none" in done.stdout
 
@@ -154,14 +154,14 @@ def test_a_pattern_that_means_nothing_is_an_error_that_names_the_nearest() -> No
 
 
 @pytest.mark.parametrize(("damage", "words"), [(Path.unlink, "a data file is missing"), (lambda file: os.truncate(file, 100), "truncated")])
-def test_files_that_do_not_hold_what_is_shown_are_an_error(tmp_path: Path, run_reshard: Run, damage: Any, words: str) -> None:
+def test_files_that_do_not_hold_what_is_shown_are_an_error(tmp_path: Path, call_reshard: Run, damage: Any, words: str) -> None:
     root = tmp_path / "checkpoint"
     shutil.copytree(GOLDEN / "dp2_tp2" / "checkpoint", root)
     file = min((root / "iteration_00000001").glob("*-opt-*"))
     damage(file)
-    done = run_reshard("show", root, "--json")
+    done = call_reshard("show", root, "--json")
     assert (done.returncode, done.stdout) == (2, "")
     assert words in done.stderr
     assert str(file) in done.stderr
     # What lies in other files can be shown.
-    assert run_reshard("show", root, "embedding.word_embeddings.weight").returncode == 0
+    assert call_reshard("show", root, "embedding.word_embeddings.weight").returncode == 0

@@ -162,7 +162,7 @@ def read_some(descriptor: int) -> bytes:
         return b""
 
 
-def test_no_framework_is_needed(root: Path, run_reshard: Callable[..., subprocess.CompletedProcess[str]]) -> None:
-    done = run_reshard("verify", root, "--all")
+def test_no_framework_is_needed(root: Path, call_reshard: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    done = call_reshard("verify", root, "--all")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("intact") == 2

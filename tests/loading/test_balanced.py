@@ -26,7 +26,7 @@ from tests.loading.test_golden import STRATEGIES as GOLDEN_STRATEGIES
 from tests.loading.test_golden import layout as golden_layout
 from tests.loading.test_matrix import parts
 from tests.loading.test_random_layouts import named
-from tests.strategies import STRATEGIES, Strategy, arrays, layouts
+from tests.strategies import MOSTLY_SWEPT, Strategy, arrays, layouts
 
 ARRAYS = arrays()
 NEEDED = sum(array.nbytes for array in ARRAYS.values())
@@ -125,7 +125,7 @@ def saved() -> dict[Strategy, MemoryStorage]:
     return found
 
 
-@pytest.mark.parametrize("target", STRATEGIES, ids=str)
+@pytest.mark.parametrize("target", MOSTLY_SWEPT)
 def test_every_byte_is_read_once_and_evenly_and_is_right(target: Strategy, saved: dict[Strategy, MemoryStorage]) -> None:
     placed = layouts(target)
     for source, inner in saved.items():

@@ -154,7 +154,8 @@ def test_what_arrives_after_the_load_was_broken_off_changes_nothing() -> None:
         left = [array.copy() for array in memory]
         resumed.set()
         for thread in threading.enumerate():
-            if thread.name == "reshard-exchange":
+            # One that is only about to begin can't be joined; it is the other rank's, which nobody interrupted.
+            if thread.name == "reshard-exchange" and thread.is_alive():
                 thread.join(60)
         assert all(np.array_equal(old, array) for old, array in zip(left, memory, strict=True))
         raise EnoughError

@@ -26,11 +26,16 @@ def sizes(pipeline: int = 1, replicate: int = 1, shard: int = 1, tensor: int = 1
 
 
 ONE = sizes()
-PAIRS = [
+Pair = tuple[ModelSettings, ParallelSizes, ParallelSizes]
+PAIRS: list[Pair] = [
     (SETTINGS, ONE, sizes(shard=2, tensor=2, pipeline=2)),
-    (SETTINGS, sizes(shard=2, tensor=2, pipeline=2), ONE),
     (SETTINGS, sizes(shard=2, tensor=2, pipeline=2), sizes(tensor=4)),
     (SETTINGS, sizes(tensor=4), sizes(shard=4)),
+    (SETTINGS, sizes(shard=4), sizes(pipeline=2)),
+    (TIED, sizes(pipeline=2, tensor=2), ONE),
+]
+MORE_PAIRS: list[Pair] = [
+    (SETTINGS, sizes(shard=2, tensor=2, pipeline=2), ONE),
     (SETTINGS, sizes(shard=4), sizes(tensor=2)),
     (SETTINGS, sizes(shard=8), sizes(pipeline=2)),
     (SETTINGS, sizes(pipeline=2), sizes(shard=8)),
@@ -39,7 +44,6 @@ PAIRS = [
     (SETTINGS, sizes(tensor=2), sizes(replicate=2)),
     (SETTINGS, sizes(shard=2), sizes(tensor=8)),
     (SETTINGS, sizes(tensor=2, pipeline=2), sizes(shard=2, tensor=4)),
-    (TIED, sizes(pipeline=2, tensor=2), ONE),
     (TIED, ONE, sizes(pipeline=2, shard=2)),
 ]
 
@@ -93,14 +97,15 @@ def load(jobs: list[tuple[Path, ModelSettings, ParallelSizes]]) -> list[list[str
     return found
 
 
-def test_every_pair_bit_for_bit(rank_pool: Callable[[int], RankPool], tmp_path: Path) -> None:
-    sources = {(settings.tie_word_embeddings, source): settings for settings, source, _ in PAIRS}
+@pytest.mark.parametrize("pairs", [pytest.param(PAIRS, id="some"), pytest.param(MORE_PAIRS, id="more", marks=pytest.mark.sweep)])
+def test_every_pair_bit_for_bit(rank_pool: Callable[[int], RankPool], tmp_path: Path, pairs: list[Pair]) -> None:
+    sources = {(settings.tie_word_embeddings, source): settings for settings, source, _ in pairs}
     roots = {key: tmp_path / f"root-{number}" for number, key in enumerate(sources)}
     for world in (1, 2, 4, 8):
         jobs = [(roots[key], sources[key], key[1]) for key in sources if key[1].ranks == world]
         assert rank_pool(world).run(save, jobs) == [[[]] * len(jobs)] * world
     for world in (1, 2, 4, 8):
-        jobs = [(roots[s.tie_word_embeddings, source], s, target) for s, source, target in PAIRS if target.ranks == world]
+        jobs = [(roots[s.tie_word_embeddings, source], s, target) for s, source, target in pairs if target.ranks == world]
         assert rank_pool(world).run(load, jobs) == [[[]] * len(jobs)] * world
 
 

@@ -158,12 +158,14 @@ def test_a_rank_that_is_killed_ends_the_run(tmp_path: Path, process_environment:
         assert gone(process.pid)
 
 
+@pytest.mark.sweep
 def test_no_rank_outlives_its_launcher(tmp_path: Path, process_environment: dict[str, str]) -> None:
     with endless(tmp_path, process_environment) as (process, _):
         process.kill()
         assert gone(process.pid)
 
 
+@pytest.mark.sweep
 def test_a_scheduler_can_stop_it(tmp_path: Path, process_environment: dict[str, str]) -> None:
     with endless(tmp_path, process_environment) as (process, _):
         process.terminate()

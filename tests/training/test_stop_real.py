@@ -109,6 +109,7 @@ def test_stopped_while_it_saves_and_continued(tmp_path: Path, process_environmen
     assert losses(output) == losses(tmp_path / "straight")
 
 
+@pytest.mark.sweep
 def test_killed_while_it_saves_and_continued(tmp_path: Path, rank_pool: Pool) -> None:
     outcomes = rank_pool(2).run_settled(train_to, tmp_path / "out", 8, DEFERRED, 6)
     rank_pool(2).restart()
