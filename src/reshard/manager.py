@@ -117,6 +117,7 @@ class CheckpointManager:
         self._saving_comm = self._comm
         self._saver: Saver | None = None
         self._async: AsyncSaver | None = None
+        self._adapter: Adapter | None = None  # of the save before
         self._is_open = True
         if not read_only:
             try:
@@ -172,14 +173,13 @@ class CheckpointManager:
         if self._async is not None and not self._async.has_room():
             return SaveReport(step, self.directory, 0, time.perf_counter() - started, (), "skipped")
         change, wrong = attempt(lambda: change_of(mapping, model))
-        adapter: Adapter | None = None
         numbers: dict[str, float] | None = None
 
         def capture() -> State:
             # Inside: what a single rank can't take, the others must hear of.
-            nonlocal adapter, numbers
+            nonlocal numbers
             numbers = None if metrics is None else numbers_of(metrics)
-            adapter = select_adapter(model, optimizer)
+            adapter = self._adapter = select_adapter(model, optimizer, self._adapter)
             # A step count that the caller doesn't state is the optimizer's own, not the number of the iteration.
             captured = adapter.capture(model, optimizer, global_step=None if common is None else common.global_step)
             values = values_of_parts({"scheduler": scheduler, "dataloader": dataloader, "extra": extra}, adapter.to_value)
@@ -190,7 +190,7 @@ class CheckpointManager:
             captured, error = attempt(capture) if wrong is None else (None, wrong)
             if self._async is None:
                 return self._saver.save(step, captured or State(), stated, error, numbers, change)
-            return self._async.save(step, adapter, captured or State(), stated, error, numbers, started, change)
+            return self._async.save(step, self._adapter, captured or State(), stated, error, numbers, started, change)
 
     def before_update(self) -> None:
         """Call it before changing parameters or optimizer state otherwise than by an optimizer's step, with `async_save="deferred"`.

@@ -155,3 +155,43 @@ def test_an_interrupt_between_two_parts_loses_none(copies: Callable[[Callable[[]
         made.finish()
         assert made.is_copied
         check(made)
+
+
+def state_of(**arrays: np.ndarray) -> State:
+    tensors = {}
+    for name, array in arrays.items():
+        key = model_key(name)
+        tensors[key] = ShardedTensor(key, by_numpy(array.dtype), array.shape, None, (Shard(Region.whole(array.shape), HostMemory(array)),))
+    return State(tensors, updated=frozenset(tensors))
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+def test_one_snapshot_after_the_other_in_the_same_memory(deferred: bool) -> None:
+    a, b = np.arange(12, dtype=np.float32).reshape(3, 4), np.arange(5, dtype=np.int64)
+    states = [
+        {"a": a, "b": b},
+        {"a": a + 1, "b": b + 1},
+        {"a": a.reshape(4, 3), "b": b},
+        {"a": a, "b": b.astype(np.float64)},
+        {"b": b, "a": a},
+        {"a": a},
+        {"a": np.concatenate([a] * 50), "b": b},
+        {"a": np.concatenate([a] * 50) + 2, "b": b + 2},
+        {},
+    ]
+    buffers = SnapshotBuffers(lambda nbytes: np.zeros(nbytes, np.uint8))
+    taken = []
+    for arrays in states:
+        made = buffers.take(state_of(**arrays), deferred=deferred)
+        made.finish()
+        assert [key.parameter for key in made.state.tensors] == list(arrays)
+        assert made.nbytes == sum(-(-array.nbytes // 64) * 64 for array in arrays.values())
+        for name, array in arrays.items():
+            tensor = made.state.tensors[model_key(name)]
+            copied = tensor.shards[0].memory.read()
+            assert (copied.dtype, copied.shape) == (array.dtype, array.shape)
+            np.testing.assert_array_equal(copied, array)
+        taken.append([tensor.shards[0].memory for tensor in made.state.tensors.values()])
+    # Of the same tensors it makes no new objects.
+    for first, second in ((0, 1), (6, 7)):
+        assert all(one is other for one, other in zip(taken[first], taken[second], strict=True))

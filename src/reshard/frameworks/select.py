@@ -12,12 +12,13 @@ from reshard.frameworks.adapter import Adapter
 from reshard.frameworks.arrays import ArrayAdapter, holds_arrays
 
 
-def select_adapter(model: Any, optimizer: Any) -> Adapter:
+def select_adapter(model: Any, optimizer: Any, before: Adapter | None = None) -> Adapter:
     """The adapter for a model and an optimizer.
 
     Args:
         model: a torch module or a MindSpore cell, a list or dictionary of them, a dictionary of arrays (or a list of such), or None.
         optimizer: an optimizer, a list or dictionary of optimizers, a dictionary of arrays, or None.
+        before: one to go on with where it is of the right framework: it may know what it captured before.
 
     Returns:
         The adapter; when both are None or empty that of the framework in use, whose random states are part of the run.
@@ -36,7 +37,7 @@ def select_adapter(model: Any, optimizer: Any) -> Adapter:
             expected=f"{frameworks['model']}, as the model",
         )
     framework = named.pop() if named else _framework_in_use()
-    return _ADAPTERS[framework](None)
+    return before if before is not None and before.framework == framework else _ADAPTERS[framework](None)
 
 
 def default_communicator(timeout: float | None = None) -> Communicator:

@@ -6,7 +6,7 @@ import copy
 import ctypes
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from math import prod
 from typing import NamedTuple
@@ -40,6 +40,11 @@ class BufferMemory(NamedTuple):
     begin: int
     dtype: DType
     shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Of the shard."""
+        return self.dtype.itemsize * prod(self.shape)
 
     @property
     def host(self) -> np.ndarray | None:
@@ -172,6 +177,9 @@ class SnapshotBuffers:
     def __init__(self, allocate: Callable[[int], np.ndarray]) -> None:
         self._allocate = allocate
         self._buffer = np.empty(0, np.uint8)
+        self._total = 0
+        self._held: dict[TensorKey, ShardedTensor] = {}
+        self._targets: list[BufferMemory] = []
 
     def take(self, state: State, *, deferred: bool = False, takes: Callable[[TensorKey], bool] | None = None) -> Snapshot:
         """Copy a state. The snapshot before it must be of no use any more.
@@ -182,54 +190,72 @@ class SnapshotBuffers:
             takes: which tensors are needed; the others are left out. All by default.
         """
         tensors = [tensor for key, tensor in state.tensors.items() if takes is None or takes(key)]
-        held: dict[TensorKey, ShardedTensor] = {}
-        sources: list[tuple[TensorKey, Memory, BufferMemory]] = []
-        buffer, total = self._place(tensors)
-        base, end = buffer.ctypes.data, 0
-        for tensor in tensors:
-            key, dtype, shape, layout, shards = tensor
-            placed = []
-            for region, memory in shards:
-                target = BufferMemory(buffer, end, dtype, region.shape)
-                end += _room(dtype, region)
-                placed.append(Shard(region, target))
-                sources.append((key, memory, target))
-            held[key] = ShardedTensor(key, dtype, shape, layout, tuple(placed))
+        held, targets = self._place(tensors)
+        base = self._buffer.ctypes.data
         left: list[_Left] = []
         waits: list[Callable[[], object]] = []
         updated = state.updated if deferred else frozenset[TensorKey]()
-        for key, memory, target in sources:
-            # Small ones cost less to copy than to keep for later; of one number (a step count) nobody knows who changes it.
-            if key in updated and target.shape and (memory.address is not None or memory.host is not None):
-                left += _parts(memory.hold(), target, base)
-                continue
-            wait = _copy(memory, target, base, 0, _nbytes(target))
-            if wait is not None:
-                waits.append(wait)
+        places = iter(targets)
+        for tensor in tensors:
+            may_wait = tensor.key in updated
+            for (region, memory), target in zip(tensor.shards, places, strict=False):  # of the places as many as there are shards
+                # Small ones cost less to copy than to keep for later; of one number (a step count) nobody knows who changes it.
+                if may_wait and region.shape and ((address := memory.address) is not None or memory.host is not None):
+                    left += _parts(memory.hold(), target, base, in_a_row=address is not None)
+                    continue
+                wait = _copy(memory, target, base, 0, target.nbytes)
+                if wait is not None:
+                    waits.append(wait)
         groups = tuple(replace(group, options=copy.deepcopy(dict(group.options))) for group in state.groups)
         values, rank_values = copy.deepcopy((dict(state.values), dict(state.rank_values)))
-        return Snapshot(State(held, groups, values, rank_values), total, left, waits)
+        return Snapshot(State(held, groups, values, rank_values), self._total, left, waits)
 
-    def _place(self, tensors: Iterable[ShardedTensor]) -> tuple[np.ndarray, int]:
-        total = sum(_room(tensor.dtype, region) for tensor in tensors for region, _ in tensor.shards)
-        if self._buffer.nbytes < total:
-            self._buffer = np.empty(0, np.uint8)  # before the new one is there
-            self._buffer = self._allocate(total + total // _SPARE)
-        return self._buffer, total
+    def _place(self, tensors: Sequence[ShardedTensor]) -> tuple[dict[TensorKey, ShardedTensor], list[BufferMemory]]:
+        """The tensors with places in the buffer for memory, and these places one after the other.
+
+        Where nothing lies otherwise than before they are the same objects.
+        """
+        if len(tensors) != len(self._held) or not all(map(_is_as_before, tensors, self._held.values())):
+            self._total = sum(_room(tensor.dtype, region) for tensor in tensors for region, _ in tensor.shards)
+            if self._buffer.nbytes < self._total:
+                self._held, self._targets = {}, []
+                self._buffer = np.empty(0, np.uint8)  # before the new one is there
+                self._buffer = self._allocate(self._total + self._total // _SPARE)
+            held: dict[TensorKey, ShardedTensor] = {}
+            targets: list[BufferMemory] = []
+            end = 0
+            for key, dtype, shape, layout, shards in tensors:
+                placed = []
+                for region, _ in shards:
+                    targets.append(BufferMemory(self._buffer, end, dtype, region.shape))
+                    placed.append(Shard(region, targets[-1]))
+                    end += _room(dtype, region)
+                held[key] = ShardedTensor(key, dtype, shape, layout, tuple(placed))
+            self._held, self._targets = held, targets
+        return dict(self._held), self._targets
+
+
+def _is_as_before(tensor: ShardedTensor, before: ShardedTensor) -> bool:
+    """Whether a tensor lies as one that has a place in the buffer. Layouts by identity: adapters that know it give the same again."""
+    key, dtype, shape, layout, shards = tensor
+    return (
+        key == before.key
+        and dtype is before.dtype
+        and shape == before.global_shape
+        and layout is before.layout
+        and len(shards) == len(before.shards)
+        and all(one.region is other.region or one.region == other.region for one, other in zip(shards, before.shards, strict=True))
+    )
 
 
 def _room(dtype: DType, region: Region) -> int:
     return -(-dtype.itemsize * prod(region.shape) // _ALIGNMENT) * _ALIGNMENT
 
 
-def _nbytes(target: BufferMemory) -> int:
-    return target.dtype.itemsize * prod(target.shape)
-
-
-def _parts(source: Memory, target: BufferMemory, base: int) -> Iterator[_Left]:
+def _parts(source: Memory, target: BufferMemory, base: int, *, in_a_row: bool) -> Iterator[_Left]:
     """What is left of a shard: in parts where its bytes lie one after the other."""
-    nbytes = _nbytes(target)
-    step = _PART_BYTES if source.address is not None else max(nbytes, 1)
+    nbytes = target.nbytes
+    step = _PART_BYTES if in_a_row else max(nbytes, 1)
     for begin in range(0, nbytes, step):
         yield _Left(source, target, base, begin, min(begin + step, nbytes))
 

@@ -28,6 +28,8 @@ from reshard.state import ParameterGroup, ShardedTensor, State, TensorKey, model
 class TorchAdapter:
     """PyTorch modules and optimizers, plain or distributed by DTensor.
 
+    An adapter that captures again knows how the tensors lay the last time; it looks only at what has changed.
+
     Args:
         timeout: seconds that a collective or a message of its communicator may take.
     """
@@ -36,9 +38,11 @@ class TorchAdapter:
 
     def __init__(self, timeout: float = DEFAULT_TIMEOUT) -> None:
         self._timeout = timeout
+        self._captured: Meshes | None = None
 
     def capture(self, model: Any, optimizer: Any, *, global_step: int | None) -> State:
-        named, meshes = _named(model)
+        named = name_tensors(model)
+        meshes = self._captured = Meshes(named.all_tensors(), named.fsdp2, self._captured)
         tensors = _capture_model(named, meshes)
         for name, module in named.extra_states.items():
             value = _extra_state(module, name)
@@ -54,7 +58,8 @@ class TorchAdapter:
         return State(tensors=tensors)
 
     def prepare(self, model: Any, optimizer: Any, catalog: Catalog, groups: Sequence[ParameterGroup]) -> TorchDestination:
-        named, meshes = _named(model)
+        named = name_tensors(model)
+        meshes = Meshes(named.all_tensors(), named.fsdp2)
         tensors = _capture_model(named, meshes)
         extra_states = []
         for name, module in named.extra_states.items():
@@ -94,11 +99,6 @@ class TorchAdapter:
 
     def communicator(self) -> Communicator:
         return connect(self._timeout)
-
-
-def _named(model: Any) -> tuple[NamedTensors, Meshes]:
-    named = name_tensors(model)
-    return named, Meshes(named.all_tensors(), named.fsdp2)
 
 
 def _capture_model(named: NamedTensors, meshes: Meshes) -> dict[TensorKey, ShardedTensor]:

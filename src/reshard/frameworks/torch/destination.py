@@ -177,7 +177,7 @@ def _made_from_catalog(one: OptimizedParameter, stored: Mapping[str, StoredTenso
     shape = tuple(one.parameter.shape)
     alike = {slot: tensor for slot, tensor in stored.items() if tensor.global_shape == shape and slot != STEP}
     # Whoever has Adam's moments counts steps too, in a way that only its own first step shows.
-    if len(alike) < len(stored) or is_adam(one.optimizer):
+    if len(alike) < len(stored) or is_adam(type(one.optimizer)):
         raise CaptureError(
             "how this optimizer makes the state of a parameter is not known",
             tensor=one.name,

@@ -59,22 +59,30 @@ class Meshes:
     Args:
         tensors: the model's.
         fsdp2: the identities of those that FSDP2 manages.
+        before: of an earlier capture. What it found out is used again where the tensors lie on the same meshes. It keeps no tensor alive.
     """
 
-    def __init__(self, tensors: Iterable[torch.Tensor], fsdp2: Collection[int] = ()) -> None:
+    def __init__(self, tensors: Iterable[torch.Tensor], fsdp2: Collection[int] = (), before: Meshes | None = None) -> None:
+        self._dtensor = dtensor_type()
+        # Specifications are kept, so that no other object gets their identity, or a mesh's.
+        specs = [(tensor._spec, id(tensor) in fsdp2) for tensor in dtensors_of(tensors)]
+        self._devices = {id(spec.mesh): spec.mesh for spec, _ in specs}
+        self._by_fsdp2 = {id(spec): spec for spec, is_managed in specs if is_managed}
+        self._specs: dict[int, tuple[Any, torch.Size, tuple[tuple[int, ...], _Holding]]] = {}
+        self._specs_before = self._specs
+        if before is not None and before._devices.keys() == self._devices.keys() and before._by_fsdp2.keys() == self._by_fsdp2.keys():
+            self._specs_before = before._specs
+            self._meshes, self._holdings, self._layouts = before._meshes, before._holdings, before._layouts
+            self._kinds_by_fsdp2, self._others = before._kinds_by_fsdp2, before._others
+            self._largest_first, self._everywhere = before._largest_first, before._everywhere
+            return
         self._meshes: dict[int, Mesh] = {}
         self._holdings: dict[Any, tuple[tuple[int, ...], _Holding]] = {}
         self._layouts: dict[tuple[int, tuple[tuple[int, ...], ...]], Layout] = {}
-        self._by_fsdp2: set[Any] = set()
-        self._dtensor = dtensor_type()
-        seen: set[int] = set()
-        for tensor in dtensors_of(tensors):
-            device_mesh = tensor.device_mesh
-            if id(device_mesh) not in seen:
-                seen.add(id(device_mesh))
-                self._mesh(device_mesh)
-            if id(tensor) in fsdp2:
-                self._by_fsdp2.add(_kind_of(tensor))
+        self._others: dict[int, Any] = {}  # also meshes that only an optimizer's tensors lie on
+        self._kinds_by_fsdp2 = {_kind_of(spec) for spec in self._by_fsdp2.values()}
+        for device_mesh in self._devices.values():
+            self._mesh(device_mesh)
         meshes = dict.fromkeys(self._meshes.values())
         self._largest_first = sorted(meshes, key=lambda mesh: (len(mesh.ranks), len(mesh.shape)), reverse=True)
         home = self._largest_first[0] if meshes else None
@@ -134,21 +142,26 @@ class Meshes:
     def _holding(self, tensor: Any, local: torch.Tensor, name: str) -> tuple[tuple[int, ...], _Holding]:
         """The global shape of a DTensor and how it lies, for a local part; computed once for all with the same shapes and placements."""
         # The specification, since asking the tensor itself goes through torch's dispatcher; it is also the only place where a release
-        # keeps an order apart from the placements. The mesh by identity (the tensors keep it alive): its hash goes over its ranks.
-        spec = tensor._spec
-        alike = (id(spec.mesh), spec.placements, spec.tensor_meta.shape, getattr(spec, "shard_order", None), local.shape)
-        found = self._holdings.get(alike)
-        if found is None:
-            shape = tuple(tensor.shape)
-            found = self._holdings[alike] = (shape, self._find(tensor, spec, shape, tuple(local.shape), name))
-        return found
+        # keeps an order apart from the placements. The mesh by identity (it is kept alive): its hash goes over its ranks.
+        spec, extent = tensor._spec, local.shape
+        known = self._specs_before.get(id(spec))
+        if known is None or known[0] is not spec or known[1] != extent:
+            alike = (id(spec.mesh), spec.placements, spec.tensor_meta.shape, getattr(spec, "shard_order", None), extent)
+            found = self._holdings.get(alike)
+            if found is None:
+                shape = tuple(tensor.shape)
+                self._others[id(spec.mesh)] = spec.mesh
+                found = self._holdings[alike] = (shape, self._find(tensor, spec, shape, tuple(extent), name))
+            known = spec, extent, found
+        self._specs[id(spec)] = known
+        return known[2]
 
     def _find(self, tensor: Any, spec: Any, shape: tuple[int, ...], local: tuple[int, ...], name: str) -> _Holding:
         mesh = self._mesh(tensor.device_mesh)
         splits = splits_of(tensor.placements, len(shape), name)
         rank = _rank()
         orders = _orders(splits, spec, mesh, len(shape))
-        by_fsdp2 = bool(self._by_fsdp2) and _kind_of(tensor) in self._by_fsdp2
+        by_fsdp2 = bool(self._kinds_by_fsdp2) and _kind_of(spec) in self._kinds_by_fsdp2
         if orders is not None and not by_fsdp2 and not _agree(splits, Layout(mesh, orders), shape):
             orders = None
         layout = None if orders is None else self._layout(mesh, orders, rank)
@@ -227,9 +240,9 @@ def _local(tensor: Any) -> torch.Tensor:
         return tensor.to_local()
 
 
-def _kind_of(tensor: Any) -> tuple[Any, ...]:
-    """What DTensors that lie alike have in common."""
-    return tensor.device_mesh, tuple(tensor.placements), tuple(tensor.shape)
+def _kind_of(spec: Any) -> tuple[Any, ...]:
+    """What the specifications of DTensors that lie alike have in common."""
+    return spec.mesh, tuple(spec.placements), tuple(spec.tensor_meta.shape)
 
 
 def _orders(splits: Sequence[tuple[int, int] | None], spec: Any, mesh: Mesh, dimensions: int) -> tuple[tuple[int, ...], ...] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from reshard.errors import CaptureError, UsageError
 from reshard.format.names import tensor_name
 from reshard.frameworks.torch.layout import Meshes, mirrored
 from reshard.frameworks.torch.modules import NamedTensors
+from reshard.frameworks.torch.placements import is_dtensor
 from reshard.frameworks.torch.recipes import has_recipe, is_adam
 from reshard.frameworks.torch.values import to_value
 from reshard.geometry import Region
@@ -62,10 +64,17 @@ class OptimizedParameter:
 
     def key(self, slot: str) -> TensorKey:
         """The key of a slot by the optimizer's own name."""
-        name = _ADAM_SLOTS.get(slot, slot) if is_adam(self.optimizer) else slot
-        if "." in name or not name:
+        name = _slot_name(type(self.optimizer), slot)
+        if not name:
             raise CaptureError("a slot's name that can't be kept", tensor=self.name, found=repr(slot), expected="a name without '.'")
         return slot_key(name, self.name)
+
+
+@cache
+def _slot_name(kind: type[optim.Optimizer], slot: str) -> str:
+    """What a slot is called in checkpoints; empty when its name can't be kept."""
+    name = _ADAM_SLOTS.get(slot, slot) if is_adam(kind) else slot
+    return "" if "." in name else name
 
 
 def list_optimizers(optimizer: Any) -> list[optim.Optimizer]:
@@ -144,13 +153,13 @@ def capture_slots(parameters: Iterable[OptimizedParameter], meshes: Meshes, glob
     Raises:
         CaptureError: state that can't be captured, naming slot and parameter.
     """
-    parameters = list(parameters)
-    counts = step_counts(parameters)
+    stated = [(one, one.state) for one in parameters]
+    counts = _counts(stated)
     if global_step is None and counts:
         global_step = int(max(counts.values()))
     found: dict[TensorKey, list[ShardedTensor]] = {}
-    for one in parameters:
-        for slot, value in one.state.items():
+    for one, state in stated:
+        for slot, value in state.items():
             if not (slot == STEP and _is_implied(one, counts, global_step)):
                 found.setdefault(one.key(slot), []).append(slot_tensor(one, slot, value, meshes))
     tensors = {key: group[0] if len(group) == 1 else mirrored(group, tensor_name(key)) for key, group in found.items()}
@@ -197,15 +206,23 @@ def global_step_tensor(value: int, meshes: Meshes) -> ShardedTensor:
     return number_tensor(GLOBAL_STEP, np.array([value], np.int32), meshes)
 
 
-def step_counts(parameters: Sequence[OptimizedParameter]) -> dict[int, float]:
-    """How often each parameter was stepped, by identity, for those whose optimizer counts. One transfer per device, not per parameter."""
+def step_counts(parameters: Iterable[OptimizedParameter]) -> dict[int, float]:
+    """How often each parameter was stepped, by identity, for those whose optimizer counts."""
+    return _counts((one, one.state) for one in parameters)
+
+
+def _counts(stated: Iterable[tuple[OptimizedParameter, Mapping[str, Any]]]) -> dict[int, float]:
     counts: dict[int, float] = {}
+    # One transfer per device, not per parameter.
     waiting: dict[tuple[torch.device, torch.dtype], list[tuple[int, torch.Tensor]]] = {}
-    for one in parameters:
-        step = one.state.get(STEP)
+    for one, state in stated:
+        step = state.get(STEP)
         if isinstance(step, torch.Tensor):
             plain = _plain(step, one)
-            waiting.setdefault((plain.device, plain.dtype), []).append((id(one.parameter), plain))
+            if plain.is_cpu:
+                counts[id(one.parameter)] = plain.item()
+            else:
+                waiting.setdefault((plain.device, plain.dtype), []).append((id(one.parameter), plain))
         elif isinstance(step, int | float):
             counts[id(one.parameter)] = step
         elif step is not None:
@@ -217,8 +234,10 @@ def step_counts(parameters: Sequence[OptimizedParameter]) -> dict[int, float]:
 
 
 def _plain(step: Any, one: OptimizedParameter) -> torch.Tensor:
-    with torch.no_grad():
-        local = step.to_local() if hasattr(step, "to_local") else step.detach()
+    local = step
+    if is_dtensor(step):
+        with torch.no_grad():
+            local = step.to_local()
     if local.numel() != 1:
         raise CaptureError("a step count that isn't one number", tensor=f"step.{one.name}", found=f"shape {tuple(local.shape)}")
     return local

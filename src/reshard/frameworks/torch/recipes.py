@@ -34,9 +34,11 @@ def has_recipe(optimizer: optim.Optimizer) -> bool:
     return _recipe_of_class(type(optimizer)) is not None
 
 
-def is_adam(optimizer: optim.Optimizer) -> bool:
-    """Whether an optimizer's `exp_avg` and `exp_avg_sq` are Adam's first and second moment, by the names of its class and their bases."""
-    return _is_adam_class(type(optimizer))
+@cache
+def is_adam(kind: type[optim.Optimizer]) -> bool:
+    """Whether the `exp_avg` and `exp_avg_sq` of a class of optimizers are Adam's moments, by the names of the class and its bases."""
+    names = [base.__name__.lower() for base in kind.__mro__]
+    return any("adam" in name for name in names) and not any("adamax" in name for name in names)
 
 
 @cache
@@ -48,12 +50,6 @@ def _recipe_of_class(kind: type) -> Callable[[optim.Optimizer, Group, torch.Tens
             maker = "_init_group" if hasattr(base, "_init_group") else "step"
             return recipe if getattr(kind, maker) is getattr(base, maker) else None
     return None
-
-
-@cache
-def _is_adam_class(kind: type) -> bool:
-    names = [base.__name__.lower() for base in kind.__mro__]
-    return any("adam" in name for name in names) and not any("adamax" in name for name in names)
 
 
 def makes_state_at_once(optimizer: optim.Optimizer) -> bool:
