@@ -165,7 +165,6 @@ def test_no_rank_outlives_its_launcher(tmp_path: Path, process_environment: dict
         assert gone(process.pid)
 
 
-@pytest.mark.sweep
 def test_a_scheduler_can_stop_it(tmp_path: Path, process_environment: dict[str, str]) -> None:
     with endless(tmp_path, process_environment) as (process, _):
         process.terminate()

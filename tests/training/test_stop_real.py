@@ -84,6 +84,7 @@ def running(folder: Path, environment: dict[str, str], command: list[str], steps
         process.communicate()
 
 
+@pytest.mark.sweep
 def test_stopped_while_it_saves_and_continued(tmp_path: Path, process_environment: dict[str, str], rank_pool: Pool) -> None:
     output = tmp_path / "out"
     output.mkdir()

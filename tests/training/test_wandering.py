@@ -119,7 +119,7 @@ HYBRID, FULL = {"data": 4, "shard": 2}, {"data": 4}
 @pytest.mark.parametrize(
     ("hybrid", "full", "model"),
     [
-        (HYBRID, FULL, {}),
+        pytest.param(HYBRID, FULL, {}, marks=pytest.mark.sweep),
         pytest.param({**HYBRID, "expert": 2}, {**FULL, "expert": 4}, ranks.EXPERTS, marks=pytest.mark.sweep),
         pytest.param({**HYBRID, "tensor": 2}, {**FULL, "pipeline": 2}, {}, marks=pytest.mark.sweep),
     ],
