@@ -56,7 +56,7 @@ demo-experts: $(BUILT) ## the same for a model with experts, and for hybrid shar
 demo-mindspore: $(BUILT) ## train under MindSpore on 2 ranks, kill, resume on 1, go on in PyTorch, and compare the losses
 	@$(PY) examples/mindspore/run.py
 
-test: $(BUILT) ## run the tests and the checks of the code (some 10 minutes on 2 cores; WORKERS=4: as many files of them at a time)
+test: $(BUILT) ## run the tests and the checks of the code (some 15 minutes on 2 cores; WORKERS=4: as many files of them at a time)
 	@$(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 sweep: $(BUILT) ## run the long property and fault runs (SWEEP_SECONDS=1200: as many as fit)
