@@ -68,6 +68,18 @@ class BufferMemory(NamedTuple):
         target[...] = self.read()
 
 
+class _Place(NamedTuple):
+    """Where a shard goes: states have 100,000 tensors, and their bytes are counted once.
+
+    Attributes:
+        target: a part of the buffer.
+        nbytes: its bytes.
+    """
+
+    target: BufferMemory
+    nbytes: int
+
+
 class _Left(NamedTuple):
     """A part of a shard that is still to be copied.
 
@@ -180,7 +192,7 @@ class SnapshotBuffers:
         self._buffer = np.empty(0, np.uint8)
         self._total = 0
         self._held: dict[TensorKey, ShardedTensor] = {}
-        self._targets: list[BufferMemory] = []
+        self._places: list[tuple[_Place, ...]] = []
 
     def take(self, state: State, *, deferred: bool = False, takes: Callable[[TensorKey], bool] | None = None) -> Snapshot:
         """Copy a state. The snapshot before it must be of no use any more.
@@ -191,71 +203,71 @@ class SnapshotBuffers:
             takes: which tensors are needed; the others are left out. All by default.
         """
         tensors = [tensor for key, tensor in state.tensors.items() if takes is None or takes(key)]
-        held, targets = self._place(tensors)
+        held, places = self._place(tensors)
         base = self._buffer.ctypes.data
         left: list[_Left] = []
         waits: list[Callable[[], object]] = []
         updated = state.updated if deferred else frozenset[TensorKey]()
-        places = iter(targets)
-        for tensor in tensors:
+        for tensor, placed in zip(tensors, places, strict=True):
             may_wait = tensor.key in updated
-            for (region, memory), target in zip(tensor.shards, places, strict=False):  # of the places as many as there are shards
+            for (region, memory), (target, nbytes) in zip(tensor.shards, placed, strict=True):
                 # Small ones cost less to copy than to keep for later; of one number (a step count) nobody knows who changes it.
                 if may_wait and region.shape and ((address := memory.address) is not None or memory.host is not None):
-                    left += _parts(memory.hold(), target, base, in_a_row=address is not None)
+                    if address is not None and 0 < nbytes <= _PART_BYTES:
+                        left.append(_Left(memory.hold(), target, base, 0, nbytes))
+                    else:
+                        left += _parts(memory.hold(), target, base, nbytes, in_a_row=address is not None)
                     continue
-                wait = _copy(memory, target, base, 0, target.nbytes)
+                wait = _copy(memory, target, base, 0, nbytes)
                 if wait is not None:
                     waits.append(wait)
         groups = tuple(replace(group, options=copy.deepcopy(dict(group.options))) for group in state.groups)
         values, rank_values = copy.deepcopy((dict(state.values), dict(state.rank_values)))
         return Snapshot(State(held, groups, values, rank_values), self._total, left, waits)
 
-    def _place(self, tensors: Sequence[ShardedTensor]) -> tuple[dict[TensorKey, ShardedTensor], list[BufferMemory]]:
-        """The tensors with places in the buffer for memory, and these places one after the other.
+    def _place(self, tensors: Sequence[ShardedTensor]) -> tuple[dict[TensorKey, ShardedTensor], list[tuple[_Place, ...]]]:
+        """The tensors with places in the buffer for memory, and of each its places.
 
         Where nothing lies otherwise than before they are the same objects.
         """
         if len(tensors) != len(self._held) or not all(map(_is_as_before, tensors, self._held.values())):
             self._total = sum(_room(tensor.dtype, region) for tensor in tensors for region, _ in tensor.shards)
             if self._buffer.nbytes < self._total:
-                self._held, self._targets = {}, []
+                self._held, self._places = {}, []
                 self._buffer = np.empty(0, np.uint8)  # before the new one is there
                 self._buffer = self._allocate(self._total + self._total // _SPARE)
             held: dict[TensorKey, ShardedTensor] = {}
-            targets: list[BufferMemory] = []
+            places: list[tuple[_Place, ...]] = []
             end = 0
             for key, dtype, shape, layout, shards in tensors:
                 placed = []
                 for region, _ in shards:
-                    targets.append(BufferMemory(self._buffer, end, dtype, region.shape))
-                    placed.append(Shard(region, targets[-1]))
+                    target = BufferMemory(self._buffer, end, dtype, region.shape)
+                    placed.append(_Place(target, target.nbytes))
                     end += _room(dtype, region)
-                held[key] = ShardedTensor(key, dtype, shape, layout, tuple(placed))
-            self._held, self._targets = held, targets
-        return dict(self._held), self._targets
+                held[key] = ShardedTensor(
+                    key, dtype, shape, layout, tuple(Shard(shard.region, place.target) for shard, place in zip(shards, placed, strict=True))
+                )
+                places.append(tuple(placed))
+            self._held, self._places = held, places
+        return dict(self._held), self._places
 
 
 def _is_as_before(tensor: ShardedTensor, before: ShardedTensor) -> bool:
     """Whether a tensor lies as one that has a place in the buffer. Layouts by identity: adapters that know it give the same again."""
     key, dtype, shape, layout, shards = tensor
-    return (
-        key == before.key
-        and dtype is before.dtype
-        and shape == before.global_shape
-        and layout is before.layout
-        and len(shards) == len(before.shards)
-        and all(one.region is other.region or one.region == other.region for one, other in zip(shards, before.shards, strict=True))
-    )
+    other_key, other_dtype, other_shape, other_layout, others = before
+    if layout is not other_layout or dtype is not other_dtype or key != other_key or shape != other_shape or len(shards) != len(others):
+        return False
+    return all([region is other or region == other for (region, _), (other, _) in zip(shards, others, strict=True)])
 
 
 def _room(dtype: DType, region: Region) -> int:
     return -(-dtype.itemsize * prod(region.shape) // _ALIGNMENT) * _ALIGNMENT
 
 
-def _parts(source: Memory, target: BufferMemory, base: int, *, in_a_row: bool) -> Iterator[_Left]:
+def _parts(source: Memory, target: BufferMemory, base: int, nbytes: int, *, in_a_row: bool) -> Iterator[_Left]:
     """What is left of a shard: in parts where its bytes lie one after the other."""
-    nbytes = target.nbytes
     step = _PART_BYTES if in_a_row else max(nbytes, 1)
     for begin in range(0, nbytes, step):
         yield _Left(source, target, base, begin, min(begin + step, nbytes))

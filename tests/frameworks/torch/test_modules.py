@@ -156,7 +156,7 @@ def test_a_rank_with_both_ends_saves_one_and_fills_both(order) -> None:
 def test_one_declaration_is_enough_for_three_stages() -> None:
     stages = [nn.Linear(2, 2, bias=False) for _ in range(3)]
     tie(stages[1], {"weight": "weight"})
-    assert len(name_tensors(stages).tensors["weight"].tensors) == 3
+    assert len(name_tensors(stages).tensors["weight"]) == 3
 
 
 def test_a_declaration_of_transformers_counts_only_where_the_configuration_says_so() -> None:

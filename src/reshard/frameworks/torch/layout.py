@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from reshard.errors import CaptureError
-from reshard.frameworks.torch.memory import MirrorMemory, checked_dtype, memory_of
+from reshard.frameworks.torch.memory import MirrorMemory, checked_dtype, dtype_and_memory, memory_of
 from reshard.frameworks.torch.placements import (
     dtensor_type,
     dtensors_of,
@@ -23,6 +23,9 @@ from reshard.frameworks.torch.placements import (
 )
 from reshard.geometry import Layout, Mesh, Region
 from reshard.state import Memory, Shard, ShardedTensor, TensorKey
+
+# Named tuples are made by what their own functions call in the end, in half the time: states have 100,000 tensors.
+_new = tuple.__new__
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,8 @@ class _Holding:
 
     layout: Layout | None
     pieces: tuple[_Piece, ...]
-    is_one: bool = False
-    """Whether all of the local tensor is one region, as nearly always."""
+    region: Region | None = None
+    """What all of the local tensor is, where that is one region, as nearly always."""
 
 
 class Meshes:
@@ -64,22 +67,28 @@ class Meshes:
 
     def __init__(self, tensors: Iterable[torch.Tensor], fsdp2: Collection[int] = (), before: Meshes | None = None) -> None:
         self._dtensor = dtensor_type()
-        # Specifications are kept, so that no other object gets their identity, or a mesh's.
-        specs = [(tensor._spec, id(tensor) in fsdp2) for tensor in dtensors_of(tensors)]
-        self._devices = {id(spec.mesh): spec.mesh for spec, _ in specs}
-        self._by_fsdp2 = {id(spec): spec for spec, is_managed in specs if is_managed}
+        # Meshes, and the specifications of what FSDP2 manages, are kept, so that no other object gets their identity.
+        self._devices: dict[int, Any] = {}
+        self._by_fsdp2: dict[int, Any] = {}
+        for tensor in dtensors_of(tensors):
+            spec = tensor._spec
+            mesh = spec.mesh
+            self._devices[id(mesh)] = mesh
+            if fsdp2 and id(tensor) in fsdp2:
+                self._by_fsdp2[id(spec)] = spec
         self._specs: dict[int, tuple[Any, torch.Size, tuple[tuple[int, ...], _Holding]]] = {}
         self._specs_before = self._specs
         if before is not None and before._devices.keys() == self._devices.keys() and before._by_fsdp2.keys() == self._by_fsdp2.keys():
             self._specs_before = before._specs
             self._meshes, self._holdings, self._layouts = before._meshes, before._holdings, before._layouts
-            self._kinds_by_fsdp2, self._others = before._kinds_by_fsdp2, before._others
+            self._kinds_by_fsdp2, self._others, self._plain = before._kinds_by_fsdp2, before._others, before._plain
             self._largest_first, self._everywhere = before._largest_first, before._everywhere
             return
         self._meshes: dict[int, Mesh] = {}
         self._holdings: dict[Any, tuple[tuple[int, ...], _Holding]] = {}
         self._layouts: dict[tuple[int, tuple[tuple[int, ...], ...]], Layout] = {}
         self._others: dict[int, Any] = {}  # also meshes that only an optimizer's tensors lie on
+        self._plain: dict[torch.Size, tuple[tuple[int, ...], _Holding]] = {}
         self._kinds_by_fsdp2 = {_kind_of(spec) for spec in self._by_fsdp2.values()}
         for device_mesh in self._devices.values():
             self._mesh(device_mesh)
@@ -109,8 +118,8 @@ class Meshes:
             local = _local(tensor)
             whole, holding = self._holding(tensor, local, name)
         elif like is None or not is_dtensor(like) or tensor.ndim == 0:
-            local, whole = tensor, tuple(tensor.shape)
-            holding = _Holding(self.replicated(tensor.ndim), (_Piece(Region.whole(whole), Region.whole(whole)),))
+            local = tensor
+            whole, holding = self._whole(tensor)
         elif tensor.shape == _local(like).shape:
             local = tensor
             whole, holding = self._holding(like, tensor, name)
@@ -121,12 +130,23 @@ class Meshes:
                 found=f"shape {tuple(tensor.shape)}",
                 expected=f"a DTensor, or the shape of the parameter's local part {tuple(_local(like).shape)}",
             )
-        dtype = checked_dtype(local, name)
-        if holding.is_one:
-            shards = (Shard(holding.pieces[0].region, memory_of(local, name)),)
+        region = holding.region
+        if region is not None:
+            dtype, memory = dtype_and_memory(local, name)
+            shards = (_new(Shard, (region, memory)),)
         else:
+            dtype = checked_dtype(local, name)
             shards = tuple(Shard(piece.region, _memory(local, piece.local, name)) for piece in holding.pieces)
-        return ShardedTensor(key, dtype, whole, holding.layout, shards)
+        return _new(ShardedTensor, (key, dtype, whole, holding.layout, shards))
+
+    def _whole(self, tensor: torch.Tensor) -> tuple[tuple[int, ...], _Holding]:
+        """How a plain tensor lies that every rank of the model holds whole."""
+        found = self._plain.get(tensor.shape)
+        if found is None:
+            shape = tuple(tensor.shape)
+            region = Region.whole(shape)
+            found = self._plain[tensor.shape] = shape, _Holding(self.replicated(len(shape)), (_Piece(region, region),), region)
+        return found
 
     def _mesh(self, device_mesh: Any) -> Mesh:
         # By identity (the tensors keep it alive): its hash goes over its ranks, and what it gives as `mesh` is made anew each time.
@@ -177,7 +197,8 @@ class Meshes:
         extent = tuple(sum(count for _, count in dimension) for dimension in runs)
         if tuple(local) == extent or (0 in local and 0 in extent):  # an empty part may have any empty shape
             pieces = _pieces(runs, shape)
-            return _Holding(layout, pieces, len(pieces) == 1 and pieces[0].local == Region.whole(tuple(local)) and 0 not in local)
+            is_one = len(pieces) == 1 and pieces[0].local == Region.whole(tuple(local)) and 0 not in local
+            return _Holding(layout, pieces, pieces[0].region if is_one else None)
         raise CaptureError(
             "the local part of a DTensor doesn't have the shape that its placements give this rank",
             tensor=name,

@@ -43,6 +43,16 @@ def torch_dtype(dtype: DType) -> torch.dtype:
     return getattr(torch, dtype.name)
 
 
+# Types of which no tensor is conjugated.
+_REAL = {
+    dtype: dtype_of(dtype)
+    for dtype in (
+        *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2),
+        *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+    )
+}
+
+
 def checked_dtype(tensor: torch.Tensor, name: str) -> DType:
     """The element type of a tensor that is to be captured.
 
@@ -95,6 +105,19 @@ def memory_of(tensor: torch.Tensor, name: str) -> Memory:
     return TensorMemory(tensor)
 
 
+def dtype_and_memory(tensor: torch.Tensor, name: str) -> tuple[DType, Memory]:
+    """What `checked_dtype` and `memory_of` say, with one look at what nearly all tensors are: states have 100,000 of them.
+
+    Raises:
+        CaptureError: as these.
+    """
+    if type(tensor) in _PLAIN and tensor.is_cpu and tensor.layout is torch.strided and not tensor.is_neg():
+        dtype = _REAL.get(tensor.dtype)
+        if dtype is not None:
+            return dtype, tuple.__new__(TensorMemory, (tensor,))  # half of what its own function takes
+    return checked_dtype(tensor, name), memory_of(tensor, name)
+
+
 def _view(tensor: torch.Tensor, name: str) -> np.ndarray:
     tensor = tensor.detach()
     carrier = _CARRIERS.get(tensor.dtype)
@@ -144,8 +167,9 @@ class TensorMemory(NamedTuple):
         if not tensor.is_contiguous():
             return None
         # Who frees a tensor's memory for a while (FSDP does) leaves a tensor of the old shape over an empty storage.
-        end = (tensor.storage_offset() + tensor.numel()) * tensor.itemsize
-        return tensor.data_ptr() if tensor.untyped_storage().nbytes() >= end else None
+        first, room = tensor.storage_offset(), tensor.untyped_storage().nbytes()
+        end = (first * tensor.itemsize if first else 0) + tensor.nbytes
+        return tensor.data_ptr() if room >= end else None
 
     def read(self) -> np.ndarray:
         return _view(self.tensor, "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -15,23 +16,11 @@ from reshard.errors import CaptureError, UsageError
 # Children under these names are what a wrapper wraps: `torch.compile`, activation checkpointing and offloading, FSDP1.
 _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
+# What a module has that doesn't override it.
+_NO_EXTRA_STATE = nn.Module.get_extra_state
+
 # Where `tie` keeps its declarations on a module.
 _TIES = "_reshard_ties"
-
-
-@dataclass(slots=True)
-class NamedTensor:
-    """A parameter or buffer under its global name.
-
-    Attributes:
-        name: the global name.
-        tensors: the tensor; several where a tied one exists more than once on this rank.
-        is_tied: whether a declaration says that it may exist more than once.
-    """
-
-    name: str
-    tensors: list[torch.Tensor]
-    is_tied: bool
 
 
 @dataclass
@@ -39,21 +28,22 @@ class NamedTensors:
     """What a model holds on this rank, in the order of its modules.
 
     Attributes:
-        tensors: by global name.
+        tensors: the parameters and buffers by global name; several where a tied one exists more than once on this rank.
         names: the global name of each parameter and buffer by identity, also of each occurrence of a tied one.
+        tied: the global names of which a declaration says that they may exist more than once.
         fsdp2: the identities of the parameters that FSDP2 manages.
         extra_states: the modules that override `get_extra_state`, by the name that `state_dict` would give their extra state.
     """
 
-    tensors: dict[str, NamedTensor] = field(default_factory=dict)
+    tensors: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     names: dict[int, str] = field(default_factory=dict)
+    tied: set[str] = field(default_factory=set)
     fsdp2: set[int] = field(default_factory=set)
     extra_states: dict[str, nn.Module] = field(default_factory=dict)
 
     def all_tensors(self) -> Iterator[torch.Tensor]:
         """Every tensor, each occurrence of a tied one."""
-        for named in self.tensors.values():
-            yield from named.tensors
+        return chain.from_iterable(self.tensors.values())
 
 
 def tie(module: nn.Module, names: Mapping[str, str]) -> None:
@@ -127,16 +117,16 @@ def _add_module(result: NamedTensors, root: nn.Module, prefix: str) -> None:
             else:
                 found[identity] = tensor
                 names[identity] = path + name
-        if type(module).get_extra_state is not nn.Module.get_extra_state and module not in result.extra_states.values():
+        if type(module).get_extra_state is not _NO_EXTRA_STATE and module not in result.extra_states.values():
             result.extra_states[f"{path}_extra_state"] = module
     here: dict[str, str] = {}
-    for identity, tensor in found.items():
-        own = names[identity]
-        if identity in result.names:
+    tensors, known = result.tensors, result.names
+    for (identity, tensor), own in zip(found.items(), names.values(), strict=True):
+        if identity in known:
             continue  # it belongs to a module before this one too
-        if not ties and isinstance(own, str) and own not in here and own not in result.tensors:
-            here[own] = result.names[identity] = own
-            result.tensors[own] = NamedTensor(own, [tensor], False)
+        if not ties and type(own) is str and own not in here and own not in tensors:
+            here[own] = known[identity] = own
+            tensors[own] = [tensor]
         else:
             _add_tensor(result, tensor, _as_list(own), ties, here)
 
@@ -170,16 +160,17 @@ def _add_tensor(result: NamedTensors, tensor: torch.Tensor, own: list[str], ties
         raise CaptureError("two tensors have the same name once the wrappers' parts are gone", tensor=name, fix="rename one of them")
     here[name] = own[0]
     result.names[id(tensor)] = name
-    named = result.tensors.setdefault(name, NamedTensor(name, [], bool(targets)))
-    if named.tensors and not (targets or named.is_tied):
+    occurrences = result.tensors.setdefault(name, [])
+    if occurrences and not (targets or name in result.tied):
         raise CaptureError(
             "two modules have a tensor of the same name",
             tensor=name,
             fix="give the modules as a dictionary, so that its keys come before the names; if they are pipeline stages that hold the same "
             "tensor, declare it: reshard.frameworks.torch.tie(module, {name: name})",
         )
-    named.tensors.append(tensor)
-    named.is_tied |= bool(targets)
+    occurrences.append(tensor)
+    if targets:
+        result.tied.add(name)
 
 
 def _walk(root: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
@@ -200,23 +191,24 @@ def _walk(root: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
                 left.append((path if is_wrapped else f"{path}{name}.", child, above))
 
 
-def _own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def _own_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
     """The parameters and persistent buffers of one module, not of its children."""
-    for name, parameter in module._parameters.items():
-        if parameter is not None:
-            yield name, parameter
-    transient = module._non_persistent_buffers_set  # torch has no public way to ask
-    for name, buffer in module._buffers.items():
-        if buffer is not None and name not in transient:
-            yield name, buffer
+    own: list[tuple[str, torch.Tensor]] = [(name, parameter) for name, parameter in module._parameters.items() if parameter is not None]
+    if module._buffers:
+        transient = module._non_persistent_buffers_set  # torch has no public way to ask
+        own += [(name, buffer) for name, buffer in module._buffers.items() if buffer is not None and name not in transient]
+    return own
 
 
 def _declared_ties(module: nn.Module) -> dict[str, str]:
     """What a module declares as tied, by `tie` or as a model of transformers; names relative to it."""
     # Looked for where they are: `getattr` takes a module of most of its time to say that it has no such attribute. A wrapper hands on what
     # the module in it has, which is asked itself.
-    ties = dict(vars(module).get(_TIES, {}))
-    declared = vars(module).get("_tied_weights_keys", getattr(type(module), "_tied_weights_keys", None))
+    own = module.__dict__
+    ties = own.get(_TIES, {})
+    declared = own.get("_tied_weights_keys", getattr(type(module), "_tied_weights_keys", None))
+    if declared is None:
+        return ties
     if isinstance(declared, Mapping) and getattr(getattr(module, "config", None), "tie_word_embeddings", False):
         # The class may declare patterns and whole modules; the instance has what they came to, from when the model was whole.
         expanded = getattr(module, "all_tied_weights_keys", None)

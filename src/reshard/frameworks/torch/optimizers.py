@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,6 +32,11 @@ from reshard.state import (
 
 STEP = "step"
 
+Groups = Sequence[tuple[dict[str, Any], Sequence["OptimizedParameter"]]]
+"""Every group of every optimizer with its parameters."""
+
+Options = tuple[ParameterGroup, ...]
+
 # AdamW's moments have these names whatever the framework calls them, so that a run can move between frameworks with its optimizer.
 _ADAM_SLOTS = {"exp_avg": "adam_m", "exp_avg_sq": "adam_v"}
 
@@ -40,8 +44,7 @@ _ADAM_SLOTS = {"exp_avg": "adam_m", "exp_avg_sq": "adam_v"}
 _NO_OPTIONS = ("params", "param_names")
 
 
-@dataclass(frozen=True)
-class OptimizedParameter:
+class OptimizedParameter(NamedTuple):
     """A parameter as one optimizer has it.
 
     Attributes:
@@ -60,7 +63,10 @@ class OptimizedParameter:
     def state(self) -> dict[str, Any]:
         """The optimizer's state of the parameter without slots that are None; empty when it has none (asking for it makes none)."""
         state = self.optimizer.state.get(self.parameter) or {}
-        return state if all(value is not None for value in state.values()) else {k: v for k, v in state.items() if v is not None}
+        for value in state.values():
+            if value is None:
+                return {k: v for k, v in state.items() if v is not None}
+        return state
 
     def key(self, slot: str) -> TensorKey:
         """The key of a slot by the optimizer's own name."""
@@ -147,22 +153,50 @@ def optimized_parameters(optimizers: Sequence[optim.Optimizer], model: NamedTens
     return result
 
 
-def capture_slots(parameters: Iterable[OptimizedParameter], meshes: Meshes, global_step: int | None) -> dict[TensorKey, ShardedTensor]:
-    """The slots of these parameters; their step counts as one `global_step`, and as `step` slots where they differ from it.
+def capture_optimizers(groups: Groups, meshes: Meshes, global_step: int | None) -> tuple[dict[TensorKey, ShardedTensor], Options]:
+    """The slots of all parameters, and the hyper-parameters of their groups by parameter name.
+
+    Step counts come as one `global_step`, and as `step` slots where they differ from it.
+
+    Args:
+        groups: every group of every optimizer with its parameters.
+        meshes: the meshes of the model.
+        global_step: as in `Adapter.capture`.
 
     Raises:
-        CaptureError: state that can't be captured, naming slot and parameter.
+        CaptureError: state or an option that can't be captured, naming it.
     """
-    stated = [(one, one.state) for one in parameters]
+    stated = [[(one, one.state) for one in members] for _, members in groups]
+    slots = _capture_slots([pair for pairs in stated for pair in pairs], meshes, global_step)
+    options = tuple(
+        ParameterGroup(
+            {key: to_value(value, f"option {key!r} of an optimizer's group") for key, value in group.items() if key not in _NO_OPTIONS},
+            tuple(dict.fromkeys([one.name for one, _ in pairs])),
+            tuple(dict.fromkeys([one.name for one, state in pairs if not state])),
+        )
+        for (group, _), pairs in zip(groups, stated, strict=True)
+    )
+    return slots, options
+
+
+def _capture_slots(
+    stated: Sequence[tuple[OptimizedParameter, Mapping[str, Any]]], meshes: Meshes, global_step: int | None
+) -> dict[TensorKey, ShardedTensor]:
     counts = _counts(stated)
     if global_step is None and counts:
         global_step = int(max(counts.values()))
-    found: dict[TensorKey, list[ShardedTensor]] = {}
+    tensors: dict[TensorKey, ShardedTensor] = {}
+    repeated: dict[TensorKey, list[ShardedTensor]] = {}  # of tied parameters
     for one, state in stated:
         for slot, value in state.items():
-            if not (slot == STEP and _is_implied(one, counts, global_step)):
-                found.setdefault(one.key(slot), []).append(slot_tensor(one, slot, value, meshes))
-    tensors = {key: group[0] if len(group) == 1 else mirrored(group, tensor_name(key)) for key, group in found.items()}
+            if slot == STEP and _is_implied(one, counts, global_step):
+                continue
+            tensor = slot_tensor(one, slot, value, meshes)
+            first = tensors.setdefault(tensor.key, tensor)
+            if first is not tensor:
+                repeated.setdefault(tensor.key, [first]).append(tensor)
+    for key, group in repeated.items():
+        tensors[key] = mirrored(group, tensor_name(key))
     if global_step is not None:
         tensors[GLOBAL_STEP] = global_step_tensor(global_step, meshes)
     return tensors
@@ -184,7 +218,7 @@ def slot_tensor(one: OptimizedParameter, slot: str, value: Any, meshes: Meshes) 
     """
     key = one.key(slot)
     if isinstance(value, torch.Tensor):
-        return meshes.sharded(key, value, tensor_name(key), like=one.parameter)
+        return meshes.sharded(key, value, f"{key.slot}.{key.parameter}", like=one.parameter)
     if isinstance(value, bool | int | float):
         return number_tensor(key, np.asarray(value), meshes)
     raise CaptureError(
@@ -241,22 +275,6 @@ def _plain(step: Any, one: OptimizedParameter) -> torch.Tensor:
     if local.numel() != 1:
         raise CaptureError("a step count that isn't one number", tensor=f"step.{one.name}", found=f"shape {tuple(local.shape)}")
     return local
-
-
-def capture_groups(groups: Iterable[tuple[dict[str, Any], Sequence[OptimizedParameter]]]) -> tuple[ParameterGroup, ...]:
-    """The hyper-parameters of groups, by parameter name.
-
-    Raises:
-        CaptureError: an option that can't be kept, naming it.
-    """
-    return tuple(
-        ParameterGroup(
-            {key: to_value(value, f"option {key!r} of an optimizer's group") for key, value in group.items() if key not in _NO_OPTIONS},
-            tuple(dict.fromkeys(one.name for one in members)),
-            tuple(dict.fromkeys(one.name for one in members if not one.state)),
-        )
-        for group, members in groups
-    )
 
 
 def each_group(
