@@ -259,7 +259,7 @@ def _is_as_before(tensor: ShardedTensor, before: ShardedTensor) -> bool:
     other_key, other_dtype, other_shape, other_layout, others = before
     if layout is not other_layout or dtype is not other_dtype or key != other_key or shape != other_shape or len(shards) != len(others):
         return False
-    return all([region is other or region == other for (region, _), (other, _) in zip(shards, others, strict=True)])
+    return all(region is other or region == other for (region, _), (other, _) in zip(shards, others, strict=True))
 
 
 def _room(dtype: DType, region: Region) -> int:
