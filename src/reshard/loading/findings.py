@@ -75,7 +75,7 @@ def findings_of(
 
 def bits_of(keys: Sequence[TensorKey], chosen: Collection[TensorKey]) -> bytes:
     """Some of a catalog's tensors as bits, in the order of its keys."""
-    return np.packbits(np.array([key in chosen for key in keys], bool)).tobytes()
+    return np.packbits(np.fromiter(map(chosen.__contains__, keys), bool, len(keys))).tobytes()
 
 
 def _are_set(bits: bytes, count: int) -> np.ndarray:
@@ -105,7 +105,8 @@ def idle_patterns(findings: Sequence[Findings]) -> list[str]:
 
 def skipped_names(findings: Sequence[Findings], catalog: Catalog, chosen: Catalog, kinds: frozenset[Kind]) -> tuple[str, ...]:
     """What the selection leaves out, of the checkpoint and of the run."""
-    stored = [tensor.name for key, tensor in catalog.tensors.items() if key.kind in kinds and key not in chosen.tensors]
+    left_out = () if chosen is catalog else [key for key in catalog.tensors if key not in chosen.tensors]
+    stored = [catalog.tensors[key].name for key in left_out if key.kind in kinds]
     own = sorted({_key_in(key) for finding in findings for key in finding.left_out}, key=_order)
     return (*stored, *(tensor_name(key) for key in own))
 
@@ -128,10 +129,9 @@ def merge_findings(findings: Sequence[Findings], keys: Sequence[TensorKey], kind
         for finding in findings
         for key, field, stored, wanted in finding.mismatched
     }
-    present = [key for key, is_found in zip(keys, found, strict=True) if is_found]
-    unexpected = sorted(
-        (key for key, is_found in zip(keys, found, strict=True) if not is_found and key.kind in kinds and key not in scales), key=_order
-    )
+    present = list(keys) if found.all() else [keys[index] for index in np.flatnonzero(found).tolist()]
+    others = [keys[index] for index in np.flatnonzero(~found).tolist()]
+    unexpected = sorted((key for key in others if key.kind in kinds and key not in scales), key=_order)
     return Misfits(tuple(missing), tuple(unexpected), tuple(mismatched[key] for key in sorted(mismatched, key=_order))), present
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import NamedTuple, overload
 
 import numpy as np
 
 from reshard.geometry import DType, Layout, Region
-from reshard.state import Kind, State, TensorKey
+from reshard.rows import rows
+from reshard.state import Kind, ShardedTensor, State, TensorKey
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,14 +124,16 @@ class RankDescription:
         return total
 
 
+_KEY_OF: Callable[[ShardedTensor], TensorKey] = attrgetter("key")
+
+
 def describe(state: State, rank: int) -> RankDescription:
     """The description of one rank's state."""
     # By identity, which costs less than a hash over regions and mesh; adapters share the objects of tensors that lie alike, and the state
     # keeps them alive.
     known: dict[tuple[object, ...], Holding] = {}
-    tensors = []
-    for tensor in state.tensors.values():
-        key, dtype, shape, layout, shards = tensor
+    holdings = []
+    for _, dtype, shape, layout, shards in state.tensors.values():
         if len(shards) == 1:
             alike: tuple[object, ...] = (id(dtype), shape, id(layout), id(shards[0].region))
         else:
@@ -137,8 +141,9 @@ def describe(state: State, rank: int) -> RankDescription:
         holding = known.get(alike)
         if holding is None:
             holding = known[alike] = Holding(dtype, tuple(shape), layout, tuple(shard.region for shard in shards))
-        tensors.append(TensorDescription(key, holding))
-    return RankDescription(rank, tuple(tensors))
+        holdings.append(holding)
+    keys = map(_KEY_OF, state.tensors.values())
+    return RankDescription(rank, tuple(rows(TensorDescription, keys, holdings)))
 
 
 def digest(encoded: bytes) -> bytes:
@@ -155,14 +160,19 @@ def place_of(description: RankDescription) -> str:
     # Stored in checkpoints: text of its own, that doesn't change when ranks come to talk in another way.
     known: dict[int, str] = {}
     lines = [f"rank {description.rank}\n"]
+    kind = Kind.MODEL  # to look it up for each tensor takes longer than to compare it
     for key, holding in description.tensors:
-        if key.kind is not Kind.MODEL:
+        if key.kind is not kind:
             continue
         text = known.get(id(holding))
         if text is None:
-            layout = holding.layout
-            mesh = None if layout is None else (layout.mesh.shape, layout.mesh.axes, layout.mesh.ranks, layout.split)
-            regions = [(region.offset, region.shape) for region in holding.regions]
-            text = known[id(holding)] = repr((holding.dtype.name, tuple(holding.global_shape), mesh, regions))
+            text = known[id(holding)] = _text_of(holding)
         lines.append(f"{key.parameter!r} {text}\n")
     return hashlib.blake2b("".join(lines).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+def _text_of(holding: Holding) -> str:
+    layout = holding.layout
+    mesh = None if layout is None else (layout.mesh.shape, layout.mesh.axes, layout.mesh.ranks, layout.split)
+    regions = [(region.offset, region.shape) for region in holding.regions]
+    return repr((holding.dtype.name, tuple(holding.global_shape), mesh, regions))
