@@ -192,7 +192,7 @@ def _fill(
             opened.description,
             opened.catalog,
             common=opened.common,
-            headers=choice.relayed.headers(storage, opened.catalog),
+            headers=choice.relayed.headers(storage, opened.catalog, digests=how.verify),
             strictness=strictness,
             kinds=kinds,
             has_random=opened.rank_values is not None and "random" in opened.rank_values,

@@ -132,6 +132,10 @@ class ReadPlan:
         return tuple(dict.fromkeys(batch.movement.site.file for batch in self.batches))
 
 
+# Of tensors that are wanted alike and stored alike: the lists of each of their batches, and what follows a tensor's name in its file.
+_Alike = list[tuple[list[TensorKey], list[str], str]]
+
+
 def plan_reads(wanted: RankDescription, catalog: Catalog, casts: Callable[[Mismatch], bool] | None = None) -> ReadPlan:
     """Plan what one rank reads of a checkpoint.
 
@@ -154,11 +158,12 @@ def plan_reads(wanted: RankDescription, catalog: Catalog, casts: Callable[[Misma
     mismatched: list[Mismatch] = []
     cast: list[Mismatch] = []
     # By identity: the descriptions and the catalog keep both alive, and hashing either goes over regions and meshes.
-    known: dict[tuple[int, int], tuple[Batch, ...]] = {}
+    known: dict[tuple[int, int], _Alike] = {}
     # Apart: of two tensors that differ in dtype in the same way, one may be converted and the other not.
-    known_cast: dict[tuple[int, int], tuple[Batch, ...]] = {}
+    known_cast: dict[tuple[int, int], _Alike] = {}
+    find = catalog.tensors.get
     for key, holding in wanted.tensors:
-        stored = catalog.tensors.get(key)
+        stored = find(key)
         if stored is None:
             missing.append(key)
             continue
@@ -176,16 +181,17 @@ def plan_reads(wanted: RankDescription, catalog: Catalog, casts: Callable[[Misma
             try:
                 alike = planned.get(pair)
                 if alike is None:
-                    alike = planned[pair] = tuple(Batch(movement, [], []) for movement in _movements(holding, arrangement, wanted.rank))
-                    batches += alike
+                    made = [Batch(movement, [], []) for movement in _movements(holding, arrangement, wanted.rank)]
+                    batches += made
+                    alike = planned[pair] = [(keys, names, movement.site.suffix) for movement, keys, names in made]
             except MetadataError as error:
                 raise MetadataError(
                     error.what, file=catalog.directory, tensor=name, rank=wanted.rank, found=error.found, fix=error.fix
                 ) from error
         restored.append(key)
-        for movement, keys, names in alike:
+        for keys, names, suffix in alike:
             keys.append(key)
-            names.append(name + movement.site.suffix)
+            names.append(name + suffix)
     batches.sort(key=lambda batch: batch.movement.site.file)
     return ReadPlan(wanted.rank, tuple(batches), tuple(restored), tuple(missing), tuple(mismatched), tuple(cast))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain, repeat
 from math import prod
 from operator import attrgetter
@@ -51,13 +51,14 @@ _TEXT_DECODER = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _ENTRY_DECODER = msgspec.json.Decoder(_Entry)
 
 
-def parse_header(start: bytes, file_size: int, file: str) -> Header:
+def parse_header(start: bytes, file_size: int, file: str, *, digests: bool = True) -> Header:
     """The header that a file begins with.
 
     Args:
         start: the bytes in front of the data: the length field and the text.
         file_size: bytes of the whole file.
         file: for errors.
+        digests: whether the entries are to have theirs.
 
     Raises:
         DataFileError: it is not a header, or doesn't fit the file: truncated, gaps, overlaps, sizes that contradict shapes.
@@ -71,21 +72,22 @@ def parse_header(start: bytes, file_size: int, file: str) -> Header:
     if free is not msgspec.UNSET:
         metadata = json_text.decode(bytes(free), _METADATA_DECODER, file, error=DataFileError)
         colons = 1 + len(metadata)
-    digests = _Digests(metadata.pop(DIGEST_NAME, None), file)
-    at_once = _entries_at_once(text, nbytes, file_size, digests)
-    entries = at_once if at_once is not None else _entries_one_by_one(text, nbytes, file, digests)
-    digests.check_end(len(entries))
+    supply = _Digests(metadata.pop(DIGEST_NAME, None), file, are_given=digests)
+    at_once = _entries_at_once(text, nbytes, file_size, supply)
+    entries = at_once if at_once is not None else _entries_one_by_one(text, nbytes, file, supply)
+    supply.check_end(len(entries))
     json_text.check_duplicate_keys(text, colons + 4 * len(entries), file, error=DataFileError)
     if at_once is None:
-        _put_in_order(entries, nbytes, file_size, file)
-    return Header({entry.name: entry for entry in entries}, metadata, nbytes, file_size, digest_of(start))
+        entries = _in_order(entries, nbytes, file_size, file)
+    return Header(entries, metadata, nbytes, file_size, digest_of(start))
 
 
 class _Digests:
-    """The digests of a header, of which each tensor takes its own."""
+    """The digests of a header, of which each tensor takes its own; they are counted, too, where nobody is to have them."""
 
-    def __init__(self, text: str | None, file: str) -> None:
+    def __init__(self, text: str | None, file: str, *, are_given: bool) -> None:
         self._file = file
+        self._are_given = are_given
         self._text = text
         found = b"" if text is None else parse_digests(text)
         if found is None:
@@ -97,15 +99,13 @@ class _Digests:
         """The next ones."""
         begin = self._taken
         self._taken = end = begin + number * DIGEST_BYTES
-        return self._all[begin:end]
+        return self._all[begin:end] if self._are_given else b""
 
     def take_each(self, numbers: Sequence[int]) -> Iterable[bytes]:
         """So many for each of several tensors, one after the other."""
-        if self._text is None:
-            return repeat(b"")
         ends = (self._taken + DIGEST_BYTES * np.cumsum([0, *numbers])).tolist()
         self._taken = ends[-1]
-        return map(self._all.__getitem__, map(slice, ends, ends[1:]))
+        return map(self._all.__getitem__, map(slice, ends, ends[1:])) if self._all and self._are_given else repeat(b"")
 
     def check_end(self, tensors: int) -> None:
         """See that there were as many as the tensors took."""
@@ -150,7 +150,7 @@ _KIND_OF: Callable[[_AnyEntry], tuple[str, tuple[int, ...]]] = attrgetter("dtype
 _PLACE_OF: Callable[[_AnyEntry], tuple[int, int]] = attrgetter("data_offsets")
 
 
-def _entries_at_once(text: bytes, nbytes: int, file_size: int, digests: _Digests) -> list[TensorEntry] | None:
+def _entries_at_once(text: bytes, nbytes: int, file_size: int, digests: _Digests) -> dict[str, TensorEntry] | None:
     """The entries of a header that names tensors in the order of their bytes, as all known programs write them.
 
     None where it doesn't, or where anything else is unusual about any of them: a look at one by one shows it.
@@ -173,10 +173,11 @@ def _entries_at_once(text: bytes, nbytes: int, file_size: int, digests: _Digests
     if not is_usual or nbytes + int(borders[-1]) != file_size:
         return None
     begins = (nbytes + borders).tolist()
-    return list(rows(TensorEntry, listed, dtypes, shapes, begins, begins[1:], digests.take_each(blocks)))
+    entries = rows(TensorEntry, listed, dtypes, shapes, begins, begins[1:], digests.take_each(blocks))
+    return dict(zip(listed, entries, strict=True))
 
 
-def _entries_one_by_one(text: bytes, nbytes: int, file: str, digests: _Digests) -> list[TensorEntry]:
+def _entries_one_by_one(text: bytes, nbytes: int, file: str, digests: _Digests) -> dict[str, TensorEntry]:
     """The entries of any header, in the order in which it names them.
 
     Raises:
@@ -184,18 +185,18 @@ def _entries_one_by_one(text: bytes, nbytes: int, file: str, digests: _Digests) 
     """
     raw = json_text.decode(text, _TEXT_DECODER, file, error=DataFileError)
     raw.pop(METADATA, None)
-    return [_entry(name, item, nbytes, file, digests) for name, item in raw.items()]
+    return {name: _entry(name, item, nbytes, file, digests) for name, item in raw.items()}
 
 
-def _put_in_order(entries: list[TensorEntry], nbytes: int, file_size: int, file: str) -> None:
-    """Sort entries by their bytes.
+def _in_order(entries: Mapping[str, TensorEntry], nbytes: int, file_size: int, file: str) -> dict[str, TensorEntry]:
+    """The same entries in the order of their bytes.
 
     Raises:
         DataFileError: these aren't all that the file has, each once.
     """
-    entries.sort(key=lambda entry: (entry.begin, entry.end))
+    ordered = sorted(entries.values(), key=lambda entry: (entry.begin, entry.end))
     position = nbytes
-    for entry in entries:
+    for entry in ordered:
         if entry.begin != position:
             what = "overlap" if entry.begin < position else "leave a hole"
             raise DataFileError(
@@ -210,6 +211,7 @@ def _put_in_order(entries: list[TensorEntry], nbytes: int, file_size: int, file:
     if position != file_size:
         what = "the file is truncated" if position > file_size else "the file has more bytes than its header promises"
         raise DataFileError(what, file=file, found=f"{file_size} bytes", expected=f"{position} bytes, as its header promises", fix=DAMAGED)
+    return {entry.name: entry for entry in ordered}
 
 
 def _entry(name: str, raw: msgspec.Raw, nbytes: int, file: str, digests: _Digests) -> TensorEntry:

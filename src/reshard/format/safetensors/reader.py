@@ -9,13 +9,14 @@ from reshard.format.seal import SealedFile
 from reshard.storage import ReadableFile, Storage
 
 
-def read_header(storage: Storage, path: str, sealed: SealedFile | None = None) -> Header:
+def read_header(storage: Storage, path: str, sealed: SealedFile | None = None, *, digests: bool = True) -> Header:
     """The header of a file, every size and offset checked against the file's size.
 
     Args:
         storage: where it lies.
         path: the file.
         sealed: what the checkpoint's seal says of it: then it is that file, or an error.
+        digests: as in `parse_header`.
 
     Raises:
         DataFileError: the file is missing, truncated, not the one that was sealed, or its header can't be trusted.
@@ -30,7 +31,7 @@ def read_header(storage: Storage, path: str, sealed: SealedFile | None = None) -
         start = read_start(file, path)
         if sealed is not None:
             sealed.check(start, path)
-        return parse_header(start, file.size, path)
+        return parse_header(start, file.size, path, digests=digests)
 
 
 def read_start(file: ReadableFile, path: str) -> bytes:
