@@ -132,15 +132,18 @@ def describe(state: State, rank: int) -> RankDescription:
     # By identity, which costs less than a hash over regions and mesh; adapters share the objects of tensors that lie alike, and the state
     # keeps them alive.
     known: dict[tuple[object, ...], Holding] = {}
-    holdings = []
+    holdings: list[Holding] = []
+    holding = region = None
     for _, dtype, shape, layout, shards in state.tensors.values():
-        if len(shards) == 1:
-            alike: tuple[object, ...] = (id(dtype), shape, id(layout), id(shards[0].region))
-        else:
+        only = shards[0].region if len(shards) == 1 else None
+        # Most lie as the one before.
+        is_same = holding is not None and only is region is not None and layout is holding.layout and dtype is holding.dtype
+        if holding is None or not is_same or shape != holding.global_shape:
+            region = only
             alike = (id(dtype), shape, id(layout), *[id(shard.region) for shard in shards])
-        holding = known.get(alike)
-        if holding is None:
-            holding = known[alike] = Holding(dtype, tuple(shape), layout, tuple(shard.region for shard in shards))
+            holding = known.get(alike)
+            if holding is None:
+                holding = known[alike] = Holding(dtype, tuple(shape), layout, tuple(shard.region for shard in shards))
         holdings.append(holding)
     keys = map(_KEY_OF, state.tensors.values())
     return RankDescription(rank, tuple(rows(TensorDescription, keys, holdings)))
@@ -161,12 +164,14 @@ def place_of(description: RankDescription) -> str:
     known: dict[int, str] = {}
     lines = [f"rank {description.rank}\n"]
     kind = Kind.MODEL  # to look it up for each tensor takes longer than to compare it
+    last, text = None, ""
     for key, holding in description.tensors:
         if key.kind is not kind:
             continue
-        text = known.get(id(holding))
-        if text is None:
-            text = known[id(holding)] = _text_of(holding)
+        if holding is not last:
+            last, text = holding, known.get(id(holding), "")
+            if not text:
+                text = known[id(holding)] = _text_of(holding)
         lines.append(f"{key.parameter!r} {text}\n")
     return hashlib.blake2b("".join(lines).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 

@@ -162,15 +162,20 @@ def plan_reads(wanted: RankDescription, catalog: Catalog, casts: Callable[[Misma
     # Apart: of two tensors that differ in dtype in the same way, one may be converted and the other not.
     known_cast: dict[tuple[int, int], _Alike] = {}
     find = catalog.tensors.get
+    last: tuple[Holding, Arrangement] | None = None
+    alike: _Alike | None = None
     for key, holding in wanted.tensors:
         stored = find(key)
         if stored is None:
             missing.append(key)
             continue
         _, name, arrangement = stored
-        pair = (id(holding), id(arrangement))
-        alike = known.get(pair)
-        if alike is None:
+        # Most are as the one before.
+        if last is None or holding is not last[0] or arrangement is not last[1]:
+            last = (holding, arrangement)
+            alike = known.get((id(holding), id(arrangement)))
+        own = alike
+        if own is None:
             misfit = find_misfit(key, holding.dtype, holding.global_shape, arrangement)
             if misfit is not None:
                 if casts is None or not casts(misfit):
@@ -179,17 +184,19 @@ def plan_reads(wanted: RankDescription, catalog: Catalog, casts: Callable[[Misma
                 cast.append(misfit)
             planned = known if misfit is None else known_cast
             try:
-                alike = planned.get(pair)
-                if alike is None:
+                pair = (id(holding), id(arrangement))
+                own = planned.get(pair)
+                if own is None:
                     made = [Batch(movement, [], []) for movement in _movements(holding, arrangement, wanted.rank)]
                     batches += made
-                    alike = planned[pair] = [(keys, names, movement.site.suffix) for movement, keys, names in made]
+                    own = planned[pair] = [(keys, names, movement.site.suffix) for movement, keys, names in made]
             except MetadataError as error:
                 raise MetadataError(
                     error.what, file=catalog.directory, tensor=name, rank=wanted.rank, found=error.found, fix=error.fix
                 ) from error
+            alike = own if misfit is None else None
         restored.append(key)
-        for keys, names, suffix in alike:
+        for keys, names, suffix in own:
             keys.append(key)
             names.append(name + suffix)
     batches.sort(key=lambda batch: batch.movement.site.file)
