@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import attrgetter
 from typing import NamedTuple
 
 from reshard.geometry import DType, Layout, Region
@@ -238,3 +239,12 @@ class Catalog:
     tensors: Mapping[TensorKey, StoredTensor]
     notes: tuple[str, ...] = field(default=())
     format_version: int | None = field(default=None, compare=False)
+
+    @cached_property
+    def arrangements(self) -> tuple[Arrangement, ...]:
+        """The ways in which its tensors lie, each object once."""
+        found = list(map(_ARRANGEMENT_OF, self.tensors.values()))
+        return tuple(dict(zip(map(id, found), found, strict=True)).values())
+
+
+_ARRANGEMENT_OF: Callable[[StoredTensor], Arrangement] = attrgetter("arrangement")

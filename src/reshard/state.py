@@ -36,17 +36,20 @@ class TensorKey(NamedTuple):
     parameter: str
 
 
-GLOBAL_STEP = TensorKey(Kind.OPTIMIZER, "global_step", "")
+# To look a member up in its class takes half as long as to make a key.
+_MODEL, _OPTIMIZER = Kind.MODEL, Kind.OPTIMIZER
+
+GLOBAL_STEP = TensorKey(_OPTIMIZER, "global_step", "")
 
 
 def model_key(parameter: str) -> TensorKey:
     """The key of a parameter or buffer of the model."""
-    return TensorKey(Kind.MODEL, None, parameter)
+    return TensorKey(_MODEL, None, parameter)
 
 
 def slot_key(slot: str, parameter: str) -> TensorKey:
     """The key of an optimizer tensor of a parameter."""
-    return TensorKey(Kind.OPTIMIZER, slot, parameter)
+    return TensorKey(_OPTIMIZER, slot, parameter)
 
 
 class Memory(Protocol):

@@ -70,6 +70,13 @@ def test_only_the_first_rank_looks() -> None:
     assert looked == [0]
 
 
+def test_the_first_rank_keeps_what_it_made() -> None:
+    made = [7]
+    found = run_ranks(2, lambda comm: from_first(comm, lambda: made, list[int], what="nothing"))
+    assert found[0] is made
+    assert found[1] == made
+
+
 def test_alone_the_error_is_the_original() -> None:
     error = DataFileError("truncated", file="x", found=3)
 

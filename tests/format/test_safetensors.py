@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -283,6 +285,45 @@ def test_digests_that_are_not_those_of_the_row_blocks():
         damaged = (len(damaged) - 8).to_bytes(8, "little") + damaged[8:]
         with pytest.raises(DataFileError, match="digests in the header can't be understood"):
             parse_header(damaged, len(damaged) + header.file_size - header.nbytes, "f")
+
+
+def test_who_wants_no_digests_gets_none_and_they_are_counted_all_the_same():
+    tensors = {"w": values(F32, (900, 100)), "v": values(F32, (3,))}
+    header = plan(tensors)
+    start = header.encode([digests_of(array) for array in tensors.values()])
+    parsed = parse_header(start, header.file_size, "f", digests=False)
+    assert parsed == replace(written(header, tensors, {}, start), entries=header.entries)
+    damaged = start.replace(b'"xxh3_128":"', b'"xxh3_128":"' + b"0" * 32)
+    damaged = (len(damaged) - 8).to_bytes(8, "little") + damaged[8:]
+    with pytest.raises(DataFileError, match="digests in the header can't be understood"):
+        parse_header(damaged, len(damaged) + header.file_size - header.nbytes, "f", digests=False)
+
+
+@given(st.lists(st.tuples(st.sampled_from(["F32", "U8"]), st.lists(st.integers(0, 3), max_size=3)), max_size=6), st.randoms())
+def test_a_header_may_name_its_tensors_in_any_order(kinds, random):
+    entries, position = {}, 0
+    for number, (code, shape) in enumerate(kinds):
+        end = position + math.prod(shape) * (4 if code == "F32" else 1)
+        entries[f"t{number}"] = (code, shape, [position, end])
+        position = end
+    named = list(entries.items())
+    random.shuffle(named)
+    # Free text may look like an entry.
+    free = {"__metadata__": {"dtype": "F32", "shape": "none", "data_offsets": "0"}} if random.random() < 0.5 else {}
+    headers = []
+    for order in (entries.items(), named):
+        text = json.dumps({**free, **json.loads(header_of(**dict(order)))})
+        start = file_of(text)
+        headers.append(parse_header(start, len(start) + position, "f"))
+    for header in headers:
+        assert sorted(header.entries) == sorted(entries)
+        assert header.metadata == free.get("__metadata__", {})
+        found = list(header.entries.values())
+        assert [entry.begin for entry in found] == sorted(entry.begin for entry in found)
+        for entry in found:
+            code, shape, (begin, end) = entries[entry.name]
+            assert (entry.dtype.safetensors, list(entry.shape), entry.digests) == (code, shape, b"")
+            assert (entry.begin - header.nbytes, entry.end - header.nbytes) == (begin, end)
 
 
 def test_a_hundred_thousand_tensors():

@@ -14,7 +14,7 @@ import pytest
 import reshard
 from reshard.comm import Communicator
 from reshard.errors import CommunicationError, DataFileError, ReshardError, StorageError, UsageError
-from reshard.format.names import tensor_name
+from reshard.format.names import DATA_SUFFIX, tensor_name
 from reshard.format.safetensors import read_header
 from reshard.state import Kind, State, TensorKey
 from reshard.storage import ReadableFile, Storage
@@ -51,6 +51,10 @@ class CountingStorage:
         return self._inner.read_bytes(path)
 
     def open_read(self, path: str) -> ReadableFile:
+        if not path.endswith(DATA_SUFFIX):
+            with self._guard:
+                self.small[path.rpartition("/")[2]] += 1
+            return self._inner.open_read(path)
         return CountingFile(self, self._inner.open_read(path), read_header(self._inner, path).nbytes)
 
 

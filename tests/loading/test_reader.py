@@ -88,6 +88,22 @@ def test_a_strided_read_touches_what_it_needs(tmp_path: Path) -> None:
         assert report.bytes_read == report.bytes_needed == whole.nbytes
 
 
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("piece", [1 << 20, 64])
+def test_tensors_that_move_alike_may_lie_differently_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verify: bool, piece: int
+) -> None:
+    monkeypatch.setattr(reader, "PIECE_BYTES", piece)
+    values = {f"w{n}": np.random.default_rng(n).standard_normal((6, 8)).astype(np.float32) for n in range(6)}
+    reshard.save(tmp_path, 1, model=values)
+    targets = {name: np.zeros((6, 8), np.float32, order="F" if name in ("w1", "w4") else "C") for name in reversed(values)}
+    report = reshard.load(tmp_path, model=targets, verify=verify)
+    assert report is not None
+    assert set(report.restored) == set(values)
+    assert report.bytes_verified == (report.bytes_needed if verify else 0)
+    assert all(np.array_equal(targets[name], values[name]) for name in values)
+
+
 class Shrinking(FaultyStorage):
     """Cuts a file short right before it is read, from the `after`-th operation of a name on."""
 

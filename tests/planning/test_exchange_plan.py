@@ -168,7 +168,7 @@ def test_everyone_gets_what_it_wants(case: tuple[list[RankDescription], Catalog]
     for reader, schedule in enumerate(schedules):
         mine = [share for share in plan.shares if share.reader == reader]
         for share in mine:
-            for transfer in share.transfers() if share.is_straight else ():
+            for transfer in share.batch().transfers() if share.is_straight else ():
                 movement = transfer.movement
                 chunk = whole[transfer.name][share.piece.region.slices]
                 memory[reader][transfer.name][movement.shard][movement.target.slices] = chunk[movement.source.slices]

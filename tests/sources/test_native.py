@@ -271,7 +271,7 @@ def test_a_header_is_read_once(copy, monkeypatch):
     directory = copy("dp2_tp2_noopt")
     read = []
     real = stored.read_header
-    monkeypatch.setattr(stored, "read_header", lambda storage, path, sealed: read.append(path) or real(storage, path, sealed))
+    monkeypatch.setattr(stored, "read_header", lambda storage, path, *rest, **more: read.append(path) or real(storage, path, *rest, **more))
     catalog, headers = opened(directory)
     assert read == [], "metadata alone makes the catalog"
     check_promises(catalog, headers)

@@ -93,7 +93,8 @@ def together(comm: Communicator, work: Callable[[], T], *, what: str) -> T:
 
 
 def from_first(comm: Communicator, work: Callable[[], T], kind: type[T], *, what: str) -> T:
-    """Collective: rank 0 does the work (what it looks at may change under the others' eyes), every rank has its result.
+    """Collective: rank 0 does the work (what it looks at may change under the others' eyes), every rank has its result; rank 0 itself, not
+    a copy.
 
     Args:
         comm: the ranks.
@@ -105,13 +106,14 @@ def from_first(comm: Communicator, work: Callable[[], T], kind: type[T], *, what
         ReshardError: rank 0's, on every rank.
     """
     told = b""
+    result: T | None = None
     error: ReshardError | None = None
     if comm.rank == 0:
         result, error = attempt(work)
         told = msgspec.msgpack.encode(_report(error, b"" if error is not None else msgspec.msgpack.encode(result)))
     report = msgspec.msgpack.decode(comm.broadcast(told), type=_Report)
     if report.kind is None:
-        return msgspec.msgpack.decode(report.payload, type=kind)
+        return result if comm.rank == 0 else msgspec.msgpack.decode(report.payload, type=kind)  # type: ignore[return-value]  # it has one
     if comm.world_size == 1 and error is not None:
         raise error
     raise _error_of(report, f"rank 0 (of {comm.world_size})", what) from error

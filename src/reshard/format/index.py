@@ -10,18 +10,21 @@ the metadata that it was made from; a reader that finds another one takes it for
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Annotated
 
 import msgspec
+import numpy as np
 
 from reshard.catalog import Arrangement, Catalog, StoredTensor
 from reshard.errors import ReshardError
 from reshard.format.digest import DIGEST_BYTES, digest_of
-from reshard.format.names import is_plain_file_name, parse_tensor_name
+from reshard.format.names import is_plain_file_name, parse_tensor_names
 from reshard.format.piece_table import Columns, decode_pieces, encode_pieces, pack, unpack
 from reshard.geometry import Layout, Mesh
 from reshard.geometry.dtypes import by_name
+from reshard.rows import rows
 from reshard.state import Kind, TensorKey
 
 INDEX_FILE = "metadata.index"
@@ -122,8 +125,15 @@ def _tensors(index: _Index, *, is_own: bool) -> Mapping[TensorKey, StoredTensor]
         Arrangement(by_name(dtype), shape, None if layout < 0 else layouts[layout], own)
         for (dtype, shape, layout), own in zip(index.arrangements, pieces, strict=True)
     ]
-    tensors = {}
-    for name, kind, number in zip(index.names, index.kinds, unpack(index.arranged).tolist(), strict=True):
-        key = parse_tensor_name(name, _KINDS[kind])
-        tensors[key] = StoredTensor(key, name, arrangements[number])
-    return tensors
+    numbers = unpack(index.arranged).tolist()
+    if not len(index.names) == len(index.kinds) == len(numbers):
+        raise ValueError("tensors without a name, a kind or an arrangement")
+    keys = list(_keys(index.names, index.kinds))
+    return dict(zip(keys, rows(StoredTensor, keys, index.names, map(arrangements.__getitem__, numbers)), strict=True))
+
+
+def _keys(names: Sequence[str], kinds: bytes) -> Iterator[TensorKey]:
+    """The keys of tensors; those of one kind stand together, mostly."""
+    ends = [*(np.flatnonzero(np.diff(np.frombuffer(kinds, np.uint8))) + 1).tolist(), len(kinds)]
+    for begin, end in pairwise([0, *ends]):
+        yield from parse_tensor_names(names[begin:end], _KINDS[kinds[begin]]) if begin < end else ()

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Iterator, Sequence
+from itertools import repeat
 
 from reshard.errors import CaptureError, MetadataError, UsageError
+from reshard.rows import rows
 from reshard.state import Kind, TensorKey
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
@@ -135,6 +138,13 @@ def parse_tensor_name(name: str, kind: Kind) -> TensorKey:
     if not slot or (not parameter and slot != name):
         return TensorKey(kind, name, "")
     return TensorKey(kind, slot, parameter)
+
+
+def parse_tensor_names(names: Sequence[str], kind: Kind) -> Iterator[TensorKey]:
+    """What `parse_tensor_name` gives for each of many names."""
+    if kind is Kind.MODEL:
+        return rows(TensorKey, repeat(kind), repeat(None), names)
+    return (parse_tensor_name(name, kind) for name in names)
 
 
 def is_tensor_name(name: str, kind: Kind) -> bool:

@@ -45,7 +45,7 @@ class PreparedExchange:
     """
 
     straight: ReadPlan
-    entries: list[TensorEntry]
+    entries: list[list[TensorEntry]]
     shares: tuple[Share, ...]
     staged: tuple[tuple[TensorEntry, ...], ...]
     schedule: Schedule
@@ -80,8 +80,7 @@ def prepare_exchange(
     stage = min(_STAGE_BYTES, (memory_budget - straight_bytes - 4 * LANES * message) // 2)
     schedule = schedule_exchange(plan, rank, stage_bytes=stage, block_bytes=message, gap_bytes=_GAP_BYTES)
     mine = [share for share in plan.shares if share.reader == rank]
-    transfers = tuple(transfer for share in mine if share.is_straight for transfer in share.transfers())
-    straight = ReadPlan(rank, transfers, (), (), ())
+    straight = ReadPlan(rank, tuple(share.batch() for share in mine if share.is_straight), (), (), ())
     staged = tuple(share for share in mine if not share.is_straight)
     entries = tuple(_entries(share, headers) for share in staged)
     return PreparedExchange(straight, locate(straight, headers), staged, entries, schedule, message, straight_bytes)

@@ -61,9 +61,11 @@ def findings_of(
         unlisted: tensors of its files that metadata doesn't list.
         kinds: the kinds of tensors that it loads.
     """
-    present = set(plan.restored) | {mismatch.key for mismatch in plan.mismatched}
+    # What is restored is in the checkpoint, each tensor once: as many as that has are all, as nearly always.
+    has_all = len(plan.restored) == len(keys)
+    present = () if has_all else {*plan.restored, *(mismatch.key for mismatch in plan.mismatched)}
     return Findings(
-        bits_of(keys, present),
+        np.packbits(np.ones(len(keys), bool)).tobytes() if has_all else bits_of(keys, present),
         [key_out(key) for key in plan.missing if key not in filled],
         [(key_out(mismatch.key), mismatch.field, mismatch.stored, mismatch.wanted) for mismatch in plan.mismatched],
         has_random,
@@ -75,7 +77,7 @@ def findings_of(
 
 def bits_of(keys: Sequence[TensorKey], chosen: Collection[TensorKey]) -> bytes:
     """Some of a catalog's tensors as bits, in the order of its keys."""
-    return np.packbits(np.array([key in chosen for key in keys], bool)).tobytes()
+    return np.packbits(np.fromiter(map(chosen.__contains__, keys), bool, len(keys))).tobytes()
 
 
 def _are_set(bits: bytes, count: int) -> np.ndarray:
@@ -105,7 +107,8 @@ def idle_patterns(findings: Sequence[Findings]) -> list[str]:
 
 def skipped_names(findings: Sequence[Findings], catalog: Catalog, chosen: Catalog, kinds: frozenset[Kind]) -> tuple[str, ...]:
     """What the selection leaves out, of the checkpoint and of the run."""
-    stored = [tensor.name for key, tensor in catalog.tensors.items() if key.kind in kinds and key not in chosen.tensors]
+    left_out = () if chosen is catalog else [key for key in catalog.tensors if key not in chosen.tensors]
+    stored = [catalog.tensors[key].name for key in left_out if key.kind in kinds]
     own = sorted({_key_in(key) for finding in findings for key in finding.left_out}, key=_order)
     return (*stored, *(tensor_name(key) for key in own))
 
@@ -128,10 +131,9 @@ def merge_findings(findings: Sequence[Findings], keys: Sequence[TensorKey], kind
         for finding in findings
         for key, field, stored, wanted in finding.mismatched
     }
-    present = [key for key, is_found in zip(keys, found, strict=True) if is_found]
-    unexpected = sorted(
-        (key for key, is_found in zip(keys, found, strict=True) if not is_found and key.kind in kinds and key not in scales), key=_order
-    )
+    present = list(keys) if found.all() else [keys[index] for index in np.flatnonzero(found).tolist()]
+    others = [keys[index] for index in np.flatnonzero(~found).tolist()]
+    unexpected = sorted((key for key in others if key.kind in kinds and key not in scales), key=_order)
     return Misfits(tuple(missing), tuple(unexpected), tuple(mismatched[key] for key in sorted(mismatched, key=_order))), present
 
 

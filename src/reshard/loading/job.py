@@ -171,7 +171,7 @@ def _fill(
     started: float,
     written: set[TensorKey],
 ) -> RestoreReport:
-    """Collective: fill the run from one checkpoint. What may have been overwritten is added to `written`."""
+    """Collective: fill the run from one checkpoint. What may have been overwritten is added to `written`, if another one may follow."""
     model, optimizer = run.model, run.optimizer
     strictness = how.strictness if how.strictness is not None else Strictness.default(is_weights=choice.relayed.is_weights)
     options = (
@@ -192,7 +192,7 @@ def _fill(
             opened.description,
             opened.catalog,
             common=opened.common,
-            headers=choice.relayed.headers(storage, opened.catalog),
+            headers=choice.relayed.headers(storage, opened.catalog, digests=how.verify),
             strictness=strictness,
             kinds=kinds,
             has_random=opened.rank_values is not None and "random" in opened.rank_values,
@@ -204,7 +204,8 @@ def _fill(
             told=opened.told,
             config=opened.config,
         )
-        _check_refilled(written, _filled_by(planned), directory)
+        if written:
+            _check_refilled(written, _filled_by(planned), directory)
         return opened, planned
 
     prepared, error = attempt(prepare)
@@ -212,7 +213,8 @@ def _fill(
     assert prepared is not None  # whoever couldn't plan has raised
     opened, planned = prepared
     adapter = opened.adapter
-    written.update(_filled_by(planned))
+    if choice.falls_back:
+        written.update(_filled_by(planned))
     loaded = load_tensors(planned, told, comm, storage)
     began = time.perf_counter()
 
@@ -248,7 +250,7 @@ def _short(mapping: Mapper | None) -> str:
 
 def _filled_by(planned: PlannedLoad) -> set[TensorKey]:
     """What a load gives values to on this rank."""
-    return planned.run_keys((*planned.plan.restored, *planned.filled))
+    return set(planned.run_keys((*planned.plan.restored, *planned.filled)))
 
 
 def _check_refilled(written: set[TensorKey], filled: set[TensorKey], directory: str) -> None:

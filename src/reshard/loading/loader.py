@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
+from operator import attrgetter
 from typing import Any
 
 import msgspec
 import numpy as np
 
-from reshard.catalog import Catalog
+from reshard.catalog import Catalog, StoredTensor
 from reshard.comm import Communicator
 from reshard.comm.together import attempt, settle
 from reshard.errors import MismatchError, extended
@@ -49,6 +50,9 @@ from reshard.storage import Storage
 
 # A note names so many tensors.
 _NAMES_SHOWN = 8
+
+_NAME_OF: Callable[[StoredTensor], str] = attrgetter("name")
+_KIND_OF: Callable[[TensorKey], Kind] = attrgetter("kind")
 
 
 class _Outcome(msgspec.Struct, array_like=True):
@@ -124,7 +128,7 @@ class PlannedLoad:
     selection: Selection
     strictness: Strictness
     plan: ReadPlan
-    entries: list[TensorEntry]
+    entries: list[list[TensorEntry]]
     filled: tuple[TensorKey, ...]
     balanced: bool
     memory_budget: int
@@ -136,9 +140,9 @@ class PlannedLoad:
     scales: PlannedScales | None = None
     spare: Spare = Spare()  # noqa: RUF009 - frozen
 
-    def run_keys(self, keys: Iterable[TensorKey]) -> set[TensorKey]:
-        """The run's tensors that some keys are about."""
-        return set(keys) if self.told is None else {self.told.run_key(key) for key in keys}
+    def run_keys(self, keys: Iterable[TensorKey]) -> Iterable[TensorKey]:
+        """The run's tensor that each of some keys is about."""
+        return keys if self.told is None else map(self.told.run_key, keys)
 
 
 def plan_load(
@@ -263,7 +267,7 @@ def load_tensors(planned: PlannedLoad, told: Sequence[bytes], comm: Communicator
     misfits, dispensable = planned.spare.sift(misfits, () if planned.told is None else planned.told.links.ignored)
     idle = idle_patterns(findings)
     planned.selection.check(idle, catalog.directory)
-    has_optimizer = any(key.kind is Kind.OPTIMIZER for key in catalog.tensors)
+    has_optimizer = Kind.OPTIMIZER in set(map(_KIND_OF, catalog.tensors))
     try:
         apply_strictness(planned.strictness, misfits, directory=catalog.directory, has_optimizer=has_optimizer)
     except MismatchError as error:
@@ -305,8 +309,10 @@ def load_tensors(planned: PlannedLoad, told: Sequence[bytes], comm: Communicator
         for rank, o in enumerate(outcomes)
     )
     mismatched = {m.key for m in misfits.mismatched}
+    if mismatched:
+        present = [key for key, run_key in zip(present, planned.run_keys(present), strict=True) if run_key not in mismatched]
     # Several strands may be of one tensor.
-    restored = tuple(dict.fromkeys(catalog.tensors[key].name for key in present if planned.run_keys([key]).isdisjoint(mismatched)))
+    restored = tuple(dict.fromkeys(map(_NAME_OF, map(catalog.tensors.__getitem__, present))))
     names = sorted(unlisted_names)
     notes = (f"the files hold tensors that the metadata doesn't list; ignored: {', '.join(names[:_NAMES_SHOWN])}",) if names else ()
     scaled = len(scale_keys(findings, keys))
@@ -371,11 +377,12 @@ def _read_scales(planned: PlannedLoad, comm: Communicator, storage: Storage) -> 
 
 def _unlisted(files: Sequence[str], headers: Headers, catalog: Catalog) -> list[str]:
     """Tensors of these files that the catalog doesn't have; the first few."""
-    known = {tensor.name for tensor in catalog.tensors.values()}
+    known = set(map(_NAME_OF, catalog.tensors.values()))
     found: list[str] = []
     for file in files:
+        held = headers.get(file).entries
         # A rank's further parts of a tensor have names of their own: `w@1`.
-        found += [name for name in headers.get(file).entries if name not in known and name.rpartition("@")[0] not in known]
+        found += [] if held.keys() <= known else [name for name in held if name not in known and name.rpartition("@")[0] not in known]
         if len(found) >= _NAMES_SHOWN:
             break
     return found[:_NAMES_SHOWN]

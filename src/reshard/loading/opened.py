@@ -11,7 +11,6 @@ from reshard.comm import Communicator
 from reshard.errors import MetadataError
 from reshard.format.common import CommonInfo, read_common
 from reshard.format.extra import groups_of, rank_values_in, values_in
-from reshard.format.index import decode_index
 from reshard.format.names import COMMON_FILE, EXTRA_DIRECTORY, GLOBAL_EXTRA_FILE, rank_extra_file, tensor_name
 from reshard.frameworks.adapter import Adapter, Destination
 from reshard.frameworks.select import select_adapter
@@ -92,7 +91,7 @@ def open_checkpoint(
         UsageError: a model or an optimizer that no adapter knows.
     """
     adapter = select_adapter(model, optimizer)
-    catalog = decode_index(relayed.index, directory if relayed.directory is None else relayed.directory)
+    catalog = relayed.catalog
     if catalog is None:
         raise MetadataError("rank 0's index can't be understood", file=directory, fix="run the same version of reshard on every rank")
     small = relayed.storage(storage)
@@ -100,7 +99,7 @@ def open_checkpoint(
     global_file = join(directory, EXTRA_DIRECTORY, GLOBAL_EXTRA_FILE)
     tree = read_own_extra(small, directory, GLOBAL_EXTRA_FILE, relayed.seal)
     values = values_in(tree, global_file)
-    config = _config_of(relayed, directory, values)
+    config = _config_of(relayed, values)
     groups = groups_of(tree, global_file)
     through = None if through is None else through.with_stored(config)
     told = None if through is None else through.tell(catalog)
@@ -123,9 +122,9 @@ def open_checkpoint(
     return Opened(adapter, catalog, common, values, groups, destination, description, mine, selection, told, config)
 
 
-def _config_of(relayed: Relayed, directory: str, values: Mapping[str, Any]) -> Mapping[str, Any] | None:
+def _config_of(relayed: Relayed, values: Mapping[str, Any]) -> Mapping[str, Any] | None:
     if relayed.config is not None:
-        return decode_model_config(relayed.config, join(directory if relayed.directory is None else relayed.directory, CONFIG_FILE))
+        return decode_model_config(relayed.config, join(relayed.directory, CONFIG_FILE))
     extra = values.get("extra")
     config = extra.get("config") if isinstance(extra, Mapping) else None
     return config if isinstance(config, Mapping) else None

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import groupby
+from operator import attrgetter, itemgetter
 from queue import SimpleQueue
 from threading import Lock
 from typing import NamedTuple
@@ -21,7 +22,7 @@ from reshard.loading.scattered import PART_BYTES, Amount, Runs, cut_runs, scatte
 from reshard.loading.verified_reads import PIECE_BYTES, Part, Reading, check_after, parts_of, read_straight, rows_of
 from reshard.loading.workers import run_all
 from reshard.planning.byte_runs import cut_box, row_places
-from reshard.planning.read_plan import ReadPlan, Transfer
+from reshard.planning.read_plan import Batch, ReadPlan, Transfer
 from reshard.sources.stored import Headers
 from reshard.state import Memory, State
 from reshard.storage import ReadableFile, Storage
@@ -46,30 +47,30 @@ ROW_BYTES = 4096
 READERS = min(4, os.cpu_count() or 1)
 
 
-def locate(plan: ReadPlan, headers: Headers) -> list[TensorEntry]:
-    """The entry of every transfer of a plan in its file's header, held against what metadata promises, before anything is written.
+def locate(plan: ReadPlan, headers: Headers) -> list[list[TensorEntry]]:
+    """Of each batch of a plan the entries of its tensors in the file's header, held against what metadata promises, before anything is
+    written.
 
     Raises:
         DataFileError: a file is missing, damaged, or doesn't hold what metadata promises.
     """
-    entries: list[TensorEntry] = []
-    for file, transfers in groupby(plan.transfers, key=lambda transfer: transfer.movement.site.file):
+    located: list[list[TensorEntry]] = []
+    for movement, _, names in plan.batches:
+        file, dtype, shape = movement.site.file, movement.dtype, movement.stored_shape
         held = headers.get(file).entries
-        for _, name, movement in transfers:
+        entries: list[TensorEntry] = []
+        for name in names:
             entry = held.get(name)
-            if (
-                entry is None
-                or entry.shape != movement.stored_shape
-                or (entry.dtype is not movement.dtype and entry.dtype != movement.dtype)
-            ):
-                raise headers.broken_promise(file, name, movement.dtype, movement.stored_shape)
+            if entry is None or entry.shape != shape or (entry.dtype is not dtype and entry.dtype != dtype):
+                raise headers.broken_promise(file, name, dtype, shape)
             entries.append(entry)
-    return entries
+        located.append(entries)
+    return located
 
 
 def read_plan(
     plan: ReadPlan,
-    entries: list[TensorEntry],
+    entries: Sequence[Sequence[TensorEntry]],
     state: State,
     storage: Storage,
     directory: str,
@@ -99,7 +100,7 @@ def read_plan(
         DamagedCheckpointError: a file is not what it promises, or its bytes are not as they were saved.
         StorageError: reading failed.
     """
-    located = zip(plan.transfers, entries, strict=True)
+    located = zip(plan.batches, entries, strict=True)
     sizes = _Sizes.within(memory_budget, gap_bytes)
     stages: SimpleQueue[np.ndarray] = SimpleQueue()
     for _ in range(READERS):
@@ -160,6 +161,9 @@ class _Run(NamedTuple):
     entry: TensorEntry | None
 
 
+_FIRST_BYTE_OF: Callable[[TensorEntry], int] = attrgetter("begin")
+
+
 def _begin_of(run: _Run | Part) -> int:
     return run.begin
 
@@ -196,58 +200,69 @@ class _FileReader:
         self._tensors = state.tensors
         self._stages = stages
 
-    def plan(self, located: Iterable[tuple[Transfer, TensorEntry]], *, verify: bool) -> Iterator[Callable[[], Amount]]:
+    def plan(self, located: Iterable[tuple[Batch, Sequence[TensorEntry]]], *, verify: bool) -> Iterator[Callable[[], Amount]]:
         """Independent pieces of work, each giving what it read."""
-        tensors = self._tensors
-        # Runs that are runs in memory, too: where they begin in the file, how long they are, where they go, what they are verified by.
-        begins: list[int] = []
-        sizes: list[int] = []
-        addresses: list[int] = []
-        rows: list[Runs] = []
+        # Runs that are runs in memory, too, and what they are verified by.
+        runs = [Runs.of([], [], [])]
         checks: list[TensorEntry | None] = []
         # Long ones of these that are verified.
         parts: list[Part] = []
+        rows: list[Runs] = []
         # Small runs that are none there, or that the host can't address.
         staged: list[_Run] = []
-        for transfer, entry in located:
-            key, _, movement = transfer
+        # All others, by where the tensor begins.
+        apart: list[tuple[int, Iterator[Callable[[], Amount]]]] = []
+        for batch, entries in located:
+            movement, nbytes = batch.movement, batch.movement.nbytes
             if not movement.is_run:
-                yield from self._strided(transfer, entry.begin)
+                apart += [(entry.begin, self._strided(one, entry.begin)) for one, entry in zip(batch.transfers(), entries, strict=True)]
                 continue
-            begin, nbytes = entry.begin + movement.offset, movement.nbytes
-            is_whole = nbytes == entry.end - entry.begin  # asked here, for states of many small tensors
-            check = entry if verify and entry.digests and (is_whole or count_whole(entry, movement.offset, nbytes)) else None
-            if movement.target_offset is not None:
-                address = tensors[key].shards[movement.shard].memory.address
-                if address is not None:
-                    address += movement.target_offset
-                    if check is not None and nbytes > PIECE_BYTES:
-                        parts += parts_of(Part(begin, nbytes, address, entry))
-                        continue
-                    begins.append(begin)
-                    sizes.append(nbytes)
-                    addresses.append(address)
+            begins = np.fromiter(map(_FIRST_BYTE_OF, entries), np.int64, len(entries)) + movement.offset
+            addresses = self._addresses(batch)
+            # A file has digests of all its tensors, or of none.
+            is_checked = verify and count_whole(entries[0], movement.offset, nbytes) > 0
+            if None not in addresses and not (is_checked and nbytes > PIECE_BYTES):
+                runs.append(Runs(begins, np.full(len(begins), nbytes), np.array(addresses, np.int64)))
+                checks += entries if is_checked else [None] * len(entries)
+                continue
+            for transfer, entry, begin, address in zip(batch.transfers(), entries, begins.tolist(), addresses, strict=True):
+                check = entry if is_checked else None
+                if address is not None and check is not None and nbytes > PIECE_BYTES:
+                    parts += parts_of(Part(begin, nbytes, address, entry))
+                elif address is not None:
+                    runs.append(Runs.of([begin], [nbytes], [address]))
                     checks.append(check)
-                    continue
-            if check is None and (found := self._rows(transfer, entry)) is not None:
-                rows.append(found)
-            elif nbytes <= self._sizes.block // 2:
-                staged.append(_Run(begin, nbytes, transfer, check))
-            elif check is not None:
-                yield from self._verified(transfer, entry)
-            else:
-                yield from self._strided(transfer, entry.begin)
+                elif check is None and (found := self._rows(transfer, entry)) is not None:
+                    rows.append(found)
+                elif nbytes <= self._sizes.block // 2:
+                    staged.append(_Run(begin, nbytes, transfer, check))
+                elif check is not None:
+                    apart.append((entry.begin, self._verified(transfer, entry)))
+                else:
+                    apart.append((entry.begin, self._strided(transfer, entry.begin)))
+        for _, works in sorted(apart, key=itemgetter(0)):
+            yield from works
         yield from self._batched(sorted(staged, key=_begin_of))
         yield from self._direct(sorted(parts, key=_begin_of))
-        runs, which = cut_runs([Runs.of(begins, sizes, addresses), *rows])
+        ordered, which = cut_runs([*runs, *rows])
         if any(check is not None for check in checks):
             checks += [None] * sum(len(found.begins) for found in rows)
-            ordered = [checks[index] for index in which.tolist()]
-            listed = list(zip(*(array.tolist() for array in runs), ordered, strict=True))
-            readings = (Reading(work, listed[first:end]) for first, end, work in scatter(self._source, runs, PIECE_BYTES, self._sizes.gap))
+            verifying = [checks[index] for index in which.tolist()]
+            listed = list(zip(*(array.tolist() for array in ordered), verifying, strict=True))
+            scattered = scatter(self._source, ordered, PIECE_BYTES, self._sizes.gap)
+            readings = (Reading(work, listed[first:end]) for first, end, work in scattered)
             yield from check_after(readings, self._source.path)
         else:
-            yield from (scattered.work for scattered in scatter(self._source, runs, PART_BYTES, self._sizes.gap))
+            yield from (one.work for one in scatter(self._source, ordered, PART_BYTES, self._sizes.gap))
+
+    def _addresses(self, batch: Batch) -> list[int | None]:
+        """Where in memory the box of each tensor of a batch begins, if it is one run there."""
+        offset, shard = batch.movement.target_offset, batch.movement.shard
+        if offset is None:
+            return [None] * len(batch.keys)
+        tensors = self._tensors
+        begins = [tensors[key].shards[shard].memory.address for key in batch.keys]
+        return [None if begin is None else begin + offset for begin in begins] if offset else begins
 
     def _rows(self, transfer: Transfer, entry: TensorEntry) -> Runs | None:
         """A run of the file as the rows of a box of a shard; None when they are short, or not addressed."""

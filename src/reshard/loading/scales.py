@@ -15,7 +15,7 @@ from reshard.geometry.dtypes import by_name
 from reshard.loading.casting import CastMemory, ScaledMemory
 from reshard.loading.reader import locate
 from reshard.planning.agreement import RankDescription, describe
-from reshard.planning.block_scales import BlockScale, block_in, plain_face, quantised_in, scale_of, united
+from reshard.planning.block_scales import BlockScale, block_in, may_be_quantised, plain_face, quantised_in, scale_of, united
 from reshard.planning.mapping.lattice import Face, Lattice, moved
 from reshard.planning.mapping.wanted import Told
 from reshard.planning.read_plan import Mismatch, ReadPlan, plan_reads
@@ -57,7 +57,7 @@ class PlannedScales:
     wanted: RankDescription
     catalog: Catalog
     plan: ReadPlan
-    entries: list[TensorEntry]
+    entries: list[list[TensorEntry]]
     scaled: Mapping[TensorKey, tuple[_Scaled | None, ...]]
 
     @property
@@ -106,6 +106,8 @@ def plan_scales(
         MismatchError: a scale that doesn't fit its tensor.
         DamagedCheckpointError: a scale isn't what the checkpoint promises.
     """
+    if not may_be_quantised(stored):
+        return None
     origins = {key: key if told is None else told.stored[key] for key in chosen.tensors}
     quantised = quantised_in(stored, dict.fromkeys(origins.values()))
     if not quantised:

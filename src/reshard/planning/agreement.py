@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import NamedTuple, overload
 
 import numpy as np
 
 from reshard.geometry import DType, Layout, Region
-from reshard.state import Kind, State, TensorKey
+from reshard.rows import rows
+from reshard.state import Kind, ShardedTensor, State, TensorKey
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,23 +124,29 @@ class RankDescription:
         return total
 
 
+_KEY_OF: Callable[[ShardedTensor], TensorKey] = attrgetter("key")
+
+
 def describe(state: State, rank: int) -> RankDescription:
     """The description of one rank's state."""
     # By identity, which costs less than a hash over regions and mesh; adapters share the objects of tensors that lie alike, and the state
     # keeps them alive.
     known: dict[tuple[object, ...], Holding] = {}
-    tensors = []
-    for tensor in state.tensors.values():
-        key, dtype, shape, layout, shards = tensor
-        if len(shards) == 1:
-            alike: tuple[object, ...] = (id(dtype), shape, id(layout), id(shards[0].region))
-        else:
+    holdings: list[Holding] = []
+    holding = region = None
+    for _, dtype, shape, layout, shards in state.tensors.values():
+        only = shards[0].region if len(shards) == 1 else None
+        # Most lie as the one before.
+        is_same = holding is not None and only is region is not None and layout is holding.layout and dtype is holding.dtype
+        if holding is None or not is_same or shape != holding.global_shape:
+            region = only
             alike = (id(dtype), shape, id(layout), *[id(shard.region) for shard in shards])
-        holding = known.get(alike)
-        if holding is None:
-            holding = known[alike] = Holding(dtype, tuple(shape), layout, tuple(shard.region for shard in shards))
-        tensors.append(TensorDescription(key, holding))
-    return RankDescription(rank, tuple(tensors))
+            holding = known.get(alike)
+            if holding is None:
+                holding = known[alike] = Holding(dtype, tuple(shape), layout, tuple(shard.region for shard in shards))
+        holdings.append(holding)
+    keys = map(_KEY_OF, state.tensors.values())
+    return RankDescription(rank, tuple(rows(TensorDescription, keys, holdings)))
 
 
 def digest(encoded: bytes) -> bytes:
@@ -155,14 +163,21 @@ def place_of(description: RankDescription) -> str:
     # Stored in checkpoints: text of its own, that doesn't change when ranks come to talk in another way.
     known: dict[int, str] = {}
     lines = [f"rank {description.rank}\n"]
+    kind = Kind.MODEL  # to look it up for each tensor takes longer than to compare it
+    last, text = None, ""
     for key, holding in description.tensors:
-        if key.kind is not Kind.MODEL:
+        if key.kind is not kind:
             continue
-        text = known.get(id(holding))
-        if text is None:
-            layout = holding.layout
-            mesh = None if layout is None else (layout.mesh.shape, layout.mesh.axes, layout.mesh.ranks, layout.split)
-            regions = [(region.offset, region.shape) for region in holding.regions]
-            text = known[id(holding)] = repr((holding.dtype.name, tuple(holding.global_shape), mesh, regions))
+        if holding is not last:
+            last, text = holding, known.get(id(holding), "")
+            if not text:
+                text = known[id(holding)] = _text_of(holding)
         lines.append(f"{key.parameter!r} {text}\n")
     return hashlib.blake2b("".join(lines).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+def _text_of(holding: Holding) -> str:
+    layout = holding.layout
+    mesh = None if layout is None else (layout.mesh.shape, layout.mesh.axes, layout.mesh.ranks, layout.split)
+    regions = [(region.offset, region.shape) for region in holding.regions]
+    return repr((holding.dtype.name, tuple(holding.global_shape), mesh, regions))

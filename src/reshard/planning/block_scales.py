@@ -121,6 +121,11 @@ def block_in(config: Mapping[str, Any] | None) -> tuple[int, ...] | None:
     return tuple(block)
 
 
+def may_be_quantised(catalog: Catalog) -> bool:
+    """Whether a checkpoint holds any tensor of a type in which `quantised_in` finds some: asked once for all that lie alike."""
+    return any(arrangement.dtype.name in _QUANTISED for arrangement in catalog.arrangements)
+
+
 def quantised_in(catalog: Catalog, keys: Iterable[TensorKey]) -> dict[TensorKey, TensorKey]:
     """Those of some tensors that are quantised, each with its scale: by block, or in a way that `scale_of` refuses.
 

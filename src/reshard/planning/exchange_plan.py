@@ -16,7 +16,7 @@ from reshard.planning.balance import Job, spread
 from reshard.planning.byte_runs import cut_box, is_dense, run_offset
 from reshard.planning.cuts import Cut, cut_chunks
 from reshard.planning.holders import Holders, find_holders
-from reshard.planning.read_plan import Movement, Transfer
+from reshard.planning.read_plan import Batch, Movement
 
 
 class Taker(NamedTuple):
@@ -114,8 +114,8 @@ class Share:
         """The bytes to read."""
         return self.arrangement.dtype.itemsize * self.box.size * len(self.tensors)
 
-    def transfers(self) -> Iterator[Transfer]:
-        """The reads of a straight share, one per tensor."""
+    def batch(self) -> Batch:
+        """The reads of a straight share."""
         want = self.wants[0]
         region = _moved(self.box, self.piece.region.offset)
         itemsize = self.arrangement.dtype.itemsize
@@ -136,8 +136,7 @@ class Share:
             True,
             run_offset(target, want.region.shape, itemsize),
         )
-        for tensor in self.tensors:
-            yield Transfer(tensor.key, tensor.name + self.site.suffix, movement)
+        return Batch(movement, [tensor.key for tensor in self.tensors], [tensor.name + self.site.suffix for tensor in self.tensors])
 
     def taken(self) -> Iterator[tuple[Want, int]]:
         """Each want with the bytes that every one of its takers gets, of all tensors together."""

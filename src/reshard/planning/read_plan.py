@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import repeat
 from typing import NamedTuple
 
 from reshard.catalog import Arrangement, Catalog, Site
@@ -11,6 +12,7 @@ from reshard.errors import MetadataError
 from reshard.geometry import DType, Region
 from reshard.planning.agreement import Holding, RankDescription
 from reshard.planning.byte_runs import is_dense, run_offset
+from reshard.rows import rows
 from reshard.state import TensorKey
 
 
@@ -64,6 +66,24 @@ class Transfer(NamedTuple):
     movement: Movement
 
 
+class Batch(NamedTuple):
+    """The tensors, one at least, that a movement moves: what is asked of it is asked once for all of them.
+
+    Attributes:
+        movement: what moves where.
+        keys: the tensors.
+        names: their names in the file.
+    """
+
+    movement: Movement
+    keys: list[TensorKey]
+    names: list[str]
+
+    def transfers(self) -> Iterator[Transfer]:
+        """The movement of each."""
+        return rows(Transfer, self.keys, self.names, repeat(self.movement))
+
+
 @dataclass(frozen=True, slots=True)
 class Mismatch:
     """A tensor that is in the checkpoint and in the run, but not the same.
@@ -87,7 +107,7 @@ class ReadPlan:
 
     Attributes:
         rank: the global rank.
-        transfers: the boxes to move, by file, and in a file in the order of the checkpoint's tensors.
+        batches: the boxes to move, by file; those of a batch in the order of the state.
         restored: the wanted tensors that the checkpoint has (also those of which this rank holds nothing).
         missing: the wanted tensors that it doesn't have.
         mismatched: the wanted tensors that differ in shape or dtype.
@@ -95,7 +115,7 @@ class ReadPlan:
     """
 
     rank: int
-    transfers: tuple[Transfer, ...]
+    batches: tuple[Batch, ...]
     restored: tuple[TensorKey, ...]
     missing: tuple[TensorKey, ...]
     mismatched: tuple[Mismatch, ...]
@@ -104,12 +124,16 @@ class ReadPlan:
     @property
     def nbytes(self) -> int:
         """The bytes that are needed."""
-        return sum(transfer.movement.nbytes for transfer in self.transfers)
+        return sum(batch.movement.nbytes * len(batch.keys) for batch in self.batches)
 
     @property
     def files(self) -> tuple[str, ...]:
         """The files that are read, in order."""
-        return tuple(dict.fromkeys(transfer.movement.site.file for transfer in self.transfers))
+        return tuple(dict.fromkeys(batch.movement.site.file for batch in self.batches))
+
+
+# Of tensors that are wanted alike and stored alike: the lists of each of their batches, and what follows a tensor's name in its file.
+_Alike = list[tuple[list[TensorKey], list[str], str]]
 
 
 def plan_reads(wanted: RankDescription, catalog: Catalog, casts: Callable[[Mismatch], bool] | None = None) -> ReadPlan:
@@ -128,24 +152,30 @@ def plan_reads(wanted: RankDescription, catalog: Catalog, casts: Callable[[Misma
     Raises:
         MetadataError: the chunks of a tensor don't cover a wanted region.
     """
-    transfers: list[Transfer] = []
+    batches: list[Batch] = []
     restored: list[TensorKey] = []
     missing: list[TensorKey] = []
     mismatched: list[Mismatch] = []
     cast: list[Mismatch] = []
     # By identity: the descriptions and the catalog keep both alive, and hashing either goes over regions and meshes.
-    known: dict[tuple[int, int], tuple[Movement, ...]] = {}
+    known: dict[tuple[int, int], _Alike] = {}
     # Apart: of two tensors that differ in dtype in the same way, one may be converted and the other not.
-    known_cast: dict[tuple[int, int], tuple[Movement, ...]] = {}
+    known_cast: dict[tuple[int, int], _Alike] = {}
+    find = catalog.tensors.get
+    last: tuple[Holding, Arrangement] | None = None
+    alike: _Alike | None = None
     for key, holding in wanted.tensors:
-        stored = catalog.tensors.get(key)
+        stored = find(key)
         if stored is None:
             missing.append(key)
             continue
         _, name, arrangement = stored
-        pair = (id(holding), id(arrangement))
-        movements = known.get(pair)
-        if movements is None:
+        # Most are as the one before.
+        if last is None or holding is not last[0] or arrangement is not last[1]:
+            last = (holding, arrangement)
+            alike = known.get((id(holding), id(arrangement)))
+        own = alike
+        if own is None:
             misfit = find_misfit(key, holding.dtype, holding.global_shape, arrangement)
             if misfit is not None:
                 if casts is None or not casts(misfit):
@@ -154,21 +184,23 @@ def plan_reads(wanted: RankDescription, catalog: Catalog, casts: Callable[[Misma
                 cast.append(misfit)
             planned = known if misfit is None else known_cast
             try:
-                movements = planned.get(pair)
-                if movements is None:
-                    movements = planned[pair] = tuple(_movements(holding, arrangement, wanted.rank))
+                pair = (id(holding), id(arrangement))
+                own = planned.get(pair)
+                if own is None:
+                    made = [Batch(movement, [], []) for movement in _movements(holding, arrangement, wanted.rank)]
+                    batches += made
+                    own = planned[pair] = [(keys, names, movement.site.suffix) for movement, keys, names in made]
             except MetadataError as error:
                 raise MetadataError(
                     error.what, file=catalog.directory, tensor=name, rank=wanted.rank, found=error.found, fix=error.fix
                 ) from error
+            alike = own if misfit is None else None
         restored.append(key)
-        transfers += [Transfer(key, name + movement.site.suffix, movement) for movement in movements]
-    transfers.sort(key=_file_of)
-    return ReadPlan(wanted.rank, tuple(transfers), tuple(restored), tuple(missing), tuple(mismatched), tuple(cast))
-
-
-def _file_of(transfer: Transfer) -> str:
-    return transfer.movement.site.file
+        for keys, names, suffix in own:
+            keys.append(key)
+            names.append(name + suffix)
+    batches.sort(key=lambda batch: batch.movement.site.file)
+    return ReadPlan(wanted.rank, tuple(batches), tuple(restored), tuple(missing), tuple(mismatched), tuple(cast))
 
 
 def find_misfit(key: TensorKey, dtype: DType, global_shape: tuple[int, ...], arrangement: Arrangement) -> Mismatch | None:

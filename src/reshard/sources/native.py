@@ -9,7 +9,6 @@ from typing import Any
 from reshard.catalog import Arrangement, Catalog, Piece, Place, Site, StoredTensor
 from reshard.errors import CheckpointNotFoundError, DataFileError, MetadataError
 from reshard.format.common import read_common
-from reshard.format.digest import digest_of
 from reshard.format.extra import FrameworkArray, read_extra
 from reshard.format.index import INDEX_FILE, decode_index
 from reshard.format.metadata import MOST_METADATA_BYTES, SEALED_SINCE, decode_metadata
@@ -24,8 +23,8 @@ from reshard.format.names import (
     parse_tensor_name,
     total_of_file,
 )
-from reshard.format.seal import SEAL_FILE, Seal, read_seal
-from reshard.format.small_file import read_small
+from reshard.format.seal import SEAL_FILE, Seal, SealedFile, read_seal
+from reshard.format.small_file import digest_small, read_small
 from reshard.geometry import DType, Region
 from reshard.sources.stored import Headers, Stored
 from reshard.state import Kind, TensorKey
@@ -119,17 +118,13 @@ def _open(storage: Storage, directory: str, seal: Seal | None) -> tuple[Catalog,
     headers = Headers(storage, directory, seal)
     file = join(directory, METADATA_FILE)
     if storage.stat(file) is not None:
-        metadata = read_small(storage, file, MOST_METADATA_BYTES, error=MetadataError)
-        if seal is not None:
-            seal.file(METADATA_FILE, file).check(metadata, file)
-        index_file = join(directory, EXTRA_DIRECTORY, INDEX_FILE)
-        # It says the same in fewer bytes; one that is larger is nobody's index.
-        found = storage.stat(index_file)
-        index = storage.read_bytes(index_file) if found is not None and found.size <= MOST_METADATA_BYTES else None
-        catalog = None if index is None else decode_index(index, directory, digest_of(metadata))
+        sealed = None if seal is None else seal.file(METADATA_FILE, file)
+        index, catalog = _read_index(storage, directory, file, sealed)
         if catalog is None:
-            index = None
-            catalog = decode_metadata(metadata, file, lambda place: _dtype_in(headers, place, directory))
+            metadata = read_small(storage, file, MOST_METADATA_BYTES, error=MetadataError)
+            if sealed is not None:
+                sealed.check(metadata, file)
+            index, catalog = None, decode_metadata(metadata, file, lambda place: _dtype_in(headers, place, directory))
         if catalog.format_version is not None:
             _check_companions(storage, directory, seal)
         return catalog, index
@@ -153,6 +148,24 @@ def _open(storage: Storage, directory: str, seal: Seal | None) -> tuple[Catalog,
             fix=f"restore {METADATA_FILE} from a copy, or resume from another iteration",
         )
     return _whole_tensors(headers, directory, files), None
+
+
+def _read_index(storage: Storage, directory: str, metadata_file: str, sealed: SealedFile | None) -> tuple[bytes | None, Catalog | None]:
+    """The checkpoint's index, and the catalog that it says; None where there is none that is up to date.
+
+    Raises:
+        MetadataError: the metadata isn't the one that was sealed.
+    """
+    index_file = join(directory, EXTRA_DIRECTORY, INDEX_FILE)
+    found = storage.stat(index_file)
+    # It says the same as the metadata in fewer bytes; one that is larger is nobody's index.
+    if found is None or found.size > MOST_METADATA_BYTES:
+        return None, None
+    nbytes, digest = digest_small(storage, metadata_file, MOST_METADATA_BYTES, error=MetadataError)
+    if sealed is not None:
+        sealed.check_digest(nbytes, digest, metadata_file)
+    index = storage.read_bytes(index_file)
+    return index, decode_index(index, directory, digest)
 
 
 def _check_companions(storage: Storage, directory: str, seal: Seal | None) -> None:

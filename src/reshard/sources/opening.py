@@ -65,7 +65,7 @@ def is_foreign(storage: Storage, path: str) -> bool:
     return is_dcp(names) or is_saved_folder(names) or is_legacy_directory(storage, path, entries)
 
 
-def headers_of(storage: Storage, catalog: Catalog, seal: Seal | None, items: ItemTable | None) -> Headers:
+def headers_of(storage: Storage, catalog: Catalog, seal: Seal | None, items: ItemTable | None, *, digests: bool = True) -> Headers:
     """What tells where in its files the tensors of an opened checkpoint lie.
 
     Args:
@@ -73,5 +73,6 @@ def headers_of(storage: Storage, catalog: Catalog, seal: Seal | None, items: Ite
         catalog: of the checkpoint.
         seal: the checkpoint's, or None.
         items: its table of items, or None.
+        digests: whether anybody wants those of the tensors.
     """
-    return Headers(storage, catalog.directory, seal) if items is None else ItemHeaders(storage, catalog, items)
+    return Headers(storage, catalog.directory, seal, digests=digests) if items is None else ItemHeaders(storage, catalog, items)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 
 import msgspec
 
 from reshard.catalog import Catalog
 from reshard.format.common import read_common
+from reshard.format.index import decode_index
 from reshard.format.names import COMMON_FILE, EXTRA_DIRECTORY, GLOBAL_EXTRA_FILE
 from reshard.format.seal import Seal
 from reshard.sources.huggingface import read_config_bytes
@@ -21,26 +23,31 @@ from reshard.storage.memory import MemoryStorage
 from reshard.storage.storage import join
 
 
-class Relayed(msgspec.Struct, array_like=True):
-    """What one rank has read, to be sent to the others.
+class Relayed(msgspec.Struct, array_like=True, dict=True):
+    """What one rank has read, to be sent to the others. That rank keeps the catalog that it has seen already.
 
     Attributes:
         index: the catalog, as an index.
+        directory: where the files lie.
         seal: the checkpoint's; None when it has none.
         files: the bytes of small files, by path; None when every rank reads them itself.
         is_weights: whether it is a model's weights and nothing else.
-        directory: where the files lie; None for the path that was opened.
         items: as in `Stored`.
         config: the model's description (`config.json`) as it lies in the directory; None when there is none.
     """
 
     index: bytes
+    directory: str
     seal: Seal | None = None
     files: dict[str, bytes] | None = None
     is_weights: bool = False
-    directory: str | None = None
     items: ItemTable | None = None
     config: bytes | None = None
+
+    @cached_property
+    def catalog(self) -> Catalog | None:
+        """What the index says; None when it can't be understood."""
+        return decode_index(self.index, self.directory)
 
     def storage(self, storage: Storage) -> Storage:
         """Where to read the small files: what was sent, else the storage itself."""
@@ -48,9 +55,9 @@ class Relayed(msgspec.Struct, array_like=True):
             return storage
         return held_in_memory(self.files)
 
-    def headers(self, storage: Storage, catalog: Catalog) -> Headers:
-        """Where in its files the tensors of the catalog lie."""
-        return headers_of(storage, catalog, self.seal, self.items)
+    def headers(self, storage: Storage, catalog: Catalog, *, digests: bool) -> Headers:
+        """Where in its files the tensors of the catalog lie; with their digests or without."""
+        return headers_of(storage, catalog, self.seal, self.items, digests=digests)
 
 
 def held_in_memory(files: Mapping[str, bytes]) -> Storage:
@@ -83,19 +90,22 @@ def read_for_all(
         ReshardError: as `open_source` and `read_common`.
     """
     stored = open_source(storage, directory, prefixes, strategy)
-    index = stored.encode_index()
+    index, where = stored.encode_index(), stored.catalog.directory
     # Beside a file that is all of a checkpoint there may be another model's.
-    config = read_config_bytes(storage, directory) if stored.catalog.directory == directory else None
+    config = read_config_bytes(storage, directory) if where == directory else None
     if stored.items is not None:
         files = {join(directory, name): data for name, data in stored.files.items()}
-        return Relayed(index, None, files, stored.is_weights, stored.catalog.directory, stored.items, config)
+        return Relayed(index, where, None, files, stored.is_weights, stored.items, config)
+    relayed = Relayed(index, where, stored.seal, is_weights=stored.is_weights, config=config)
+    if stored.index is not None:
+        relayed.catalog = stored.catalog  # which the index says: it was made of it
     if not balanced:
-        return Relayed(index, stored.seal, is_weights=stored.is_weights, config=config)
+        return relayed
     common = join(directory, COMMON_FILE)
     # Whether it is sound, before it goes to everyone.
     read_common(storage, common)
-    files = {}
+    relayed.files = files = {}
     for path in (common, join(directory, EXTRA_DIRECTORY, GLOBAL_EXTRA_FILE)):
         if storage.stat(path) is not None:
             files[path] = storage.read_bytes(path)
-    return Relayed(index, stored.seal, files, stored.is_weights, config=config)
+    return relayed

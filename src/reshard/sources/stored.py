@@ -52,13 +52,15 @@ class Headers:
         directory: the checkpoint's directory.
         seal: the checkpoint's: then every header must be as it was sealed.
         fix: what an error about a file says to do.
+        digests: whether anybody wants those of the tensors.
     """
 
-    def __init__(self, storage: Storage, directory: str, seal: Seal | None = None, *, fix: str = _RESTORE) -> None:
+    def __init__(self, storage: Storage, directory: str, seal: Seal | None = None, *, fix: str = _RESTORE, digests: bool = True) -> None:
         self._storage = storage
         self._directory = directory
         self._seal = seal
         self._fix = fix
+        self._digests = digests
         self._headers: dict[str, Header] = {}
         self._lock = Lock()
 
@@ -74,7 +76,7 @@ class Headers:
                 path = join(self._directory, file)
                 sealed = None if self._seal is None else self._seal.file(file, path)
                 try:
-                    header = self._headers[file] = read_header(self._storage, path, sealed)
+                    header = self._headers[file] = read_header(self._storage, path, sealed, digests=self._digests)
                 except DataFileError as error:
                     if self._fix == _RESTORE:
                         raise
