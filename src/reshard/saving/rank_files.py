@@ -10,12 +10,12 @@ from reshard.errors import NoSpaceError, SaveError
 from reshard.format.extra import write_extra
 from reshard.format.names import EXTRA_DIRECTORY, rank_extra_file
 from reshard.format.safetensors import PlannedHeader, StreamedArray, write_tensors
-from reshard.format.safetensors.writer import PIECE_BYTES
+from reshard.format.safetensors.writer import PIECE_BYTES, Values
 from reshard.format.seal import SealedFile
 from reshard.planning.file_plan import FilePlan, WriteEntry
 from reshard.planning.mapping.memory import ComposedMemory
 from reshard.saving.streamed import StreamedMemory
-from reshard.state import Memory, State
+from reshard.state import HostMemory, Memory, State
 from reshard.storage import Storage
 from reshard.storage.storage import join
 
@@ -106,7 +106,7 @@ def write_rank(
     return sealed
 
 
-def _values(entries: Sequence[WriteEntry], state: State) -> Iterator[tuple[str, np.ndarray | StreamedArray]]:
+def _values(entries: Sequence[WriteEntry], state: State) -> Iterator[tuple[str, Values]]:
     tensors = state.tensors
     for entry in entries:
         if 0 in entry.shape:
@@ -115,10 +115,12 @@ def _values(entries: Sequence[WriteEntry], state: State) -> Iterator[tuple[str, 
             yield entry.name, _values_of(tensors[entry.key].shards[entry.shard].memory)
 
 
-def _values_of(memory: Memory) -> np.ndarray | StreamedArray:
+def _values_of(memory: Memory) -> Values:
     """A shard's values as they lie in memory, or part by part where they don't lie there one beside the other."""
+    if isinstance(memory, HostMemory):
+        return memory.array
     if isinstance(memory, StreamedMemory):
         return memory.stream()
     if isinstance(memory, ComposedMemory) and memory.nbytes > PIECE_BYTES:
         return StreamedArray(memory.dtype.numpy, memory.shape, memory.blocks)
-    return memory.read()
+    return memory
