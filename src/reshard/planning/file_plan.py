@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from reshard.catalog import Catalog, Site
 from reshard.errors import CaptureError
-from reshard.format.names import data_file_name, tensor_name
+from reshard.format.names import data_file_name, tensor_names
 from reshard.geometry import DType, Region
 from reshard.planning.agreement import Holding, RankDescription, TensorDescription
+from reshard.rows import rows
 from reshard.state import Kind, TensorKey
 
 
-@dataclass(frozen=True, slots=True)
-class WriteEntry:
+class WriteEntry(NamedTuple):
     """A tensor of a file.
 
     Attributes:
@@ -69,27 +70,38 @@ def plan_rank_files(description: RankDescription, world_size: int, prefix: str |
         UsageError: the prefix can't be part of a file name.
     """
     plans = []
-    # Of tensors that lie alike what is written of each, by the identity of what says so: the name's end, the shard, its shape.
-    known: dict[int, list[tuple[str, int, tuple[int, ...]]]] = {}
+    kinds = {tensor.key.kind for tensor in description.tensors}
     for kind in Kind:
         if kind is Kind.OPTIMIZER and not save_optimizer:
             continue
-        found: list[WriteEntry] = []
-        for key, holding in description.tensors:
-            if key.kind is not kind:
-                continue
-            parts = known.get(id(holding))
-            if parts is None:
-                parts = known[id(holding)] = [(suffix, index, region.shape) for suffix, index, region in stored_parts(holding, "")]
-            name = tensor_name(key)
-            for suffix, index, shape in parts:
-                found.append(WriteEntry(name + suffix if suffix else name, key, index, holding.dtype, shape))
-        entries = tuple(found)
-        names = {entry.name for entry in entries}
-        if len(names) < len(entries):
+        own = description.tensors if kinds == {kind} else [tensor for tensor in description.tensors if tensor.key.kind is kind]
+        entries = _entries(own)
+        if len({entry.name for entry in entries}) < len(entries):
             raise _name_taken(entries, description.rank)
         plans.append(FilePlan(data_file_name(prefix, kind, description.rank, world_size), kind, entries))
     return tuple(plans)
+
+
+def _entries(tensors: Sequence[TensorDescription]) -> tuple[WriteEntry, ...]:
+    """All that is written of tensors."""
+    if not tensors:
+        return ()
+    keys, held = zip(*tensors, strict=True)
+    names, alike = tensor_names(keys), list(map(id, held))
+    # Of tensors that lie alike what is written of each, by the identity of what says so: the name's end, the shard, its type and shape.
+    known = {
+        identity: [(suffix, index, holding.dtype, region.shape) for suffix, index, region in stored_parts(holding, "")]
+        for identity, holding in dict(zip(alike, held, strict=True)).items()
+    }
+    if all(len(parts) == 1 for parts in known.values()):
+        # As nearly always. A tensor's first part has its name.
+        _, shards, dtypes, shapes = zip(*[known[identity][0] for identity in alike], strict=True)
+        return tuple(rows(WriteEntry, names, keys, shards, dtypes, shapes))
+    return tuple(
+        WriteEntry(name + suffix, key, index, dtype, shape)
+        for name, key, identity in zip(names, keys, alike, strict=True)
+        for suffix, index, dtype, shape in known[identity]
+    )
 
 
 def plan_sole_files(description: RankDescription, catalog: Catalog) -> tuple[FilePlan, ...]:

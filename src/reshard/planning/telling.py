@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from typing import TypeVar
 
 import msgspec
 import numpy as np
@@ -16,12 +17,16 @@ from reshard.errors import CommunicationError, ReshardError
 from reshard.geometry import Layout, Mesh, Region
 from reshard.geometry.dtypes import by_name
 from reshard.planning.agreement import Holding, RankDescription, TensorTable
+from reshard.rows import rows
 from reshard.state import Kind, TensorKey
+
+T = TypeVar("T")
 
 # Names and numbers shrink to a fifth; a higher level takes twice the time for a tenth less.
 _COMPRESSION = 1
 
 _KINDS = tuple(Kind)
+_KIND_NUMBERS = {kind: number for number, kind in enumerate(_KINDS)}
 
 _Numbers = tuple[int, ...]
 _Holding = tuple[str, _Numbers, int, tuple[tuple[_Numbers, _Numbers], ...]]
@@ -57,36 +62,42 @@ def encode(description: RankDescription) -> bytes:
     meshes: dict[Mesh, int] = {}
     layouts: dict[Layout, int] = {}
     holdings: dict[_Holding, int] = {}
-    known: dict[int, int] = {}  # by identity first, which costs less
-    numbers = []
-    for _, holding in description.tensors:
-        number = known.get(id(holding))
-        if number is None:
-            layout = -1
-            if holding.layout is not None:
-                meshes.setdefault(holding.layout.mesh, len(meshes))
-                layout = layouts.setdefault(holding.layout, len(layouts))
-            boxes = tuple((region.offset, region.shape) for region in holding.regions)
-            told = (holding.dtype.name, tuple(holding.global_shape), layout, boxes)
-            number = known[id(holding)] = holdings.setdefault(told, len(holdings))
-        numbers.append(number)
+    keys, held = zip(*description.tensors, strict=True) if description.tensors else ((), ())
+    alike = list(map(id, held))  # by identity first, which costs less
+    known: dict[int, int] = {}
+    for identity, holding in dict(zip(alike, held, strict=True)).items():
+        layout = -1
+        if holding.layout is not None:
+            meshes.setdefault(holding.layout.mesh, len(meshes))
+            layout = layouts.setdefault(holding.layout, len(layouts))
+        boxes = tuple((region.offset, region.shape) for region in holding.regions)
+        told = (holding.dtype.name, tuple(holding.global_shape), layout, boxes)
+        known[identity] = holdings.setdefault(told, len(holdings))
     body = _Body(
-        _encode_keys([tensor.key for tensor in description.tensors]),
+        _encode_keys(keys),
         [(mesh.shape, mesh.axes, np.diff(np.array(mesh.ranks, "<i8"), prepend=0).tobytes()) for mesh in meshes],
         [(meshes[layout.mesh], layout.split) for layout in layouts],
         list(holdings),
-        _pack(numbers),
+        _pack(list(map(known.__getitem__, alike))),
     )
     return msgspec.msgpack.encode(_Message(description.rank, zlib.compress(msgspec.msgpack.encode(body), _COMPRESSION)))
 
 
 def _encode_keys(keys: Sequence[TensorKey]) -> bytes:
-    slots: dict[str | None, int] = {}
-    parameters: dict[str, int] = {}
-    slot_numbers = [slots.setdefault(key.slot, len(slots)) for key in keys]
-    parameter_numbers = [parameters.setdefault(key.parameter, len(parameters)) for key in keys]
-    kinds = bytes(_KINDS.index(key.kind) for key in keys)
-    return msgspec.msgpack.encode(_Keys(kinds, list(slots), _pack(slot_numbers), list(parameters), _pack(parameter_numbers)))
+    kinds, slots, parameters = zip(*keys, strict=True) if keys else ((), (), ())
+    known_slots, slot_numbers = _number(slots)
+    known_parameters, parameter_numbers = _number(parameters)
+    told = _Keys(bytes(map(_KIND_NUMBERS.__getitem__, kinds)), known_slots, _pack(slot_numbers), known_parameters, _pack(parameter_numbers))
+    return msgspec.msgpack.encode(told)
+
+
+def _number(values: Sequence[T]) -> tuple[list[T], Sequence[int] | np.ndarray]:
+    """The different values in the order in which they come first, and of each value its number among them."""
+    different = list(dict.fromkeys(values))
+    if len(different) == len(values):
+        return different, np.arange(len(values))
+    numbers = {value: number for number, value in enumerate(different)}
+    return different, list(map(numbers.__getitem__, values))
 
 
 def decode(data: bytes) -> RankDescription:
@@ -176,11 +187,14 @@ class _Reader:
 
 def _decode_keys(data: bytes) -> tuple[TensorKey, ...]:
     keys = msgspec.msgpack.decode(data, type=_Keys)
-    numbers = zip(keys.kinds, _unpack(keys.slot_numbers).tolist(), _unpack(keys.parameter_numbers).tolist(), strict=True)
-    return tuple(TensorKey(_KINDS[kind], keys.slots[slot], keys.parameters[parameter]) for kind, slot, parameter in numbers)
+    slots, parameters = _unpack(keys.slot_numbers).tolist(), _unpack(keys.parameter_numbers).tolist()
+    if not len(keys.kinds) == len(slots) == len(parameters):
+        raise ValueError("keys without a kind, a slot or a parameter")
+    named = map(keys.slots.__getitem__, slots), map(keys.parameters.__getitem__, parameters)
+    return tuple(rows(TensorKey, map(_KINDS.__getitem__, keys.kinds), *named))
 
 
-def _pack(numbers: Sequence[int]) -> bytes:
+def _pack(numbers: Sequence[int] | np.ndarray) -> bytes:
     return np.array(numbers, "<u4").tobytes()
 
 

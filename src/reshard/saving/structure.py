@@ -149,7 +149,7 @@ class Structures:
         return self._plan
 
     def _make(self, description: RankDescription, members: list[tuple[list[str], list[str]]], encoded: bytes, name: bytes) -> RankPlan:
-        has_optimizer = any(tensor.key.kind is Kind.OPTIMIZER for tensor in description.tensors)
+        has_optimizer = Kind.OPTIMIZER in {tensor.key.kind for tensor in description.tensors}
         nbytes = description.nbytes + len(description.tensors) * _BYTES_PER_TENSOR + _BYTES_PER_RANK
         structure = msgspec.msgpack.encode(RankStructure(nbytes, has_optimizer, members, encoded))
         # Whether names can stand beside each other doesn't depend on who writes what.
@@ -249,7 +249,10 @@ class Structures:
 def _with_headers(files: Sequence[FilePlan]) -> tuple[PlannedFile, ...]:
     planned = []
     for file in files:
-        header = plan_header([(entry.name, entry.dtype, entry.shape) for entry in file.entries], _HEADER_METADATA)
-        by_name = {entry.name: entry for entry in file.entries}
-        planned.append((file, header, tuple(by_name[entry] for entry in header.entries)))
+        header = plan_header([(name, dtype, shape) for name, _, _, dtype, shape in file.entries], _HEADER_METADATA)
+        entries = file.entries
+        if header.names != [entry.name for entry in entries]:
+            by_name = {entry.name: entry for entry in entries}
+            entries = tuple(by_name[name] for name in header.names)
+        planned.append((file, header, entries))
     return tuple(planned)

@@ -14,6 +14,8 @@ import json
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate, pairwise
 from json.encoder import encode_basestring
 from math import prod
 from typing import NamedTuple
@@ -23,6 +25,7 @@ import msgspec
 from reshard.errors import CaptureError, DataFileError, UsageError
 from reshard.format import json_text
 from reshard.format.digest import DIGEST_BYTES, DIGEST_DIGITS, DIGEST_NAME, digest_of, parse_digests
+from reshard.format.names import first_repeated
 from reshard.format.row_blocks import LEAST_BYTES, row_blocks_of
 from reshard.geometry import DType
 from reshard.geometry.dtypes import by_safetensors
@@ -83,12 +86,42 @@ class Header:
     digest: bytes = b""
 
 
+class Kin(NamedTuple):
+    """What tensors of one type and shape have in common in a file.
+
+    Attributes:
+        dtype: the element type.
+        shape: the shape.
+        nbytes: of each.
+        block_bytes: of each of its row blocks; the last may have fewer.
+        blocks: how many these are.
+        text: what stands in the header between a tensor's name and its place.
+    """
+
+    dtype: DType
+    shape: tuple[int, ...]
+    nbytes: int
+    block_bytes: int
+    blocks: int
+    text: str
+
+    @classmethod
+    def of(cls, dtype: DType, shape: tuple[int, ...]) -> Kin:
+        """Of a type and a shape."""
+        nbytes = dtype.itemsize * prod(shape)
+        _, _, block_bytes, blocks = (None, 1, nbytes, 1) if nbytes <= LEAST_BYTES else row_blocks_of(shape, dtype.itemsize)
+        extents = ",".join(map(str, shape))
+        text = f'":{{"dtype":"{dtype.safetensors}","shape":[{extents}],"data_offsets":['
+        return cls(dtype, tuple(shape), nbytes, block_bytes, blocks, text)
+
+
 @dataclass(frozen=True)
 class PlannedHeader:
     """The header of a file that is to be written.
 
     Attributes:
-        entries: the tensors by name, in the order of their bytes.
+        names: of the tensors, in the order of their bytes.
+        kin: of each tensor what it has in common with others.
         nbytes: the bytes in front of the data: the length field and the padded text.
         file_size: the bytes of the whole file.
         blank: the bytes in front of the data, with zeros in the place of every digit of a digest.
@@ -96,12 +129,20 @@ class PlannedHeader:
         digests: how many there are.
     """
 
-    entries: Mapping[str, TensorEntry]
+    names: Sequence[str]
+    kin: Sequence[Kin]
     nbytes: int
     file_size: int
     blank: bytes
     digests_at: int | None
     digests: int
+
+    @cached_property
+    def entries(self) -> Mapping[str, TensorEntry]:
+        """The tensors by name, in the order of their bytes. Files are written without them: states have 100,000 tensors."""
+        places = list(accumulate((kin.nbytes for kin in self.kin), initial=self.nbytes))
+        placed = zip(self.names, self.kin, pairwise(places), strict=True)
+        return {name: TensorEntry(name, kin.dtype, kin.shape, begin, end) for name, kin, (begin, end) in placed}
 
     def encode(self, digests: Sequence[bytes]) -> bytes:
         """The bytes in front of the data.
@@ -130,61 +171,49 @@ def plan_header(
     Raises:
         CaptureError: two tensors of one name, a name that can't be written, or more tensors than a header can hold.
     """
-    ordered = sorted(tensors, key=lambda tensor: _RANK[tensor[1].safetensors])
-    # Many tensors are alike.
-    known: dict[tuple[str, tuple[int, ...]], _Kin] = {}
-    kin: list[_Kin] = []
-    items: list[str] = []
-    position = number = 0
-    for name, dtype, shape in ordered:
-        alike = known.get((dtype.name, shape))
-        if alike is None:
-            alike = known[dtype.name, shape] = _Kin.of(dtype, shape)
-        kin.append(alike)
-        number += alike.blocks
-        end = position + alike.nbytes
-        items.append(f"{encode_basestring(name)}{alike.text}{position},{end}]}}")
-        position = end
-    names = {name for name, _, _ in ordered}
-    if len(names) != len(ordered) or _METADATA in names:
+    names, kin = _sort(tensors)
+    different = set(names)
+    if len(different) != len(names) or _METADATA in different:
         raise CaptureError(
-            "a file can't hold two tensors of one name, nor one named __metadata__", found=_repeated([t[0] for t in ordered]) or _METADATA
+            "a file can't hold two tensors of one name, nor one named __metadata__", found=first_repeated(names) or _METADATA
         )
-    text = _text(items, {**metadata, DIGEST_NAME: "0" * (DIGEST_DIGITS * number)} if digests else metadata)
+    number = sum([alike.blocks for alike in kin])
+    # Each tensor ends where the next begins, counted from the begin of the data.
+    places = [0, *accumulate([alike.nbytes for alike in kin])]
+    text = _text(_items(names, kin, places), {**metadata, DIGEST_NAME: "0" * (DIGEST_DIGITS * number)} if digests else metadata)
     nbytes = 8 + len(text)
     if nbytes > MAX_TEXT_BYTES:
         raise CaptureError(
             "more tensors than the header of one safetensors file can hold",
-            found=f"{len(ordered)} tensors, a header of {nbytes} bytes",
+            found=f"{len(names)} tensors, a header of {nbytes} bytes",
             expected=f"at most {MAX_TEXT_BYTES} bytes",
             fix="save from more ranks, or stack small tensors",
         )
-    entries: dict[str, TensorEntry] = {}
-    begin = nbytes
-    for (name, dtype, _), alike in zip(ordered, kin, strict=True):
-        end = begin + alike.nbytes
-        entries[name] = TensorEntry(name, dtype, alike.shape, begin, end)
-        begin = end
     blank = len(text).to_bytes(8, "little") + text
     # Found at the first place that can be the key's: the metadata comes first, and in text before it every quote is escaped.
     at = blank.index(f'"{DIGEST_NAME}":"'.encode()) + len(DIGEST_NAME) + 4 if digests else None
-    return PlannedHeader(entries, nbytes, nbytes + position, blank, at, number if digests else 0)
+    return PlannedHeader(names, kin, nbytes, nbytes + places[-1], blank, at, number if digests else 0)
 
 
-class _Kin(NamedTuple):
-    """What tensors of one type and shape have in common: their bytes, how many row blocks, and the text between name and place."""
+def _sort(tensors: Sequence[tuple[str, DType, tuple[int, ...]]]) -> tuple[list[str], list[Kin]]:
+    """The names in the order of the file, and what each tensor has in common with others: many are alike."""
+    names = [name for name, _, _ in tensors]
+    alike = [(id(dtype), shape) for _, dtype, shape in tensors]
+    known = {key: Kin.of(dtype, shape) for key, (_, dtype, shape) in dict(zip(alike, tensors, strict=True)).items()}
+    kin = list(map(known.__getitem__, alike))
+    if len({_RANK[one.dtype.safetensors] for one in known.values()}) > 1:
+        order = sorted(range(len(kin)), key=lambda number: _RANK[kin[number].dtype.safetensors])
+        return [names[number] for number in order], [kin[number] for number in order]
+    return names, kin
 
-    shape: tuple[int, ...]
-    nbytes: int
-    blocks: int
-    text: str
 
-    @classmethod
-    def of(cls, dtype: DType, shape: tuple[int, ...]) -> _Kin:
-        nbytes = dtype.itemsize * prod(shape)
-        blocks = 1 if nbytes <= LEAST_BYTES else row_blocks_of(shape, dtype.itemsize).number
-        extents = ",".join(map(str, shape))
-        return cls(tuple(shape), nbytes, blocks, f':{{"dtype":"{dtype.safetensors}","shape":[{extents}],"data_offsets":[')
+def _items(names: Sequence[str], kin: Sequence[Kin], places: Sequence[int]) -> list[str]:
+    """The tensors' entries as text."""
+    together = "".join(names)
+    # What JSON spells otherwise are single characters, and nearly always there are none.
+    spelled = names if encode_basestring(together) == f'"{together}"' else [encode_basestring(name)[1:-1] for name in names]
+    texts, digits = [alike.text for alike in kin], list(map(str, places))
+    return [f'"{name}{text}{begin},{end}]}}' for name, text, begin, end in zip(spelled, texts, digits, digits[1:], strict=False)]
 
 
 def _text(items: Sequence[str], metadata: Mapping[str, str]) -> bytes:
@@ -198,15 +227,6 @@ def _text(items: Sequence[str], metadata: Mapping[str, str]) -> bytes:
             "a name that is no Unicode text can't be written", found=ascii(cause.object[cause.start : cause.end]), fix="rename the tensor"
         ) from cause
     return text + b" " * (-len(text) % 8)
-
-
-def _repeated(names: Sequence[str]) -> str | None:
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
-            return name
-        seen.add(name)
-    return None
 
 
 class _Entry(msgspec.Struct, gc=False):

@@ -13,8 +13,7 @@ import numpy as np
 
 from reshard.errors import CaptureError
 from reshard.format.digest import Hasher, digest_of
-from reshard.format.row_blocks import LEAST_BYTES, row_blocks_of
-from reshard.format.safetensors.header import PlannedHeader, TensorEntry
+from reshard.format.safetensors.header import Kin, PlannedHeader
 from reshard.format.seal import SealedFile
 from reshard.state import Memory
 from reshard.storage import Storage, WritableFile
@@ -44,7 +43,7 @@ class StreamedArray:
 # What a tensor's values are taken from. Memory is asked for a small tensor's address, and for an array only where it has none: a view of
 # each of 100,000 tensors costs more than all else that is done with its bytes.
 Values = np.ndarray | StreamedArray | Memory
-_ARRAYS = (np.ndarray, StreamedArray)
+_ARRAYS = (np.ndarray, np.generic, StreamedArray)
 
 
 def write_tensors(
@@ -64,7 +63,7 @@ def write_tensors(
         storage: where to.
         path: of the new file.
         header: as `plan_header` made it.
-        arrays: the values of every entry by name, in the order of `header.entries`; of the entry's shape and element type, any strides.
+        arrays: the values of every entry by name, in the order of `header.names`; of the entry's shape and element type, any strides.
             Memory must live until this returns.
         piece_bytes: bytes per piece, and the most memory that is used beside the tensors'.
         written: is told of every piece, how long it was.
@@ -78,14 +77,17 @@ def write_tensors(
     """
     with storage.create(path, header.file_size) as file:
         stream = _Stream(file, header.nbytes, piece_bytes, written, hashed=header.digests_at is not None)
-        for given, entry in zip_longest(arrays, header.entries.values()):
-            if given is None or entry is None or given[0] != entry.name:
-                raise _misplaced(path, given, entry)
+        for given, name, kin in zip_longest(arrays, header.names, header.kin):
+            if given is None or given[0] != name:
+                raise _misplaced(path, given, name)
             values = given[1]
-            if isinstance(values, _ARRAYS):
-                stream.write(values, entry, path)
-            elif not stream.gather(values, entry):
-                stream.write(values.read(), entry, path)
+            if not isinstance(values, _ARRAYS):
+                if stream.gather(values, kin):
+                    continue
+                values = values.read()
+            if values.shape != kin.shape or values.dtype != kin.dtype.numpy:
+                raise _unfit(path, name, values, kin)
+            stream.write(values, kin)
         stream.flush()
         start = header.encode(stream.digests)
         file.write_at(0, memoryview(start))
@@ -93,25 +95,24 @@ def write_tensors(
     return SealedFile(header.file_size, len(start), digest_of(start))
 
 
-def _misplaced(path: str, given: tuple[str, Values] | None, entry: TensorEntry | None) -> CaptureError:
+def _misplaced(path: str, given: tuple[str, Values] | None, name: str | None) -> CaptureError:
     if given is None:
-        name = None if entry is None else entry.name
         return CaptureError("a tensor that the header promises was not written", file=path, tensor=name)
     return CaptureError(
         "a tensor that the header doesn't have at this place",
         file=path,
         tensor=given[0],
-        expected="no more tensors" if entry is None else entry.name,
+        expected="no more tensors" if name is None else name,
     )
 
 
-def _unfit(path: str, array: np.ndarray | StreamedArray, entry: TensorEntry) -> CaptureError:
+def _unfit(path: str, name: str, array: np.ndarray | StreamedArray, kin: Kin) -> CaptureError:
     return CaptureError(
         "a tensor's memory doesn't fit its entry in the header",
         file=path,
-        tensor=entry.name,
+        tensor=name,
         found=f"{array.dtype} of shape {array.shape}",
-        expected=f"{entry.dtype} of shape {entry.shape}",
+        expected=f"{kin.dtype} of shape {kin.shape}",
     )
 
 
@@ -139,38 +140,28 @@ class _Stream:
         self._small_bytes = min(_DIRECT_BYTES, self._piece_bytes)
         # The tensors that wait, and their bytes.
         self._waiting: list[np.ndarray | ctypes.Array[ctypes.c_char]] = []
-        self._entries: list[TensorEntry] = []
+        self._kin: list[Kin] = []
         self._waiting_bytes = 0
         self._stage = np.empty(0, np.uint8)
 
-    def gather(self, memory: Memory, entry: TensorEntry) -> bool:
+    def gather(self, memory: Memory, kin: Kin) -> bool:
         """Keep a small tensor by its address until a piece is full; False when it isn't small, or has none."""
-        nbytes = entry.end - entry.begin
+        nbytes = kin.nbytes
         address = memory.address if 0 < nbytes <= self._small_bytes else None
         if address is None:
             return False
-        if self._waiting_bytes + nbytes > self._piece_bytes:
-            self.flush()
-        self._waiting.append(_bytes_type(nbytes).from_address(address))
-        self._entries.append(entry)
-        self._waiting_bytes += nbytes
+        self._wait(_bytes_type(nbytes).from_address(address), kin)
         return True
 
-    def write(self, array: np.ndarray | StreamedArray, entry: TensorEntry, path: str) -> None:
+    def write(self, array: np.ndarray | StreamedArray, kin: Kin) -> None:
         """Write a tensor, or keep it (its values must stay) until a piece is full."""
-        if array.shape != entry.shape or array.dtype != entry.dtype.numpy:
-            raise _unfit(path, array, entry)
-        nbytes = entry.end - entry.begin
+        nbytes = kin.nbytes
         parts: Iterable[np.ndarray] = array.parts() if isinstance(array, StreamedArray) else (array,)
         if not isinstance(array, StreamedArray) and nbytes <= self._small_bytes:
-            if self._waiting_bytes + nbytes > self._piece_bytes:
-                self.flush()
-            self._waiting.append(array if array.flags.c_contiguous else np.ascontiguousarray(array))
-            self._entries.append(entry)
-            self._waiting_bytes += nbytes
+            self._wait(array if array.flags.c_contiguous else np.ascontiguousarray(array), kin)
             return
         self.flush()
-        hasher = _BlockHasher(row_blocks_of(array.shape, array.dtype.itemsize).nbytes, self.digests) if self._hashed else None
+        hasher = _BlockHasher(kin.block_bytes, self.digests) if self._hashed else None
         begin = self._position
         for piece in (piece for part in parts for piece in _pieces(part, self._piece_bytes)):
             data = self._bytes_of(piece)
@@ -182,6 +173,13 @@ class _Stream:
         if self._position - begin != nbytes:
             raise CaptureError("the parts of a tensor don't make up the whole", found=f"{self._position - begin} bytes", expected=nbytes)
 
+    def _wait(self, data: np.ndarray | ctypes.Array[ctypes.c_char], kin: Kin) -> None:
+        if self._waiting_bytes + kin.nbytes > self._piece_bytes:
+            self.flush()
+        self._waiting.append(data)
+        self._kin.append(kin)
+        self._waiting_bytes += kin.nbytes
+
     def flush(self) -> None:
         """Write what waits."""
         if not self._waiting:
@@ -191,17 +189,17 @@ class _Stream:
         if self._hashed:
             # Of what is written, not of where it comes from: should that change meanwhile, the file would seem damaged.
             at = 0
-            for entry in self._entries:
-                end = at + entry.end - entry.begin
-                if end - at <= LEAST_BYTES:
+            for kin in self._kin:
+                end = at + kin.nbytes
+                if kin.blocks == 1:
                     self.digests.append(digest_of(data[at:end]))
                 else:
-                    step = row_blocks_of(entry.shape, entry.dtype.itemsize).nbytes
+                    step = kin.block_bytes
                     self.digests += [digest_of(data[begin : min(begin + step, end)]) for begin in range(at, end, step)]
                 at = end
         self._put(data)
         self._waiting.clear()
-        self._entries.clear()
+        self._kin.clear()
         self._waiting_bytes = 0
 
     def _put(self, data: memoryview) -> None:
