@@ -62,7 +62,7 @@ def encode(description: RankDescription) -> bytes:
     meshes: dict[Mesh, int] = {}
     layouts: dict[Layout, int] = {}
     holdings: dict[_Holding, int] = {}
-    keys, held = zip(*description.tensors, strict=True) if description.tensors else ((), ())
+    held = [holding for _, holding in description.tensors]
     alike = list(map(id, held))  # by identity first, which costs less
     known: dict[int, int] = {}
     for identity, holding in dict(zip(alike, held, strict=True)).items():
@@ -74,7 +74,7 @@ def encode(description: RankDescription) -> bytes:
         told = (holding.dtype.name, tuple(holding.global_shape), layout, boxes)
         known[identity] = holdings.setdefault(told, len(holdings))
     body = _Body(
-        _encode_keys(keys),
+        _encode_keys([key for key, _ in description.tensors]),
         [(mesh.shape, mesh.axes, np.diff(np.array(mesh.ranks, "<i8"), prepend=0).tobytes()) for mesh in meshes],
         [(meshes[layout.mesh], layout.split) for layout in layouts],
         list(holdings),
@@ -84,11 +84,10 @@ def encode(description: RankDescription) -> bytes:
 
 
 def _encode_keys(keys: Sequence[TensorKey]) -> bytes:
-    kinds, slots, parameters = zip(*keys, strict=True) if keys else ((), (), ())
-    known_slots, slot_numbers = _number(slots)
-    known_parameters, parameter_numbers = _number(parameters)
-    told = _Keys(bytes(map(_KIND_NUMBERS.__getitem__, kinds)), known_slots, _pack(slot_numbers), known_parameters, _pack(parameter_numbers))
-    return msgspec.msgpack.encode(told)
+    kinds = bytes([_KIND_NUMBERS[kind] for kind, _, _ in keys])
+    slots, slot_numbers = _number([slot for _, slot, _ in keys])
+    parameters, parameter_numbers = _number([parameter for _, _, parameter in keys])
+    return msgspec.msgpack.encode(_Keys(kinds, slots, _pack(slot_numbers), parameters, _pack(parameter_numbers)))
 
 
 def _number(values: Sequence[T]) -> tuple[list[T], Sequence[int] | np.ndarray]:

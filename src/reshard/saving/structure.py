@@ -15,16 +15,16 @@ from reshard.errors import CommunicationError, SaveError
 from reshard.format.digest import digest_of
 from reshard.format.index import encode_index
 from reshard.format.metadata import FORMAT_VERSION, encode_metadata
-from reshard.format.safetensors import PlannedHeader, plan_header
+from reshard.format.safetensors.header import PlannedHeader, plan_columns
 from reshard.planning.agreement import RankDescription, describe, digest, place_of
-from reshard.planning.file_plan import FilePlan, WriteEntry, plan_rank_files, plan_sole_files
+from reshard.planning.file_plan import FilePlan, plan_rank_files, plan_sole_files
 from reshard.planning.replicas import SharedRegions, find_shared
 from reshard.planning.telling import decode_all, encode
 from reshard.planning.write_plan import plan_catalog
 from reshard.state import Kind, State
 
-# A data file with its header and its entries in the order of the file.
-PlannedFile = tuple[FilePlan, PlannedHeader, tuple[WriteEntry, ...]]
+# A data file, its tensors in the order of the file, with its header.
+PlannedFile = tuple[FilePlan, PlannedHeader]
 
 # The contract's header metadata.
 _HEADER_METADATA = {"format": "ms"}
@@ -247,12 +247,5 @@ class Structures:
 
 
 def _with_headers(files: Sequence[FilePlan]) -> tuple[PlannedFile, ...]:
-    planned = []
-    for file in files:
-        header = plan_header([(name, dtype, shape) for name, _, _, dtype, shape in file.entries], _HEADER_METADATA)
-        entries = file.entries
-        if header.names != [entry.name for entry in entries]:
-            by_name = {entry.name: entry for entry in entries}
-            entries = tuple(by_name[name] for name in header.names)
-        planned.append((file, header, entries))
-    return tuple(planned)
+    headers = [plan_columns(file.names, file.parts, _HEADER_METADATA) for file in files]
+    return tuple((file.in_order(header.names), header) for file, header in zip(files, headers, strict=True))

@@ -18,7 +18,7 @@ from functools import cached_property
 from itertools import accumulate, pairwise
 from json.encoder import encode_basestring
 from math import prod
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import msgspec
 
@@ -84,6 +84,20 @@ class Header:
     nbytes: int = 0
     file_size: int = 0
     digest: bytes = b""
+
+
+class Form(Protocol):
+    """What has an element type and a shape."""
+
+    @property
+    def dtype(self) -> DType:
+        """The element type."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape."""
+        ...
 
 
 class Kin(NamedTuple):
@@ -171,7 +185,25 @@ def plan_header(
     Raises:
         CaptureError: two tensors of one name, a name that can't be written, or more tensors than a header can hold.
     """
-    names, kin = _sort(tensors)
+    # By identity: a hash of a type costs more.
+    alike = [(id(dtype), shape) for _, dtype, shape in tensors]
+    known = {key: Kin.of(dtype, shape) for key, (_, dtype, shape) in dict(zip(alike, tensors, strict=True)).items()}
+    return plan_columns([name for name, _, _ in tensors], [known[key] for key in alike], metadata, digests=digests)
+
+
+def plan_columns(names: Sequence[str], forms: Sequence[Form], metadata: Mapping[str, str], *, digests: bool = True) -> PlannedHeader:
+    """What `plan_header` gives, for many tensors that are alike.
+
+    Args:
+        names: of the tensors.
+        forms: what says the element type and the shape of each; tensors that are alike share one.
+        metadata: as in `plan_header`.
+        digests: likewise.
+
+    Raises:
+        CaptureError: as `plan_header`.
+    """
+    names, kin = _sort(names, forms)
     different = set(names)
     if len(different) != len(names) or _METADATA in different:
         raise CaptureError(
@@ -195,13 +227,12 @@ def plan_header(
     return PlannedHeader(names, kin, nbytes, nbytes + places[-1], blank, at, number if digests else 0)
 
 
-def _sort(tensors: Sequence[tuple[str, DType, tuple[int, ...]]]) -> tuple[list[str], list[Kin]]:
-    """The names in the order of the file, and what each tensor has in common with others: many are alike."""
-    names = [name for name, _, _ in tensors]
-    alike = [(id(dtype), shape) for _, dtype, shape in tensors]
-    known = {key: Kin.of(dtype, shape) for key, (_, dtype, shape) in dict(zip(alike, tensors, strict=True)).items()}
+def _sort(names: Sequence[str], forms: Sequence[Form]) -> tuple[Sequence[str], list[Kin]]:
+    """The names in the order of the file, and what each tensor has in common with others."""
+    alike = list(map(id, forms))
+    known = {identity: Kin.of(form.dtype, form.shape) for identity, form in dict(zip(alike, forms, strict=True)).items()}
     kin = list(map(known.__getitem__, alike))
-    if len({_RANK[one.dtype.safetensors] for one in known.values()}) > 1:
+    if len({one.dtype.safetensors for one in known.values()}) > 1:
         order = sorted(range(len(kin)), key=lambda number: _RANK[kin[number].dtype.safetensors])
         return [names[number] for number in order], [kin[number] for number in order]
     return names, kin

@@ -42,7 +42,7 @@ class StreamedArray:
 
 # What a tensor's values are taken from. Memory is asked for a small tensor's address, and for an array only where it has none: a view of
 # each of 100,000 tensors costs more than all else that is done with its bytes.
-Values = np.ndarray | StreamedArray | Memory
+Values = np.ndarray | np.generic | StreamedArray | Memory
 _ARRAYS = (np.ndarray, np.generic, StreamedArray)
 
 
@@ -77,17 +77,22 @@ def write_tensors(
     """
     with storage.create(path, header.file_size) as file:
         stream = _Stream(file, header.nbytes, piece_bytes, written, hashed=header.digests_at is not None)
+        small_bytes = stream.small_bytes
         for given, name, kin in zip_longest(arrays, header.names, header.kin):
             if given is None or given[0] != name:
                 raise _misplaced(path, given, name)
             values = given[1]
             if not isinstance(values, _ARRAYS):
-                if stream.gather(values, kin):
+                nbytes = kin.nbytes
+                address = values.address if 0 < nbytes <= small_bytes else None
+                if address is not None:
+                    stream.gather(_bytes_type(nbytes).from_address(address), kin)
                     continue
                 values = values.read()
-            if values.shape != kin.shape or values.dtype != kin.dtype.numpy:
-                raise _unfit(path, name, values, kin)
-            stream.write(values, kin)
+            array = values if isinstance(values, StreamedArray) else np.asarray(values)
+            if array.shape != kin.shape or array.dtype != kin.dtype.numpy:
+                raise _unfit(path, kin, name, array)
+            stream.write(array, kin)
         stream.flush()
         start = header.encode(stream.digests)
         file.write_at(0, memoryview(start))
@@ -106,7 +111,7 @@ def _misplaced(path: str, given: tuple[str, Values] | None, name: str | None) ->
     )
 
 
-def _unfit(path: str, name: str, array: np.ndarray | StreamedArray, kin: Kin) -> CaptureError:
+def _unfit(path: str, kin: Kin, name: str, array: np.ndarray | StreamedArray) -> CaptureError:
     return CaptureError(
         "a tensor's memory doesn't fit its entry in the header",
         file=path,
@@ -127,6 +132,7 @@ class _Stream:
 
     Attributes:
         digests: of the row blocks of the tensors that are written; of those that wait only after `flush`.
+        small_bytes: a tensor of at most so many waits for others.
     """
 
     def __init__(self, file: WritableFile, begin: int, piece_bytes: int, written: Callable[[int], None] | None, *, hashed: bool) -> None:
@@ -137,28 +143,28 @@ class _Stream:
         self._piece_bytes = max(piece_bytes, 16)
         self._hashed = hashed
         self._written = written
-        self._small_bytes = min(_DIRECT_BYTES, self._piece_bytes)
+        self.small_bytes = min(_DIRECT_BYTES, self._piece_bytes)
         # The tensors that wait, and their bytes.
         self._waiting: list[np.ndarray | ctypes.Array[ctypes.c_char]] = []
         self._kin: list[Kin] = []
         self._waiting_bytes = 0
         self._stage = np.empty(0, np.uint8)
 
-    def gather(self, memory: Memory, kin: Kin) -> bool:
-        """Keep a small tensor by its address until a piece is full; False when it isn't small, or has none."""
+    def gather(self, data: np.ndarray | ctypes.Array[ctypes.c_char], kin: Kin) -> None:
+        """Keep the bytes of a small tensor (its values must stay) until a piece is full."""
         nbytes = kin.nbytes
-        address = memory.address if 0 < nbytes <= self._small_bytes else None
-        if address is None:
-            return False
-        self._wait(_bytes_type(nbytes).from_address(address), kin)
-        return True
+        if self._waiting_bytes + nbytes > self._piece_bytes:
+            self.flush()
+        self._waiting.append(data)
+        self._kin.append(kin)
+        self._waiting_bytes += nbytes
 
     def write(self, array: np.ndarray | StreamedArray, kin: Kin) -> None:
         """Write a tensor, or keep it (its values must stay) until a piece is full."""
         nbytes = kin.nbytes
         parts: Iterable[np.ndarray] = array.parts() if isinstance(array, StreamedArray) else (array,)
-        if not isinstance(array, StreamedArray) and nbytes <= self._small_bytes:
-            self._wait(array if array.flags.c_contiguous else np.ascontiguousarray(array), kin)
+        if not isinstance(array, StreamedArray) and nbytes <= self.small_bytes:
+            self.gather(array if array.flags.c_contiguous else np.ascontiguousarray(array), kin)
             return
         self.flush()
         hasher = _BlockHasher(kin.block_bytes, self.digests) if self._hashed else None
@@ -172,13 +178,6 @@ class _Stream:
             hasher.close()
         if self._position - begin != nbytes:
             raise CaptureError("the parts of a tensor don't make up the whole", found=f"{self._position - begin} bytes", expected=nbytes)
-
-    def _wait(self, data: np.ndarray | ctypes.Array[ctypes.c_char], kin: Kin) -> None:
-        if self._waiting_bytes + kin.nbytes > self._piece_bytes:
-            self.flush()
-        self._waiting.append(data)
-        self._kin.append(kin)
-        self._waiting_bytes += kin.nbytes
 
     def flush(self) -> None:
         """Write what waits."""
