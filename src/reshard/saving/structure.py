@@ -19,7 +19,7 @@ from reshard.format.safetensors.header import PlannedHeader, plan_columns
 from reshard.planning.agreement import RankDescription, describe, digest, place_of
 from reshard.planning.file_plan import FilePlan, plan_rank_files, plan_sole_files
 from reshard.planning.replicas import SharedRegions, find_shared
-from reshard.planning.telling import decode_all, encode
+from reshard.planning.telling import decode_all, encode, is_told_alike
 from reshard.planning.write_plan import plan_catalog
 from reshard.state import Kind, State
 
@@ -109,6 +109,7 @@ class Structures:
         self._removes = remove_redundancy and world_size > 1
         self._checks = check_replicas and world_size > 1
         self._plan: RankPlan | None = None
+        self._members: list[tuple[list[str], list[str]]] = []
         self._told: bytes | None = None
         self._ranks: list[RankStructure] = []
         self._catalog: Catalog | None = None
@@ -141,12 +142,16 @@ class Structures:
         """
         description = describe(state, self._rank)
         members = [(list(group.parameters), list(group.unstepped)) for group in state.groups]
+        plan = self._plan
+        if plan is not None and members == self._members and is_told_alike(description, plan.description):
+            return plan
         encoded = encode(description)
         # All that is not plain data follows from these: what follows is made only when they have changed.
         name = digest(msgspec.msgpack.encode((members, encoded)))
-        if self._plan is None or self._plan.digest != name:
-            self._plan = self._make(description, members, encoded, name)
-        return self._plan
+        if plan is None or plan.digest != name:
+            plan = self._plan = self._make(description, members, encoded, name)
+            self._members = members
+        return plan
 
     def _make(self, description: RankDescription, members: list[tuple[list[str], list[str]]], encoded: bytes, name: bytes) -> RankPlan:
         has_optimizer = Kind.OPTIMIZER in {tensor.key.kind for tensor in description.tensors}
