@@ -186,11 +186,17 @@ class CheckpointManager:
             return replace(captured, values=values, rank_values={"random": adapter.to_value(adapter.random_states())})
 
         stated = common if common is not None else CommonInfo(step_num=step, global_step=step)
-        with collector_paused():
+        saver = self._saver
+
+        # A function of its own: what was captured is gone when the collector looks at what is left.
+        @collector_paused()
+        def capture_and_save() -> SaveReport:
             captured, error = attempt(capture) if wrong is None else (None, wrong)
             if self._async is None:
-                return self._saver.save(step, captured or State(), stated, error, numbers, change)
+                return saver.save(step, captured or State(), stated, error, numbers, change)
             return self._async.save(step, self._adapter, captured or State(), stated, error, numbers, started, change)
+
+        return capture_and_save()
 
     def before_update(self) -> None:
         """Call it before changing parameters or optimizer state otherwise than by an optimizer's step, with `async_save="deferred"`.

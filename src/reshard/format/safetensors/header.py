@@ -169,7 +169,8 @@ class PlannedHeader:
             return self.blank
         digits = b"".join(digests).hex().encode()
         assert len(digits) == self.digests * DIGEST_DIGITS
-        return self.blank[:at] + digits + self.blank[at + len(digits) :]
+        blank = memoryview(self.blank)
+        return b"".join((blank[:at], digits, blank[at + len(digits) :]))
 
 
 def plan_header(
@@ -212,8 +213,8 @@ def plan_columns(names: Sequence[str], forms: Sequence[Form], metadata: Mapping[
     number = sum([alike.blocks for alike in kin])
     # Each tensor ends where the next begins, counted from the begin of the data.
     places = [0, *accumulate([alike.nbytes for alike in kin])]
-    text = _text(_items(names, kin, places), {**metadata, DIGEST_NAME: "0" * (DIGEST_DIGITS * number)} if digests else metadata)
-    nbytes = 8 + len(text)
+    blank, at = _blank(_items(names, kin, places), metadata, DIGEST_DIGITS * number if digests else None)
+    nbytes = len(blank)
     if nbytes > MAX_TEXT_BYTES:
         raise CaptureError(
             "more tensors than the header of one safetensors file can hold",
@@ -221,9 +222,6 @@ def plan_columns(names: Sequence[str], forms: Sequence[Form], metadata: Mapping[
             expected=f"at most {MAX_TEXT_BYTES} bytes",
             fix="save from more ranks, or stack small tensors",
         )
-    blank = len(text).to_bytes(8, "little") + text
-    # Found at the first place that can be the key's: the metadata comes first, and in text before it every quote is escaped.
-    at = blank.index(f'"{DIGEST_NAME}":"'.encode()) + len(DIGEST_NAME) + 4 if digests else None
     return PlannedHeader(names, kin, nbytes, nbytes + places[-1], blank, at, number if digests else 0)
 
 
@@ -247,17 +245,32 @@ def _items(names: Sequence[str], kin: Sequence[Kin], places: Sequence[int]) -> l
     return [f'"{name}{text}{begin},{end}]}}' for name, text, begin, end in zip(spelled, texts, digits, digits[1:], strict=False)]
 
 
-def _text(items: Sequence[str], metadata: Mapping[str, str]) -> bytes:
-    """The padded text: of the tensors' entries, whose places are counted from the begin of the data."""
-    parts = [f'"{_METADATA}":{json.dumps(dict(metadata), ensure_ascii=False, separators=(",", ":"))}'] if metadata else []
-    parts += items
+def _blank(items: list[str], metadata: Mapping[str, str], digits: int | None) -> tuple[bytes, int | None]:
+    """The bytes in front of the data, and where in them digests begin.
+
+    Args:
+        items: the tensors' entries, whose places are counted from the begin of the data.
+        metadata: free text by key.
+        digits: of the digests, for which there are zeros; None for a file without.
+    """
+    told = dict(metadata) if digits is None else {**metadata, DIGEST_NAME: ""}
+    front, listed = "{", items
+    if told:
+        front = f'{{"{_METADATA}":{json.dumps(told, ensure_ascii=False, separators=(",", ":"))}'
+        # The digits go between the last two quotes. They, and a megabyte of entries, are copied as seldom as can be.
+        end = "" if digits is None else front[-2:]
+        front, listed = front.removesuffix(end), [end, *items]
     try:
-        text = ("{" + ",".join(parts) + "}").encode()
+        begin, rest = front.encode(), ",".join(listed).encode()
     except UnicodeEncodeError as cause:
         raise CaptureError(
             "a name that is no Unicode text can't be written", found=ascii(cause.object[cause.start : cause.end]), fix="rename the tensor"
         ) from cause
-    return text + b" " * (-len(text) % 8)
+    nbytes = len(begin) + (digits or 0) + len(rest) + 1
+    padding = -nbytes % 8
+    length = (nbytes + padding).to_bytes(8, "little")
+    blank = b"".join((length, begin, b"0" * (digits or 0), rest, b"}", b" " * padding))
+    return blank, None if digits is None else len(length) + len(begin)
 
 
 class _Entry(msgspec.Struct, gc=False):
