@@ -45,7 +45,6 @@ class _Keys(msgspec.Struct, array_like=True):
 class _Body(msgspec.Struct, array_like=True):
     """A description without its rank. Ranks of meshes are differences of neighbours, which compress where ranks are in steps."""
 
-    keys: bytes
     meshes: list[tuple[_Numbers, tuple[str, ...], bytes]]
     layouts: list[tuple[int, tuple[_Numbers, ...]]]
     holdings: list[_Holding]
@@ -53,7 +52,10 @@ class _Body(msgspec.Struct, array_like=True):
 
 
 class _Message(msgspec.Struct, array_like=True):
+    """Keys apart from the body, both compressed: what has the same bytes is read once."""
+
     rank: int
+    keys: bytes
     body: bytes
 
 
@@ -74,13 +76,16 @@ def encode(description: RankDescription) -> bytes:
         told = (holding.dtype.name, tuple(holding.global_shape), layout, boxes)
         known[identity] = holdings.setdefault(told, len(holdings))
     body = _Body(
-        _encode_keys(keys),
         [(mesh.shape, mesh.axes, np.diff(np.array(mesh.ranks, "<i8"), prepend=0).tobytes()) for mesh in meshes],
         [(meshes[layout.mesh], layout.split) for layout in layouts],
         list(holdings),
         _pack(list(map(known.__getitem__, alike))),
     )
-    return msgspec.msgpack.encode(_Message(description.rank, zlib.compress(msgspec.msgpack.encode(body), _COMPRESSION)))
+    return msgspec.msgpack.encode(_Message(description.rank, _compress(_encode_keys(keys)), _compress(body)))
+
+
+def _compress(told: msgspec.Struct) -> bytes:
+    return zlib.compress(msgspec.msgpack.encode(told), _COMPRESSION)
 
 
 def is_told_alike(first: RankDescription, second: RankDescription) -> bool:
@@ -98,11 +103,11 @@ def _columns(description: RankDescription) -> tuple[Sequence[TensorKey], Sequenc
     return keys, held
 
 
-def _encode_keys(keys: Sequence[TensorKey]) -> bytes:
+def _encode_keys(keys: Sequence[TensorKey]) -> _Keys:
     kinds = bytes([_KIND_NUMBERS[kind] for kind, _, _ in keys])
     slots, slot_numbers = _number([slot for _, slot, _ in keys])
     parameters, parameter_numbers = _number([parameter for _, _, parameter in keys])
-    return msgspec.msgpack.encode(_Keys(kinds, slots, _pack(slot_numbers), parameters, _pack(parameter_numbers)))
+    return _Keys(kinds, slots, _pack(slot_numbers), parameters, _pack(parameter_numbers))
 
 
 def _number(values: Sequence[T]) -> tuple[list[T], Sequence[int] | np.ndarray]:
@@ -123,15 +128,24 @@ def decode(data: bytes) -> RankDescription:
     return decode_all([data])[0]
 
 
-def decode_all(texts: Sequence[bytes]) -> list[RankDescription]:
+def decode_all(texts: Sequence[bytes], own: RankDescription | None = None) -> list[RankDescription]:
     """The descriptions of several ranks. They share what they have in common: keys, meshes, layouts, holdings.
+
+    Args:
+        texts: what `encode` made of them.
+        own: the one that this rank told, if it is among them: ranks with the same tensors get its keys, which need not be read.
 
     Raises:
         CommunicationError: bytes that `encode` didn't write.
     """
     reader = _Reader()
+    decoder = msgspec.msgpack.Decoder(_Message)
     try:
-        return [reader.read(text) for text in texts]
+        messages = [decoder.decode(text) for text in texts]
+        for message in messages:
+            if own is not None and message.rank == own.rank:
+                reader.keys[message.keys] = tuple([key for key, _ in own.tensors])
+        return [reader.read(message) for message in messages]
     except (msgspec.MsgspecError, zlib.error, ReshardError, LookupError, ValueError) as error:
         raise CommunicationError(
             "a rank's description can't be understood", found=str(error), fix="run the same version of reshard on every rank"
@@ -139,30 +153,32 @@ def decode_all(texts: Sequence[bytes]) -> list[RankDescription]:
 
 
 class _Reader:
-    """Makes each thing once for all ranks."""
+    """Makes each thing once for all ranks.
+
+    Attributes:
+        keys: what is known, by what was told.
+    """
 
     def __init__(self) -> None:
-        self._message = msgspec.msgpack.Decoder(_Message)
+        self.keys: dict[bytes, tuple[TensorKey, ...]] = {}
         self._body = msgspec.msgpack.Decoder(_Body)
-        self._bodies: dict[bytes, TensorTable] = {}
-        self._keys: dict[bytes, tuple[TensorKey, ...]] = {}
+        self._tables: dict[tuple[bytes, bytes], TensorTable] = {}
         self._meshes: dict[tuple[_Numbers, tuple[str, ...], bytes], Mesh] = {}
         self._layouts: dict[tuple[int, tuple[_Numbers, ...]], Layout] = {}
         self._regions: dict[tuple[_Numbers, _Numbers], Region] = {}
         self._holdings: dict[tuple[object, ...], Holding] = {}
 
-    def read(self, text: bytes) -> RankDescription:
-        message = self._message.decode(text)
-        tensors = self._bodies.get(message.body)
+    def read(self, message: _Message) -> RankDescription:
+        tensors = self._tables.get((message.keys, message.body))
         if tensors is None:
-            tensors = self._bodies[message.body] = self._read_body(message.body)
+            tensors = self._tables[message.keys, message.body] = self._read_table(message)
         return RankDescription(message.rank, tensors)
 
-    def _read_body(self, data: bytes) -> TensorTable:
-        body = self._body.decode(zlib.decompress(data))
-        keys = self._keys.get(body.keys)
+    def _read_table(self, message: _Message) -> TensorTable:
+        body = self._body.decode(zlib.decompress(message.body))
+        keys = self.keys.get(message.keys)
         if keys is None:
-            keys = self._keys[body.keys] = _decode_keys(body.keys)
+            keys = self.keys[message.keys] = _decode_keys(zlib.decompress(message.keys))
         meshes = [self._mesh(mesh) for mesh in body.meshes]
         layouts = [self._layout(meshes[mesh], split) for mesh, split in body.layouts]
         holdings = []

@@ -15,7 +15,7 @@ from reshard.errors import CommunicationError, SaveError
 from reshard.format.digest import digest_of
 from reshard.format.index import encode_index
 from reshard.format.metadata import FORMAT_VERSION, encode_metadata
-from reshard.format.safetensors.header import PlannedHeader, plan_columns
+from reshard.format.safetensors import PlannedHeader, plan_columns
 from reshard.planning.agreement import RankDescription, describe, digest, place_of
 from reshard.planning.file_plan import FilePlan, plan_rank_files, plan_sole_files
 from reshard.planning.replicas import SharedRegions, find_shared
@@ -242,7 +242,9 @@ class Structures:
     def _catalog_of_all(self) -> Catalog:
         if self._catalog is None:
             try:
-                descriptions = decode_all([structure.description for structure in self._ranks])
+                told = [structure.description for structure in self._ranks]
+                own = self._plan.description if self._plan is not None and self._plan.told == told[self._rank] else None
+                descriptions = decode_all(told, own)
             except CommunicationError as cause:
                 # As the error of a collective it would end this rank, and the others would wait for it.
                 raise SaveError(cause.what, found=cause.found, fix=cause.fix) from cause

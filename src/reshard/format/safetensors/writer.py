@@ -13,7 +13,7 @@ import numpy as np
 
 from reshard.errors import CaptureError
 from reshard.format.digest import Hasher, digest_of
-from reshard.format.safetensors.header import Kin, PlannedHeader
+from reshard.format.safetensors.planned import Kin, PlannedHeader
 from reshard.format.seal import SealedFile
 from reshard.state import Memory
 from reshard.storage import Storage, WritableFile
