@@ -172,25 +172,25 @@ class CheckpointManager:
         started = time.perf_counter()
         if self._async is not None and not self._async.has_room():
             return SaveReport(step, self.directory, 0, time.perf_counter() - started, (), "skipped")
-        change, wrong = attempt(lambda: change_of(mapping, model))
-        numbers: dict[str, float] | None = None
+        saver, later = self._saver, self._async
+        # What a single rank can't take, the others must hear of.
+        asked, wrong = attempt(lambda: (change_of(mapping, model), None if metrics is None else numbers_of(metrics)))
+        change, numbers = asked or (None, None)
 
         def capture() -> State:
-            # Inside: what a single rank can't take, the others must hear of.
-            nonlocal numbers
-            numbers = None if metrics is None else numbers_of(metrics)
             adapter = self._adapter = select_adapter(model, optimizer, self._adapter)
             # A step count that the caller doesn't state is the optimizer's own, not the number of the iteration.
             captured = adapter.capture(model, optimizer, global_step=None if common is None else common.global_step)
             values = values_of_parts({"scheduler": scheduler, "dataloader": dataloader, "extra": extra}, adapter.to_value)
             return replace(captured, values=values, rank_values={"random": adapter.to_value(adapter.random_states())})
 
-        stated = common if common is not None else CommonInfo(step_num=step, global_step=step)
-        with collector_paused():
+        @collector_paused()  # when the collector looks again, what is captured in here is gone
+        def capture_and_save() -> SaveReport:
             captured, error = attempt(capture) if wrong is None else (None, wrong)
-            if self._async is None:
-                return self._saver.save(step, captured or State(), stated, error, numbers, change)
-            return self._async.save(step, self._adapter, captured or State(), stated, error, numbers, started, change)
+            told = captured or State(), common or CommonInfo(step_num=step, global_step=step), error, numbers
+            return saver.save(step, *told, change) if later is None else later.save(step, self._adapter, *told, started, change)
+
+        return capture_and_save()
 
     def before_update(self) -> None:
         """Call it before changing parameters or optimizer state otherwise than by an optimizer's step, with `async_save="deferred"`.

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from reshard.errors import CaptureError, MetadataError, UsageError
 from reshard.format.names import (
     data_file_name,
+    first_repeated,
     is_plain_file_name,
     iteration_name,
     kind_of_file,
@@ -17,6 +18,7 @@ from reshard.format.names import (
     rank_extra_file,
     storage_key,
     tensor_name,
+    tensor_names,
     total_of_file,
 )
 from reshard.state import GLOBAL_STEP, Kind, TensorKey, model_key, slot_key
@@ -168,3 +170,16 @@ def test_golden_storage_keys(case):
 def test_what_is_no_storage_key(text):
     with pytest.raises(MetadataError, match="can't be understood"):
         parse_storage_key(text)
+
+
+def test_names_of_many_tensors():
+    keys = [model_key("w"), slot_key("adam_m", "w"), GLOBAL_STEP, model_key("a.b")]
+    assert tensor_names(keys) == [tensor_name(key) for key in keys] == ["w", "adam_m.w", "global_step", "a.b"]
+    for key in (TensorKey(Kind.MODEL, None, ""), TensorKey(Kind.MODEL, "adam_m", "w"), TensorKey(Kind.OPTIMIZER, None, "w")):
+        with pytest.raises(CaptureError, match="can't be named"):
+            tensor_names([*keys, key])
+
+
+def test_the_first_name_that_stands_again():
+    assert first_repeated(["a", "b", "c"]) is None
+    assert first_repeated(["a", "b", "b", "a", "a"]) == "b"

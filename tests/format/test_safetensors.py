@@ -16,8 +16,9 @@ from hypothesis.extra import numpy as hnp
 from reshard.errors import CaptureError, DataFileError, StorageError
 from reshard.format.digest import digest_of
 from reshard.format.row_blocks import row_blocks_of
-from reshard.format.safetensors import Header, parse_header, plan_header, read_header, write_tensors
+from reshard.format.safetensors import Header, parse_header, plan_columns, plan_header, read_header, write_tensors
 from reshard.geometry.dtypes import ALL, by_name, by_numpy
+from reshard.state import HostMemory
 from reshard.storage import MemoryStorage, PosixStorage
 from tests.faults import HOSTILE
 from tests.golden import CASES, iteration
@@ -451,3 +452,59 @@ def test_any_byte_of_a_header_may_be_wrong(data):
         return
     assert header.file_size == len(content)
     assert sum(entry.end - entry.begin for entry in header.entries.values()) == header.file_size - header.nbytes
+
+
+class Noted(HostMemory):
+    """Says how often it was read."""
+
+    reads = 0
+
+    def read(self) -> np.ndarray:
+        Noted.reads += 1
+        return super().read()
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 100, 40_000, 2 << 20])
+def test_memory_gives_the_bytes_that_its_array_gives(tmp_path, piece_bytes):
+    tensors = all_dtypes() | {
+        "transposed": values(F32, (5, 7)).T,
+        "several blocks": values(F32, (3, 5000), 1),
+        "large": values(F32, (300, 700), 2),
+        "scalar": np.float32(3),
+    }
+    header = write(tmp_path / "arrays", tensors)
+    Noted.reads = 0
+    memory = [(name, Noted(np.asarray(tensors[name]))) for name in header.names]
+    sealed = write_tensors(PosixStorage(), str(tmp_path / "memory"), header, memory, piece_bytes=piece_bytes)
+    assert (tmp_path / "memory").read_bytes() == (tmp_path / "arrays").read_bytes()
+    assert sealed.size == header.file_size
+    small = [a for a in map(np.asarray, tensors.values()) if 0 < a.nbytes <= min(piece_bytes, 64 << 10) and a.flags.c_contiguous]
+    # The smallest piece has room for an element of any type.
+    assert Noted.reads <= len(tensors) - len(small)
+
+
+def test_memory_that_changes_while_it_waits_is_written_with_its_digest(tmp_path):
+    arrays = {"a": values(F32, (8, 32), 1), "b": values(F32, (8, 32), 2)}
+    header = plan(arrays)
+
+    def changing():
+        yield "a", HostMemory(arrays["a"])
+        arrays["a"][:] = 7
+        yield "b", HostMemory(arrays["b"])
+
+    write_tensors(PosixStorage(), str(tmp_path / "x"), header, changing())
+    found = read_header(PosixStorage(), str(tmp_path / "x")).entries["a"]
+    assert found.digests == digests_of(arrays["a"])
+    assert (tmp_path / "x").read_bytes()[found.begin : found.end] == arrays["a"].tobytes()
+
+
+@pytest.mark.parametrize("names", [["a", "b.c", "é", "d"], ['quo"te', "back\\slash", "new\nline", "\x00"]])
+def test_columns_make_the_header_that_single_tensors_make(names):
+    forms = [(by_name("bfloat16"), (3, 2)), (F32, (70, 100)), (by_name("bfloat16"), (3, 2)), (by_name("int8"), ())]
+    single = plan_header([(name, *form) for name, form in zip(names, forms, strict=True)], {"format": "ms"})
+    by_form = {form: plan_header([("x", *form)], {}).kin[0] for form in forms}
+    together = plan_columns(names, [by_form[form] for form in forms], {"format": "ms"})
+    assert (together, dict(together.entries)) == (single, dict(single.entries))
+    assert [single.names[0], list(single.names)] == [names[1], list(single.entries)]
+    parsed = parse_header(single.encode([bytes(16)] * single.digests), single.file_size, "x")
+    assert {name: entry._replace(digests=b"") for name, entry in parsed.entries.items()} == single.entries

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from reshard.errors import CommunicationError
 from reshard.geometry import Mesh
 from reshard.planning.agreement import RankDescription, TensorTable, describe
-from reshard.planning.telling import decode, decode_all, encode
+from reshard.planning.telling import decode, decode_all, encode, is_told_alike
 from reshard.testing import state_on_rank
 from tests.strategies import STRATEGIES, Strategy, arrays, layouts
 
@@ -51,6 +51,31 @@ def test_what_ranks_have_in_common_comes_back_once() -> None:
         assert layouts_of[0].keys() == layouts_of[1].keys()
     replicas = decode_all([encode(d) for d in descriptions(Strategy(dp=4))])
     assert len({id(description.tensors) for description in replicas}) == 1
+
+
+def test_a_rank_knows_its_own_keys() -> None:
+    mine = descriptions(Strategy(dp=4))
+    told = [encode(description) for description in mine]
+    for own in mine:
+        found = decode_all(told, own)
+        assert found == mine
+        for description in found:
+            assert all(a.key is b.key for a, b in zip(description.tensors, own.tensors, strict=True))
+    stages = descriptions(Strategy(pp=2, tp=2))
+    assert decode_all([encode(description) for description in stages], stages[3]) == stages
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
+def test_what_is_told_alike_is_seen_before_it_is_told(strategy: Strategy) -> None:
+    for one in descriptions(strategy):
+        for other in descriptions(strategy):
+            assert is_told_alike(one, other) == (encode(one) == encode(other))
+        less = RankDescription(one.rank, one.tensors[:-1])
+        assert not is_told_alike(one, less)
+        assert is_told_alike(less, RankDescription(one.rank, tuple(one.tensors[:-1])))
+    nothing = RankDescription(0, ())
+    assert is_told_alike(nothing, RankDescription(0, ()))
+    assert decode(encode(nothing)) == nothing
 
 
 def test_ranks_of_a_mesh_in_any_order_come_back() -> None:

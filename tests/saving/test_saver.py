@@ -119,6 +119,7 @@ def test_every_dtype_and_any_strides(tmp_path):
 def test_memory_that_has_no_host_view_is_read_once(tmp_path):
     class Device:
         host = None
+        address = None
 
         def __init__(self) -> None:
             self.reads = 0

@@ -6,6 +6,7 @@ It is no defence against somebody who changes a file and its digest. Source: htt
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 
 import numpy as np
 import xxhash
@@ -21,9 +22,8 @@ DIGEST_DIGITS = 2 * DIGEST_BYTES
 _DIGITS = b"0123456789abcdef"
 
 
-def digest_of(data: bytes | bytearray | memoryview | np.ndarray | ctypes.Array[ctypes.c_char]) -> bytes:
-    """The digest of bytes, or of an array's own (C-contiguous) memory."""
-    return xxhash.xxh3_128_digest(data)
+digest_of: Callable[[bytes | bytearray | memoryview | np.ndarray | ctypes.Array[ctypes.c_char]], bytes] = xxhash.xxh3_128_digest
+"""The digest of bytes, or of an array's own (C-contiguous) memory."""
 
 
 class Hasher:

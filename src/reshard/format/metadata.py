@@ -15,13 +15,14 @@ from reshard.catalog import Arrangement, Catalog, Piece, Place, Site, StoredTens
 from reshard.errors import CaptureError, LayoutError, MetadataError
 from reshard.format import json_text
 from reshard.format.names import (
+    first_repeated,
     is_plain_file_name,
     is_tensor_name,
     kind_of_file,
     parse_storage_key,
     parse_tensor_name,
     storage_key,
-    tensor_name,
+    tensor_names,
 )
 from reshard.format.parameter import Parameter, decode_parameter, encode_parameter, number_slices
 from reshard.geometry import DType
@@ -56,9 +57,8 @@ class _Entry(msgspec.Struct, gc=False):
     name: str | None = None
 
 
-# The text of a key of `storage_data` between the tensor's name and the slice's number; and all after the name for slice 0.
+# The text of a key of `storage_data` (`storage_key`) between the tensor's name and the slice's number.
 _BEFORE_NUMBER = ", ("
-_AFTER_NAME = f'{_BEFORE_NUMBER}0,))"'
 
 _METADATA = msgspec.json.Decoder(_Metadata)
 _ENTRIES = msgspec.json.Decoder(Annotated[list[_Entry], msgspec.Meta(min_length=1)])
@@ -76,45 +76,67 @@ def encode_metadata(catalog: Catalog) -> bytes:
         LayoutError: chunks that don't make up their tensor.
         MetadataError: a chunk without a place, or a place that is not a file of the tensor's kind.
     """
+    tensors = catalog.tensors.values()
+    names = tensor_names([tensor.key for tensor in tensors])
+    if len(set(names)) < len(names):
+        raise CaptureError(
+            "two tensors have the same name in files", tensor=first_repeated(names), fix="rename the parameter or the optimizer's slot"
+        )
     writer = _Writer()
-    parameters: dict[str, str] = {}
-    by_rank: dict[int, list[str]] = {}
-    for tensor in catalog.tensors.values():
-        name = tensor_name(tensor.key)
-        if name in parameters:
-            raise CaptureError("two tensors have the same name in files", tensor=name, fix="rename the parameter or the optimizer's slot")
-        made = writer.arrangement(tensor, name)
-        parameters[name] = made.parameter
-        # `storage_key` of every slice, as a JSON string: what comes before the slice's number is the same for all of a tensor.
-        begin = encode_basestring_ascii(storage_key(name, 0)).removesuffix(_AFTER_NAME)
-        for rank, end in made.storage:
-            by_rank.setdefault(rank, []).append(begin + (end if isinstance(end, str) else end(name)))
+    written = list(map(writer.arrangement, tensors, names))
+    texts = [b'{"state_dict_metadata":{']
+    texts += chain.from_iterable(zip(map(_quoted, names), [made.parameter for made in written], strict=True))
+    _end_list(texts)
+    texts.append(b'},"storage_data":{')
+    # What comes before the slice's number is the same for all of a tensor.
+    for name, key, made in zip(names, map(_begin_key, names), written, strict=True):
+        for own, end in made.storage:
+            own.append(key)
+            own.append(end if isinstance(end, bytes) else end(name))
     # The published writer goes rank by rank; a rank's chunks are in the order of the tensors.
-    storage = chain.from_iterable(by_rank[rank] for rank in sorted(by_rank))
-    head = ",".join(f"{encode_basestring_ascii(name)}:{text}" for name, text in parameters.items())
-    tail = ",".join(storage)
-    more = f'"format_version":{FORMAT_VERSION},"writer":"reshard {__version__}"'
-    return f'{{"state_dict_metadata":{{{head}}},"storage_data":{{{tail}}},{more}}}'.encode("ascii")
+    texts += chain.from_iterable(own for _, own in sorted(writer.by_rank.items()))
+    _end_list(texts)
+    texts.append(f'}},"format_version":{FORMAT_VERSION},"writer":"reshard {__version__}"}}'.encode())
+    return b"".join(texts)
+
+
+def _quoted(text: str) -> bytes:
+    return encode_basestring_ascii(text).encode()
+
+
+def _begin_key(name: str) -> bytes:
+    """A key of `storage_data` as it stands in the file, up to the slice's number."""
+    return encode_basestring_ascii(f"({name!r}{_BEFORE_NUMBER}")[:-1].encode()
+
+
+def _end_list(texts: list[bytes]) -> None:
+    """Take the comma from what is the last of a list."""
+    texts[-1] = texts[-1].removesuffix(b",")
 
 
 @dataclass(frozen=True)
 class _Written:
-    """What tensors that lie alike have in common in the file.
+    """What tensors that lie alike have in common in the file, up to the comma that follows.
 
     Attributes:
-        parameter: the text of their entry.
-        storage: of each stored chunk the rank of its first file, and the text of its storage entries from the slice's number on, or what
-            makes that for a name.
+        parameter: the text of their entry, from the colon on.
+        storage: of each stored chunk the texts of the rank of its first file, to which its own is added: that of its storage entries from
+            the slice's number on, or what makes that for a name.
     """
 
-    parameter: str
-    storage: list[tuple[int, str | Callable[[str], str]]]
+    parameter: bytes
+    storage: list[tuple[list[bytes], bytes | Callable[[str], bytes]]]
 
 
 class _Writer:
-    """Makes each kind of text once."""
+    """Makes each kind of text once.
+
+    Attributes:
+        by_rank: the texts of the storage entries of chunks whose first file is the rank's.
+    """
 
     def __init__(self) -> None:
+        self.by_rank: dict[int, list[bytes]] = {}
         self._written: dict[tuple[int, Kind], _Written] = {}
         self._parameters: dict[object, tuple[str, list[int]]] = {}
         self._groups: dict[tuple[int, ...], str] = {}
@@ -126,8 +148,12 @@ class _Writer:
         if made is None:
             text, numbers = self._parameter(tensor, name)
             pieces = zip(tensor.arrangement.pieces, numbers, strict=True)
-            storage = [(piece.sites[0].rank, self._places(piece, number, tensor.key.kind, name)) for piece, number in pieces if piece.sites]
-            made = self._written[key] = _Written(text, storage)
+            storage = [
+                (self.by_rank.setdefault(piece.sites[0].rank, []), self._places(piece, number, tensor.key.kind, name))
+                for piece, number in pieces
+                if piece.sites
+            ]
+            made = self._written[key] = _Written(f":{text},".encode(), storage)
         return made
 
     def _parameter(self, tensor: StoredTensor, name: str) -> tuple[str, list[int]]:
@@ -157,20 +183,20 @@ class _Writer:
             made = self._parameters[key] = (text, numbers)
         return made
 
-    def _places(self, piece: Piece, number: int, kind: Kind, name: str) -> str | Callable[[str], str]:
+    def _places(self, piece: Piece, number: int, kind: Kind, name: str) -> bytes | Callable[[str], bytes]:
         """The storage entries of a chunk, or what makes them for a tensor's name."""
-        begin = f'{_BEFORE_NUMBER}{number},))":['
+        begin = f'{number},))":['
         group = self._groups.get(piece.holders)
         if group is None:
             group = f',"rank_group":[{",".join(map(str, piece.holders))}]' if piece.holders else ""
             self._groups[piece.holders] = group
         heads = [(f"{self._head(site, kind, name)}{group}", site.suffix) for site in piece.sites]
         if not any(suffix for _, suffix in heads):
-            return f"{begin}{','.join(f'{head}}}' for head, _ in heads)}]"
+            return f"{begin}{','.join(f'{head}}}' for head, _ in heads)}],".encode()
 
-        def named(own: str) -> str:
+        def named(own: str) -> bytes:
             others = [f',"name":{encode_basestring_ascii(own + suffix)}' if suffix else "" for _, suffix in heads]
-            return f"{begin}{','.join(f'{head}{other}}}' for (head, _), other in zip(heads, others, strict=True))}]"
+            return f"{begin}{','.join(f'{head}{other}}}' for (head, _), other in zip(heads, others, strict=True))}],".encode()
 
         return named
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import repeat
 
 from reshard.errors import CaptureError, MetadataError, UsageError
@@ -108,6 +108,26 @@ def parse_rank_extra_file(name: str) -> int | None:
 def is_plain_file_name(name: str) -> bool:
     """Whether a name, read from a file that nobody vouches for, names something directly inside a directory: no path, no way out."""
     return name not in ("", ".", "..") and not any(c in "/\\" or c < " " or c == "\x7f" for c in name)
+
+
+def tensor_names(keys: Iterable[TensorKey]) -> list[str]:
+    """What `tensor_name` gives for each of many keys.
+
+    Raises:
+        CaptureError: likewise.
+    """
+    model = Kind.MODEL  # to look it up for each takes longer than all else
+    return [key[2] if key[0] is model and key[1] is None and key[2] else tensor_name(key) for key in keys]
+
+
+def first_repeated(names: Iterable[str]) -> str | None:
+    """The first name that has stood before; None when each stands once."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
 
 
 def tensor_name(key: TensorKey) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 
 import numpy as np
 
@@ -47,44 +47,43 @@ def find_holders(descriptions: Sequence[RankDescription]) -> dict[TensorKey, Hol
     """
     numbering = _Numbering()
     # Ranks that have the same tensors in the same order, by the numbers of the keys: a row of holdings for each of them.
-    classes: dict[tuple[int, ...], tuple[list[int], list[np.ndarray]]] = {}
+    classes: dict[int, tuple[tuple[int, ...], list[int], list[np.ndarray]]] = {}
     rows: dict[int, tuple[tuple[int, ...], np.ndarray]] = {}  # by the identity of a rank's tensors, which replicas share
     for description in descriptions:
         row = rows.get(id(description.tensors))
         if row is None:
             row = rows[id(description.tensors)] = numbering.row(description)
-        ranks, held = classes.setdefault(row[0], ([], []))
+        numbers, own = row
+        _, ranks, held = classes.setdefault(id(numbers), (numbers, [], []))
         ranks.append(description.rank)
-        held.append(row[1])
+        held.append(own)
     # Of each tensor the classes that have it, each with the tensor's column. Alike columns of a class have one number.
-    found: dict[int, list[int]] = {}
+    found: dict[int, tuple[int, ...]] = {}
     columns: list[tuple[np.ndarray, np.ndarray]] = []
-    for numbers, (ranks, held) in classes.items():
+    for numbers, ranks, held in classes.values():
         matrix = np.ascontiguousarray(np.array(held).reshape(len(held), len(numbers)).T)
-        known: dict[bytes, int] = {}
-        own = np.array(ranks)
-        for number, column in zip(numbers, matrix, strict=True):
-            index = known.setdefault(column.tobytes(), len(columns))
-            if index == len(columns):
-                columns.append((own, column))
-            found.setdefault(number, []).append(index)
-    made: dict[tuple[int, ...], Holders] = {}
-    return {numbering.keys[number]: _holders(tuple(indices), columns, numbering.holdings, made) for number, indices in found.items()}
+        data, width = matrix.tobytes(), matrix.itemsize * len(held)
+        texts = [data[begin : begin + width] for begin in range(0, len(data), width)]
+        known: dict[bytes, tuple[int]] = {}
+        of = np.array(ranks)
+        for text in dict.fromkeys(texts):
+            known[text] = (len(columns),)
+            columns.append((of, np.frombuffer(text, matrix.dtype)))
+        indices = map(known.__getitem__, texts)
+        if not found:
+            found = dict(zip(numbers, indices, strict=True))
+            continue
+        for number, index in zip(numbers, indices, strict=True):
+            found[number] = found.get(number, ()) + index
+    made = {indices: _holders(indices, columns, numbering.holdings) for indices in dict.fromkeys(found.values())}
+    return dict(zip(map(numbering.keys.__getitem__, found), map(made.__getitem__, found.values()), strict=True))
 
 
-def _holders(
-    indices: tuple[int, ...],
-    columns: Sequence[tuple[np.ndarray, np.ndarray]],
-    holdings: Sequence[Holding],
-    made: dict[tuple[int, ...], Holders],
-) -> Holders:
-    holders = made.get(indices)
-    if holders is None:
-        ranks = np.concatenate([columns[index][0] for index in indices])
-        numbers = np.concatenate([columns[index][1] for index in indices])
-        order = np.argsort(ranks, kind="stable")
-        holders = made[indices] = Holders(ranks[order], numbers[order], holdings)
-    return holders
+def _holders(indices: tuple[int, ...], columns: Sequence[tuple[np.ndarray, np.ndarray]], holdings: Sequence[Holding]) -> Holders:
+    ranks = np.concatenate([columns[index][0] for index in indices])
+    numbers = np.concatenate([columns[index][1] for index in indices])
+    order = np.argsort(ranks, kind="stable")
+    return Holders(ranks[order], numbers[order], holdings)
 
 
 class _Numbering:
@@ -93,7 +92,10 @@ class _Numbering:
     def __init__(self) -> None:
         self.keys: list[TensorKey] = []
         self.holdings: list[Holding] = []
+        # By the identities of keys, and of tuples of them, which the descriptions keep alive; equal rows are one object.
         self._rows: dict[tuple[int, ...], tuple[int, ...]] = {}
+        self._rows_of_tables: dict[int, tuple[int, ...]] = {}
+        self._equal_rows: dict[tuple[int, ...], tuple[int, ...]] = {}
         self._known_keys: dict[TensorKey, int] = {}
         # By identity first, which costs less than a hash over regions and meshes. The descriptions keep the objects alive.
         self._by_identity: dict[int, int] = {}
@@ -104,24 +106,23 @@ class _Numbering:
     def row(self, description: RankDescription) -> tuple[tuple[int, ...], np.ndarray]:
         """The numbers of a rank's keys, and of what it holds of each."""
         tensors = description.tensors
-        if isinstance(tensors, TensorTable):
-            keys = tensors.keys
-            own = np.array([self._holding(holding) for holding in tensors.holdings], np.int64)
-            held = own[tensors.numbers]
-        else:
+        if not isinstance(tensors, TensorTable):
             keys = [tensor.key for tensor in tensors]
-            held = np.array([self._holding(tensor.holding) for tensor in tensors], np.int64)
+            return self._keys(keys), np.array([self._holding(tensor.holding) for tensor in tensors], np.int64)
+        numbers = self._rows_of_tables.get(id(tensors.keys))
+        if numbers is None:
+            numbers = self._rows_of_tables[id(tensors.keys)] = self._keys(tensors.keys)
+        return numbers, np.array([self._holding(holding) for holding in tensors.holdings], np.int64)[tensors.numbers]
+
+    def _keys(self, keys: Sequence[TensorKey]) -> tuple[int, ...]:
         alike = tuple(map(id, keys))
         numbers = self._rows.get(alike)
         if numbers is None:
-            numbers = self._rows[alike] = tuple(self._key(key) for key in keys)
-        return numbers, held
-
-    def _key(self, key: TensorKey) -> int:
-        number = self._known_keys.setdefault(key, len(self.keys))
-        if number == len(self.keys):
-            self.keys.append(key)
-        return number
+            known = self._known_keys
+            numbers = tuple([known.setdefault(key, len(known)) for key in keys])
+            numbers = self._rows[alike] = self._equal_rows.setdefault(numbers, numbers)
+            self.keys += islice(known, len(self.keys), None)
+        return numbers
 
     def _holding(self, holding: Holding) -> int:
         number = self._by_identity.get(id(holding))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from typing import TypeVar
 
 import msgspec
 import numpy as np
@@ -16,12 +17,16 @@ from reshard.errors import CommunicationError, ReshardError
 from reshard.geometry import Layout, Mesh, Region
 from reshard.geometry.dtypes import by_name
 from reshard.planning.agreement import Holding, RankDescription, TensorTable
+from reshard.rows import rows
 from reshard.state import Kind, TensorKey
+
+T = TypeVar("T")
 
 # Names and numbers shrink to a fifth; a higher level takes twice the time for a tenth less.
 _COMPRESSION = 1
 
 _KINDS = tuple(Kind)
+_KIND_NUMBERS = {kind: number for number, kind in enumerate(_KINDS)}
 
 _Numbers = tuple[int, ...]
 _Holding = tuple[str, _Numbers, int, tuple[tuple[_Numbers, _Numbers], ...]]
@@ -40,7 +45,6 @@ class _Keys(msgspec.Struct, array_like=True):
 class _Body(msgspec.Struct, array_like=True):
     """A description without its rank. Ranks of meshes are differences of neighbours, which compress where ranks are in steps."""
 
-    keys: bytes
     meshes: list[tuple[_Numbers, tuple[str, ...], bytes]]
     layouts: list[tuple[int, tuple[_Numbers, ...]]]
     holdings: list[_Holding]
@@ -48,7 +52,10 @@ class _Body(msgspec.Struct, array_like=True):
 
 
 class _Message(msgspec.Struct, array_like=True):
+    """Keys apart from the body, both compressed: what has the same bytes is read once."""
+
     rank: int
+    keys: bytes
     body: bytes
 
 
@@ -57,36 +64,59 @@ def encode(description: RankDescription) -> bytes:
     meshes: dict[Mesh, int] = {}
     layouts: dict[Layout, int] = {}
     holdings: dict[_Holding, int] = {}
-    known: dict[int, int] = {}  # by identity first, which costs less
-    numbers = []
-    for _, holding in description.tensors:
-        number = known.get(id(holding))
-        if number is None:
-            layout = -1
-            if holding.layout is not None:
-                meshes.setdefault(holding.layout.mesh, len(meshes))
-                layout = layouts.setdefault(holding.layout, len(layouts))
-            boxes = tuple((region.offset, region.shape) for region in holding.regions)
-            told = (holding.dtype.name, tuple(holding.global_shape), layout, boxes)
-            number = known[id(holding)] = holdings.setdefault(told, len(holdings))
-        numbers.append(number)
+    keys, held = _columns(description)
+    alike = list(map(id, held))  # by identity first, which costs less
+    known: dict[int, int] = {}
+    for identity, holding in dict(zip(alike, held, strict=True)).items():
+        layout = -1
+        if holding.layout is not None:
+            meshes.setdefault(holding.layout.mesh, len(meshes))
+            layout = layouts.setdefault(holding.layout, len(layouts))
+        boxes = tuple((region.offset, region.shape) for region in holding.regions)
+        told = (holding.dtype.name, tuple(holding.global_shape), layout, boxes)
+        known[identity] = holdings.setdefault(told, len(holdings))
     body = _Body(
-        _encode_keys([tensor.key for tensor in description.tensors]),
         [(mesh.shape, mesh.axes, np.diff(np.array(mesh.ranks, "<i8"), prepend=0).tobytes()) for mesh in meshes],
         [(meshes[layout.mesh], layout.split) for layout in layouts],
         list(holdings),
-        _pack(numbers),
+        _pack(list(map(known.__getitem__, alike))),
     )
-    return msgspec.msgpack.encode(_Message(description.rank, zlib.compress(msgspec.msgpack.encode(body), _COMPRESSION)))
+    return msgspec.msgpack.encode(_Message(description.rank, _compress(_encode_keys(keys)), _compress(body)))
 
 
-def _encode_keys(keys: Sequence[TensorKey]) -> bytes:
-    slots: dict[str | None, int] = {}
-    parameters: dict[str, int] = {}
-    slot_numbers = [slots.setdefault(key.slot, len(slots)) for key in keys]
-    parameter_numbers = [parameters.setdefault(key.parameter, len(parameters)) for key in keys]
-    kinds = bytes(_KINDS.index(key.kind) for key in keys)
-    return msgspec.msgpack.encode(_Keys(kinds, list(slots), _pack(slot_numbers), list(parameters), _pack(parameter_numbers)))
+def _compress(told: msgspec.Struct) -> bytes:
+    return zlib.compress(msgspec.msgpack.encode(told), _COMPRESSION)
+
+
+def is_told_alike(first: RankDescription, second: RankDescription) -> bool:
+    """Whether `encode` gives two descriptions the same bytes, found out at less than its cost."""
+    (keys, one), (others, other) = _columns(first), _columns(second)
+    if first.rank != second.rank or keys != others:
+        return False
+    # Each pair once, by identity.
+    pairs = dict(zip(zip(map(id, one), map(id, other), strict=True), zip(one, other, strict=True), strict=True))
+    return all(a == b for a, b in pairs.values())
+
+
+def _columns(description: RankDescription) -> tuple[Sequence[TensorKey], Sequence[Holding]]:
+    keys, held = zip(*description.tensors, strict=True) if description.tensors else ((), ())
+    return keys, held
+
+
+def _encode_keys(keys: Sequence[TensorKey]) -> _Keys:
+    kinds = bytes([_KIND_NUMBERS[kind] for kind, _, _ in keys])
+    slots, slot_numbers = _number([slot for _, slot, _ in keys])
+    parameters, parameter_numbers = _number([parameter for _, _, parameter in keys])
+    return _Keys(kinds, slots, _pack(slot_numbers), parameters, _pack(parameter_numbers))
+
+
+def _number(values: Sequence[T]) -> tuple[list[T], Sequence[int] | np.ndarray]:
+    """The different values in the order in which they come first, and of each value its number among them."""
+    different = list(dict.fromkeys(values))
+    if len(different) == len(values):
+        return different, np.arange(len(values))
+    numbers = {value: number for number, value in enumerate(different)}
+    return different, list(map(numbers.__getitem__, values))
 
 
 def decode(data: bytes) -> RankDescription:
@@ -98,15 +128,24 @@ def decode(data: bytes) -> RankDescription:
     return decode_all([data])[0]
 
 
-def decode_all(texts: Sequence[bytes]) -> list[RankDescription]:
+def decode_all(texts: Sequence[bytes], own: RankDescription | None = None) -> list[RankDescription]:
     """The descriptions of several ranks. They share what they have in common: keys, meshes, layouts, holdings.
+
+    Args:
+        texts: what `encode` made of them.
+        own: the one that this rank told, if it is among them: ranks with the same tensors get its keys, which need not be read.
 
     Raises:
         CommunicationError: bytes that `encode` didn't write.
     """
     reader = _Reader()
+    decoder = msgspec.msgpack.Decoder(_Message)
     try:
-        return [reader.read(text) for text in texts]
+        messages = [decoder.decode(text) for text in texts]
+        for message in messages:
+            if own is not None and message.rank == own.rank:
+                reader.keys[message.keys] = tuple([key for key, _ in own.tensors])
+        return [reader.read(message) for message in messages]
     except (msgspec.MsgspecError, zlib.error, ReshardError, LookupError, ValueError) as error:
         raise CommunicationError(
             "a rank's description can't be understood", found=str(error), fix="run the same version of reshard on every rank"
@@ -114,30 +153,32 @@ def decode_all(texts: Sequence[bytes]) -> list[RankDescription]:
 
 
 class _Reader:
-    """Makes each thing once for all ranks."""
+    """Makes each thing once for all ranks.
+
+    Attributes:
+        keys: what is known, by what was told.
+    """
 
     def __init__(self) -> None:
-        self._message = msgspec.msgpack.Decoder(_Message)
+        self.keys: dict[bytes, tuple[TensorKey, ...]] = {}
         self._body = msgspec.msgpack.Decoder(_Body)
-        self._bodies: dict[bytes, TensorTable] = {}
-        self._keys: dict[bytes, tuple[TensorKey, ...]] = {}
+        self._tables: dict[tuple[bytes, bytes], TensorTable] = {}
         self._meshes: dict[tuple[_Numbers, tuple[str, ...], bytes], Mesh] = {}
         self._layouts: dict[tuple[int, tuple[_Numbers, ...]], Layout] = {}
         self._regions: dict[tuple[_Numbers, _Numbers], Region] = {}
         self._holdings: dict[tuple[object, ...], Holding] = {}
 
-    def read(self, text: bytes) -> RankDescription:
-        message = self._message.decode(text)
-        tensors = self._bodies.get(message.body)
+    def read(self, message: _Message) -> RankDescription:
+        tensors = self._tables.get((message.keys, message.body))
         if tensors is None:
-            tensors = self._bodies[message.body] = self._read_body(message.body)
+            tensors = self._tables[message.keys, message.body] = self._read_table(message)
         return RankDescription(message.rank, tensors)
 
-    def _read_body(self, data: bytes) -> TensorTable:
-        body = self._body.decode(zlib.decompress(data))
-        keys = self._keys.get(body.keys)
+    def _read_table(self, message: _Message) -> TensorTable:
+        body = self._body.decode(zlib.decompress(message.body))
+        keys = self.keys.get(message.keys)
         if keys is None:
-            keys = self._keys[body.keys] = _decode_keys(body.keys)
+            keys = self.keys[message.keys] = _decode_keys(zlib.decompress(message.keys))
         meshes = [self._mesh(mesh) for mesh in body.meshes]
         layouts = [self._layout(meshes[mesh], split) for mesh, split in body.layouts]
         holdings = []
@@ -176,11 +217,14 @@ class _Reader:
 
 def _decode_keys(data: bytes) -> tuple[TensorKey, ...]:
     keys = msgspec.msgpack.decode(data, type=_Keys)
-    numbers = zip(keys.kinds, _unpack(keys.slot_numbers).tolist(), _unpack(keys.parameter_numbers).tolist(), strict=True)
-    return tuple(TensorKey(_KINDS[kind], keys.slots[slot], keys.parameters[parameter]) for kind, slot, parameter in numbers)
+    slots, parameters = _unpack(keys.slot_numbers).tolist(), _unpack(keys.parameter_numbers).tolist()
+    if not len(keys.kinds) == len(slots) == len(parameters):
+        raise ValueError("keys without a kind, a slot or a parameter")
+    named = map(keys.slots.__getitem__, slots), map(keys.parameters.__getitem__, parameters)
+    return tuple(rows(TensorKey, map(_KINDS.__getitem__, keys.kinds), *named))
 
 
-def _pack(numbers: Sequence[int]) -> bytes:
+def _pack(numbers: Sequence[int] | np.ndarray) -> bytes:
     return np.array(numbers, "<u4").tobytes()
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from reshard.catalog import Arrangement, Catalog, Piece, Site, StoredTensor
 from reshard.errors import CaptureError, LayoutError
-from reshard.format.names import data_file_name, tensor_name
+from reshard.format.names import data_file_name, tensor_name, tensor_names
 from reshard.geometry import DType, Layout, Mesh, Region
 from reshard.geometry.boxes import Boxes
 from reshard.geometry.cover import cover_fault
@@ -19,6 +19,7 @@ from reshard.planning.agreement import Holding, RankDescription
 from reshard.planning.file_plan import stored_parts
 from reshard.planning.holders import Holders, check_same, find_holders
 from reshard.planning.writers import Lot, runs_of, share_lots
+from reshard.rows import rows
 from reshard.state import Kind, TensorKey
 
 
@@ -49,14 +50,11 @@ def plan_catalog(
             layout says.
         UsageError: the prefix can't be part of a file name.
     """
-    holders = {key: held for key, held in find_holders(descriptions).items() if save_optimizer or key.kind is not Kind.OPTIMIZER}
-    kinds = {kind: order for order, kind in enumerate(Kind)}
-    keys = sorted(holders, key=lambda key: (int(holders[key].ranks[0]), kinds[key.kind]))
-    # Most tensors lie like many others.
-    alike: dict[tuple[Kind, int], list[TensorKey]] = {}
-    for key in keys:
-        alike.setdefault((key.kind, id(holders[key])), []).append(key)
-    lying = [_lie(same, holders[same[0]]) for same in alike.values()]
+    holders = find_holders(descriptions)
+    if not save_optimizer:
+        holders = {key: held for key, held in holders.items() if key.kind is not Kind.OPTIMIZER}
+    keys, alike = _sort(holders)
+    lying = [_lie(same, holders[same[0]]) for same in alike]
     world_size = len(descriptions)
     if remove_redundancy:
         written = _written_once(lying, world_size)
@@ -68,7 +66,24 @@ def plan_catalog(
     for same, kin, places in written:
         arrangement = _arrange(kin, places, sites)
         arrangements.update(dict.fromkeys(same, arrangement))
-    return Catalog(directory, {key: StoredTensor(key, tensor_name(key), arrangements[key]) for key in keys})
+    stored = rows(StoredTensor, keys, tensor_names(keys), map(arrangements.__getitem__, keys))
+    return Catalog(directory, dict(zip(keys, stored, strict=True)))
+
+
+def _sort(holders: Mapping[TensorKey, Holders]) -> tuple[list[TensorKey], list[list[TensorKey]]]:
+    """The tensors in the order of the catalog, and together those of one kind that are held alike: most are like many others."""
+    kinds = {kind: order for order, kind in enumerate(Kind)}
+    alike: dict[tuple[Kind, int], list[TensorKey]] = {}
+    for key, held in holders.items():
+        alike.setdefault((key.kind, id(held)), []).append(key)
+    places = {kin: (int(holders[same[0]].ranks[0]), kinds[kin[0]]) for kin, same in alike.items()}
+    if len(set(places.values())) <= 1:
+        return list(holders), list(alike.values())
+    keys = sorted(holders, key=lambda key: places[key.kind, id(holders[key])])
+    alike = {}
+    for key in keys:
+        alike.setdefault((key.kind, id(holders[key])), []).append(key)
+    return keys, list(alike.values())
 
 
 class _Sites:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from operator import attrgetter
+from typing import Any
 
 import numpy as np
 
@@ -10,12 +12,12 @@ from reshard.errors import NoSpaceError, SaveError
 from reshard.format.extra import write_extra
 from reshard.format.names import EXTRA_DIRECTORY, rank_extra_file
 from reshard.format.safetensors import PlannedHeader, StreamedArray, write_tensors
-from reshard.format.safetensors.writer import PIECE_BYTES
+from reshard.format.safetensors.writer import PIECE_BYTES, Values
 from reshard.format.seal import SealedFile
-from reshard.planning.file_plan import FilePlan, WriteEntry
+from reshard.planning.file_plan import FilePlan
 from reshard.planning.mapping.memory import ComposedMemory
 from reshard.saving.streamed import StreamedMemory
-from reshard.state import Memory, State
+from reshard.state import HostMemory, State
 from reshard.storage import Storage
 from reshard.storage.storage import join
 
@@ -64,7 +66,7 @@ def check_space(storage: Storage, root: str, temporary: str, nbytes: int) -> Non
 def write_rank(
     storage: Storage,
     directory: str,
-    files: Sequence[tuple[FilePlan, PlannedHeader, tuple[WriteEntry, ...]]],
+    files: Sequence[tuple[FilePlan, PlannedHeader]],
     state: State,
     *,
     rank: int,
@@ -77,7 +79,7 @@ def write_rank(
     Args:
         storage: where it lies.
         directory: its path.
-        files: the data files, with headers and entries in the order of the file.
+        files: the data files, their tensors in the order of the file, with headers.
         state: gives the values.
         rank: the rank.
         world_size: the number of ranks.
@@ -95,9 +97,9 @@ def write_rank(
     extra = join(directory, EXTRA_DIRECTORY)
     storage.make_directory(extra)
     sealed = {}
-    for file, header, entries in files:
+    for file, header in files:
         path = join(directory, file.file_name)
-        sealed[file.file_name] = write_tensors(storage, path, header, _values(entries, state), written=written)
+        sealed[file.file_name] = write_tensors(storage, path, header, _values(file, state), written=written)
     name = join(EXTRA_DIRECTORY, rank_extra_file(rank))
     tree = {"rank_values": dict(state.rank_values), "world_size": world_size, "place": place}
     sealed[name] = write_extra(storage, join(directory, name), tree)
@@ -106,19 +108,25 @@ def write_rank(
     return sealed
 
 
-def _values(entries: Sequence[WriteEntry], state: State) -> Iterator[tuple[str, np.ndarray | StreamedArray]]:
+def _values(file: FilePlan, state: State) -> Iterator[tuple[str, Values]]:
     tensors = state.tensors
-    for entry in entries:
-        if 0 in entry.shape:
-            yield entry.name, np.empty(entry.shape, entry.dtype.numpy)
+    for name, key, (_, shard, dtype, shape) in zip(file.names, file.keys, file.parts, strict=True):
+        if 0 in shape:
+            yield name, np.empty(shape, dtype.numpy)
         else:
-            yield entry.name, _values_of(tensors[entry.key].shards[entry.shard].memory)
+            memory = tensors[key].shards[shard].memory
+            take = _TAKE.get(type(memory))
+            yield name, memory if take is None else take(memory)
 
 
-def _values_of(memory: Memory) -> np.ndarray | StreamedArray:
-    """A shard's values as they lie in memory, or part by part where they don't lie there one beside the other."""
-    if isinstance(memory, StreamedMemory):
-        return memory.stream()
-    if isinstance(memory, ComposedMemory) and memory.nbytes > PIECE_BYTES:
-        return StreamedArray(memory.dtype.numpy, memory.shape, memory.blocks)
-    return memory.read()
+def _composed(memory: ComposedMemory) -> Values:
+    """Part by part where it is large: it doesn't lie there one beside the other."""
+    return memory if memory.nbytes <= PIECE_BYTES else StreamedArray(memory.dtype.numpy, memory.shape, memory.blocks)
+
+
+# What a shard's values are taken from where the memory itself isn't best asked: it has an array, or is better read part by part.
+_TAKE: dict[type, Callable[[Any], Values]] = {
+    HostMemory: attrgetter("array"),
+    StreamedMemory: StreamedMemory.stream,
+    ComposedMemory: _composed,
+}

@@ -299,7 +299,7 @@ class Saver:
             # Whether the states fit together shows here, before rank 0 writes, unless another rank's has changed since the last save.
             self._structures.metadata()
         check_space(self._storage, self.root, temporary, self._structures.nbytes)
-        self._notices.begin(prepared.step, sum(header.file_size for _, header, _ in files), "writing")
+        self._notices.begin(prepared.step, sum(header.file_size for _, header in files), "writing")
         written = write_rank(
             self._storage,
             temporary,

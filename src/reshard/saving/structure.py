@@ -15,16 +15,16 @@ from reshard.errors import CommunicationError, SaveError
 from reshard.format.digest import digest_of
 from reshard.format.index import encode_index
 from reshard.format.metadata import FORMAT_VERSION, encode_metadata
-from reshard.format.safetensors import PlannedHeader, plan_header
+from reshard.format.safetensors import PlannedHeader, plan_columns
 from reshard.planning.agreement import RankDescription, describe, digest, place_of
-from reshard.planning.file_plan import FilePlan, WriteEntry, plan_rank_files, plan_sole_files
+from reshard.planning.file_plan import FilePlan, plan_rank_files, plan_sole_files
 from reshard.planning.replicas import SharedRegions, find_shared
-from reshard.planning.telling import decode_all, encode
+from reshard.planning.telling import decode_all, encode, is_told_alike
 from reshard.planning.write_plan import plan_catalog
 from reshard.state import Kind, State
 
-# A data file with its header and its entries in the order of the file.
-PlannedFile = tuple[FilePlan, PlannedHeader, tuple[WriteEntry, ...]]
+# A data file, its tensors in the order of the file, with its header.
+PlannedFile = tuple[FilePlan, PlannedHeader]
 
 # The contract's header metadata.
 _HEADER_METADATA = {"format": "ms"}
@@ -109,6 +109,7 @@ class Structures:
         self._removes = remove_redundancy and world_size > 1
         self._checks = check_replicas and world_size > 1
         self._plan: RankPlan | None = None
+        self._members: list[tuple[list[str], list[str]]] = []
         self._told: bytes | None = None
         self._ranks: list[RankStructure] = []
         self._catalog: Catalog | None = None
@@ -141,15 +142,19 @@ class Structures:
         """
         description = describe(state, self._rank)
         members = [(list(group.parameters), list(group.unstepped)) for group in state.groups]
+        plan = self._plan
+        if plan is not None and members == self._members and is_told_alike(description, plan.description):
+            return plan
         encoded = encode(description)
         # All that is not plain data follows from these: what follows is made only when they have changed.
         name = digest(msgspec.msgpack.encode((members, encoded)))
-        if self._plan is None or self._plan.digest != name:
-            self._plan = self._make(description, members, encoded, name)
-        return self._plan
+        if plan is None or plan.digest != name:
+            plan = self._plan = self._make(description, members, encoded, name)
+            self._members = members
+        return plan
 
     def _make(self, description: RankDescription, members: list[tuple[list[str], list[str]]], encoded: bytes, name: bytes) -> RankPlan:
-        has_optimizer = any(tensor.key.kind is Kind.OPTIMIZER for tensor in description.tensors)
+        has_optimizer = Kind.OPTIMIZER in {tensor.key.kind for tensor in description.tensors}
         nbytes = description.nbytes + len(description.tensors) * _BYTES_PER_TENSOR + _BYTES_PER_RANK
         structure = msgspec.msgpack.encode(RankStructure(nbytes, has_optimizer, members, encoded))
         # Whether names can stand beside each other doesn't depend on who writes what.
@@ -237,7 +242,9 @@ class Structures:
     def _catalog_of_all(self) -> Catalog:
         if self._catalog is None:
             try:
-                descriptions = decode_all([structure.description for structure in self._ranks])
+                told = [structure.description for structure in self._ranks]
+                own = self._plan.description if self._plan is not None and self._plan.told == told[self._rank] else None
+                descriptions = decode_all(told, own)
             except CommunicationError as cause:
                 # As the error of a collective it would end this rank, and the others would wait for it.
                 raise SaveError(cause.what, found=cause.found, fix=cause.fix) from cause
@@ -247,9 +254,5 @@ class Structures:
 
 
 def _with_headers(files: Sequence[FilePlan]) -> tuple[PlannedFile, ...]:
-    planned = []
-    for file in files:
-        header = plan_header([(entry.name, entry.dtype, entry.shape) for entry in file.entries], _HEADER_METADATA)
-        by_name = {entry.name: entry for entry in file.entries}
-        planned.append((file, header, tuple(by_name[entry] for entry in header.entries)))
-    return tuple(planned)
+    headers = [plan_columns(file.names, file.parts, _HEADER_METADATA) for file in files]
+    return tuple((file.in_order(header.names), header) for file, header in zip(files, headers, strict=True))

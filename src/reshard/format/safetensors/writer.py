@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
+from itertools import zip_longest
 from math import prod
 
 import numpy as np
 
 from reshard.errors import CaptureError
 from reshard.format.digest import Hasher, digest_of
-from reshard.format.row_blocks import LEAST_BYTES, row_blocks_of
-from reshard.format.safetensors.header import PlannedHeader, TensorEntry
+from reshard.format.safetensors.planned import Kin, PlannedHeader
 from reshard.format.seal import SealedFile
+from reshard.state import Memory
 from reshard.storage import Storage, WritableFile
 
 # What is hashed and then written: small enough that a core's cache still has it, large enough that the cost per call vanishes.
@@ -37,11 +40,17 @@ class StreamedArray:
     parts: Callable[[], Iterator[np.ndarray]]
 
 
+# What a tensor's values are taken from. Memory is asked for a small tensor's address, and for an array only where it has none: a view of
+# each of 100,000 tensors costs more than all else that is done with its bytes.
+Values = np.ndarray | np.generic | StreamedArray | Memory
+_ARRAYS = (np.ndarray, np.generic, StreamedArray)
+
+
 def write_tensors(
     storage: Storage,
     path: str,
     header: PlannedHeader,
-    arrays: Iterable[tuple[str, np.ndarray | StreamedArray]],
+    arrays: Iterable[tuple[str, Values]],
     *,
     piece_bytes: int = PIECE_BYTES,
     written: Callable[[int], None] | None = None,
@@ -54,7 +63,8 @@ def write_tensors(
         storage: where to.
         path: of the new file.
         header: as `plan_header` made it.
-        arrays: the values of every entry by name, in the order of `header.entries`; of the entry's shape and element type, any strides.
+        arrays: the values of every entry by name, in the order of `header.names`; of the entry's shape and element type, any strides.
+            Memory must live until this returns.
         piece_bytes: bytes per piece, and the most memory that is used beside the tensors'.
         written: is told of every piece, how long it was.
 
@@ -67,15 +77,22 @@ def write_tensors(
     """
     with storage.create(path, header.file_size) as file:
         stream = _Stream(file, header.nbytes, piece_bytes, written, hashed=header.digests_at is not None)
-        entries = iter(header.entries.values())
-        for name, array in arrays:
-            entry = next(entries, None)
-            if entry is None or name != entry.name or array.shape != entry.shape or array.dtype != entry.dtype.numpy:
-                raise _unfit(path, name, array, entry)
-            stream.write(array, entry.end - entry.begin)
-        left = next(entries, None)
-        if left is not None:
-            raise CaptureError("a tensor that the header promises was not written", file=path, tensor=left.name)
+        small_bytes = stream.small_bytes
+        for given, name, kin in zip_longest(arrays, header.names, header.kin):
+            if given is None or given[0] != name:
+                raise _misplaced(path, given, name)
+            values = given[1]
+            if not isinstance(values, _ARRAYS):
+                nbytes = kin.nbytes
+                address = values.address if 0 < nbytes <= small_bytes else None
+                if address is not None:
+                    stream.gather(_bytes_type(nbytes).from_address(address), kin)
+                    continue
+                values = values.read()
+            array = values if isinstance(values, StreamedArray) else np.asarray(values)
+            if array.shape != kin.shape or array.dtype != kin.dtype.numpy:
+                raise _unfit(path, kin, name, array)
+            stream.write(array, kin)
         stream.flush()
         start = header.encode(stream.digests)
         file.write_at(0, memoryview(start))
@@ -83,21 +100,31 @@ def write_tensors(
     return SealedFile(header.file_size, len(start), digest_of(start))
 
 
-def _unfit(path: str, name: str, array: np.ndarray | StreamedArray, entry: TensorEntry | None) -> CaptureError:
-    if entry is None or name != entry.name:
-        return CaptureError(
-            "a tensor that the header doesn't have at this place",
-            file=path,
-            tensor=name,
-            expected="no more tensors" if entry is None else entry.name,
-        )
+def _misplaced(path: str, given: tuple[str, Values] | None, name: str | None) -> CaptureError:
+    if given is None:
+        return CaptureError("a tensor that the header promises was not written", file=path, tensor=name)
+    return CaptureError(
+        "a tensor that the header doesn't have at this place",
+        file=path,
+        tensor=given[0],
+        expected="no more tensors" if name is None else name,
+    )
+
+
+def _unfit(path: str, kin: Kin, name: str, array: np.ndarray | StreamedArray) -> CaptureError:
     return CaptureError(
         "a tensor's memory doesn't fit its entry in the header",
         file=path,
         tensor=name,
         found=f"{array.dtype} of shape {array.shape}",
-        expected=f"{entry.dtype} of shape {entry.shape}",
+        expected=f"{kin.dtype} of shape {kin.shape}",
     )
+
+
+@cache
+def _bytes_type(nbytes: int) -> type[ctypes.Array[ctypes.c_char]]:
+    """So many bytes somewhere in memory, as a buffer."""
+    return ctypes.c_char * nbytes
 
 
 class _Stream:
@@ -105,6 +132,7 @@ class _Stream:
 
     Attributes:
         digests: of the row blocks of the tensors that are written; of those that wait only after `flush`.
+        small_bytes: a tensor of at most so many waits for others.
     """
 
     def __init__(self, file: WritableFile, begin: int, piece_bytes: int, written: Callable[[int], None] | None, *, hashed: bool) -> None:
@@ -115,21 +143,31 @@ class _Stream:
         self._piece_bytes = max(piece_bytes, 16)
         self._hashed = hashed
         self._written = written
-        self._waiting: list[np.ndarray] = []
+        self.small_bytes = min(_DIRECT_BYTES, self._piece_bytes)
+        # The tensors that wait, and their bytes.
+        self._waiting: list[np.ndarray | ctypes.Array[ctypes.c_char]] = []
+        self._kin: list[Kin] = []
         self._waiting_bytes = 0
         self._stage = np.empty(0, np.uint8)
 
-    def write(self, array: np.ndarray | StreamedArray, nbytes: int) -> None:
+    def gather(self, data: np.ndarray | ctypes.Array[ctypes.c_char], kin: Kin) -> None:
+        """Keep the bytes of a small tensor (its values must stay) until a piece is full."""
+        nbytes = kin.nbytes
+        if self._waiting_bytes + nbytes > self._piece_bytes:
+            self.flush()
+        self._waiting.append(data)
+        self._kin.append(kin)
+        self._waiting_bytes += nbytes
+
+    def write(self, array: np.ndarray | StreamedArray, kin: Kin) -> None:
         """Write a tensor, or keep it (its values must stay) until a piece is full."""
+        nbytes = kin.nbytes
         parts: Iterable[np.ndarray] = array.parts() if isinstance(array, StreamedArray) else (array,)
-        if not isinstance(array, StreamedArray) and nbytes <= min(_DIRECT_BYTES, self._piece_bytes):
-            if self._waiting_bytes + nbytes > self._piece_bytes:
-                self.flush()
-            self._waiting.append(array if array.flags.c_contiguous else np.ascontiguousarray(array))
-            self._waiting_bytes += nbytes
+        if not isinstance(array, StreamedArray) and nbytes <= self.small_bytes:
+            self.gather(array if array.flags.c_contiguous else np.ascontiguousarray(array), kin)
             return
         self.flush()
-        hasher = _BlockHasher(row_blocks_of(array.shape, array.dtype.itemsize).nbytes, self.digests) if self._hashed else None
+        hasher = _BlockHasher(kin.block_bytes, self.digests) if self._hashed else None
         begin = self._position
         for piece in (piece for part in parts for piece in _pieces(part, self._piece_bytes)):
             data = self._bytes_of(piece)
@@ -148,17 +186,19 @@ class _Stream:
         # Numpy gives the bytes of any element type, where `memoryview` knows no bfloat16.
         data = memoryview(b"".join(self._waiting))
         if self._hashed:
+            # Of what is written, not of where it comes from: should that change meanwhile, the file would seem damaged.
             at = 0
-            for array in self._waiting:
-                end = at + array.nbytes
-                if array.nbytes <= LEAST_BYTES:
+            for kin in self._kin:
+                end = at + kin.nbytes
+                if kin.blocks == 1:
                     self.digests.append(digest_of(data[at:end]))
                 else:
-                    step = row_blocks_of(array.shape, array.itemsize).nbytes
+                    step = kin.block_bytes
                     self.digests += [digest_of(data[begin : min(begin + step, end)]) for begin in range(at, end, step)]
                 at = end
         self._put(data)
         self._waiting.clear()
+        self._kin.clear()
         self._waiting_bytes = 0
 
     def _put(self, data: memoryview) -> None:
