@@ -125,8 +125,8 @@ def _composed(memory: ComposedMemory) -> Values:
     return memory if memory.nbytes <= PIECE_BYTES else StreamedArray(memory.dtype.numpy, memory.shape, memory.blocks)
 
 
-# What a shard's values are taken from where the memory itself isn't best asked: an array costs it less than an address, or it is better read
-# part by part.
+# What a shard's values are taken from where the memory itself isn't best asked: an array costs it less than an address, or it is better
+# read part by part.
 _TAKE: dict[type, Callable[[Any], Values]] = {
     HostMemory: attrgetter("array"),
     BufferMemory: BufferMemory.read,
