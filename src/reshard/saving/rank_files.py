@@ -16,6 +16,7 @@ from reshard.format.safetensors.writer import PIECE_BYTES, Values
 from reshard.format.seal import SealedFile
 from reshard.planning.file_plan import FilePlan
 from reshard.planning.mapping.memory import ComposedMemory
+from reshard.saving.snapshot import BufferMemory
 from reshard.saving.streamed import StreamedMemory
 from reshard.state import HostMemory, State
 from reshard.storage import Storage
@@ -124,9 +125,11 @@ def _composed(memory: ComposedMemory) -> Values:
     return memory if memory.nbytes <= PIECE_BYTES else StreamedArray(memory.dtype.numpy, memory.shape, memory.blocks)
 
 
-# What a shard's values are taken from where the memory itself isn't best asked: it has an array, or is better read part by part.
+# What a shard's values are taken from where the memory itself isn't best asked: an array costs it less than an address, or it is better
+# read part by part.
 _TAKE: dict[type, Callable[[Any], Values]] = {
     HostMemory: attrgetter("array"),
+    BufferMemory: BufferMemory.read,
     StreamedMemory: StreamedMemory.stream,
     ComposedMemory: _composed,
 }
