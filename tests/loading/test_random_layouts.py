@@ -17,7 +17,7 @@ import reshard
 from reshard.comm import Communicator
 from reshard.format import row_blocks
 from reshard.format.names import tensor_name
-from reshard.format.safetensors import header, read_header, writer
+from reshard.format.safetensors import read_header
 from reshard.geometry import Layout, Mesh, Region
 from reshard.geometry import dtypes as element_types
 from reshard.geometry.dtypes import by_numpy
@@ -36,8 +36,6 @@ TINY = {
     scattered: {"PART_BYTES": 48, "MOST_PIECES": 5},
     verified_reads: {"PART_BYTES": 48, "PIECE_BYTES": 20},
     row_blocks: {"LEAST_BYTES": 40, "MOST_BYTES": 100},
-    header: {"LEAST_BYTES": 40},
-    writer: {"LEAST_BYTES": 40},
     exchange: {"_MESSAGE_BYTES": 128, "_STAGE_BYTES": 700, "_GAP_BYTES": 8},
 }
 

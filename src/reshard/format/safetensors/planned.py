@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 from reshard.errors import CaptureError
 from reshard.format.digest import DIGEST_DIGITS, DIGEST_NAME
 from reshard.format.names import first_repeated
-from reshard.format.row_blocks import LEAST_BYTES, row_blocks_of
+from reshard.format.row_blocks import row_blocks_of
 from reshard.format.safetensors.header import MAX_TEXT_BYTES, METADATA, TensorEntry
 from reshard.geometry import DType
 
@@ -62,7 +62,7 @@ class Kin(NamedTuple):
     def of(cls, dtype: DType, shape: tuple[int, ...]) -> Kin:
         """Of a type and a shape."""
         nbytes = dtype.itemsize * prod(shape)
-        _, _, block_bytes, blocks = (None, 1, nbytes, 1) if nbytes <= LEAST_BYTES else row_blocks_of(shape, dtype.itemsize)
+        _, _, block_bytes, blocks = row_blocks_of(shape, dtype.itemsize)
         extents = ",".join(map(str, shape))
         text = f'":{{"dtype":"{dtype.safetensors}","shape":[{extents}],"data_offsets":['
         return cls(dtype, tuple(shape), nbytes, block_bytes, blocks, text)
