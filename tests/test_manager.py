@@ -29,6 +29,7 @@ from reshard.errors import (
     TrackerError,
     UsageError,
 )
+from reshard.families import RuleMapping, rename
 from reshard.format.extra import write_extra
 from reshard.storage import PosixStorage
 from reshard.testing import run_ranks, run_ranks_settled
@@ -534,3 +535,19 @@ def test_metrics_are_taken_in_the_call(tmp_path: Path, async_save: bool) -> None
     assert (checkpoint.iteration, checkpoint.metrics) == (1, {"loss": 0.5})
     assert checkpoint.common is not None
     assert checkpoint.common.ckpt_status == 0
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+def test_metrics_that_one_rank_cant_take_are_the_same_error_on_all(tmp_path: Path, async_save: bool) -> None:
+    mapping = RuleMapping(run=(rename("a.weight", "kernel"),))
+
+    def work(comm: Communicator) -> str:
+        with reshard.CheckpointManager(tmp_path, communicator=comm, async_save=async_save) as manager:
+            with pytest.raises(UsageError) as caught:
+                manager.save(1, model=WEIGHTS, metrics={"loss": "low" if comm.rank else 0.5}, mapping=mapping)
+                manager.wait()
+            return str(caught.value)
+
+    told = run_ranks(2, work)
+    assert told[0] == told[1]
+    assert "on rank 1: UsageError: a metric is a number" in told[0]

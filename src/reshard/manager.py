@@ -174,8 +174,8 @@ class CheckpointManager:
             return SaveReport(step, self.directory, 0, time.perf_counter() - started, (), "skipped")
         saver, later = self._saver, self._async
         # What a single rank can't take, the others must hear of.
-        asked, wrong = attempt(lambda: (change_of(mapping, model), None if metrics is None else numbers_of(metrics)))
-        change, numbers = asked or (None, None)
+        change, wrong = attempt(lambda: change_of(mapping, model))
+        numbers, bad = attempt(lambda: None if metrics is None else numbers_of(metrics))
 
         def capture() -> State:
             adapter = self._adapter = select_adapter(model, optimizer, self._adapter)
@@ -186,7 +186,7 @@ class CheckpointManager:
 
         @collector_paused()  # when the collector looks again, what is captured in here is gone
         def capture_and_save() -> SaveReport:
-            captured, error = attempt(capture) if wrong is None else (None, wrong)
+            captured, error = (None, wrong or bad) if wrong or bad else attempt(capture)
             told = captured or State(), common or CommonInfo(step_num=step, global_step=step), error, numbers
             return saver.save(step, *told, change) if later is None else later.save(step, self._adapter, *told, started, change)
 

@@ -59,6 +59,11 @@ class Memory(Protocol):
     """
 
     @property
+    def nbytes(self) -> int:
+        """The bytes of the shard, as the memory itself has them at present."""
+        ...
+
+    @property
     def host(self) -> np.ndarray | None:
         """A writable view of the memory itself (any strides), or None when the host can't address it."""
         ...
@@ -100,6 +105,10 @@ class HostMemory:
     """A numpy array as the memory of a shard."""
 
     array: np.ndarray
+
+    @property
+    def nbytes(self) -> int:
+        return self.array.nbytes
 
     @property
     def host(self) -> np.ndarray | None:

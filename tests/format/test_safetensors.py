@@ -240,6 +240,7 @@ def test_what_is_written_must_be_what_was_planned(tmp_path):
         ([("a", a), ("b", b.astype(np.int64))], "doesn't fit"),
         ([("a", a), ("b", b.astype(">i4"))], "doesn't fit"),
         ([("a", a), ("b", b.reshape(4))], "doesn't fit"),
+        ([("a", a), ("b", HostMemory(b[:1]))], "doesn't fit"),
     ]
     for n, (arrays, said) in enumerate(cases):
         with pytest.raises(CaptureError, match=said):
@@ -406,6 +407,10 @@ def test_the_file_that_is_damaged_below_is_good_before(tmp_path):
         (file_of(header_of(a=("F32", [True], [0, 4])), bytes(4)), "can't be understood"),
         (file_of(header_of(a=("F32", [2], [0, 8, 8])), bytes(8)), "can't be understood"),
         (file_of('{"a": {"dtype": "F32", "shape": [2]}}', bytes(8)), "can't be understood"),
+        (file_of('{"a": {"dtype": "F32", "data_offsets": [0, 4]}}', bytes(4)), "can't be understood"),
+        (file_of('{"a": {"shape": [], "data_offsets": [0, 4]}}', bytes(4)), "can't be understood"),
+        # As many colons as entries that lack nothing would have.
+        (file_of('{"a": {"dtype": "F32", "dtype": "F32", "data_offsets": [0, 4]}}', bytes(4)), "can't be understood"),
         (file_of('{"a": null}'), "can't be understood"),
     ],
 )

@@ -59,6 +59,10 @@ class Device:
         self.reads = 0
 
     @property
+    def nbytes(self) -> int:
+        return self.array.nbytes
+
+    @property
     def host(self) -> np.ndarray | None:
         return None
 

@@ -35,6 +35,10 @@ class CastMemory:
     dtype: DType
 
     @property
+    def nbytes(self) -> int:
+        return self.memory.nbytes // self.dtype.itemsize * self.stored.itemsize
+
+    @property
     def host(self) -> np.ndarray | None:
         return None
 
@@ -77,6 +81,10 @@ class ScaledMemory:
     numbers: np.ndarray
     part: Region
     face: Face
+
+    @property
+    def nbytes(self) -> int:
+        return self.memory.nbytes // self.dtype.itemsize  # what is quantised by block has a byte for each
 
     @property
     def host(self) -> np.ndarray | None:

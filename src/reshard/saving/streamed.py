@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 
@@ -27,6 +28,10 @@ class StreamedMemory:
     shape: tuple[int, ...]
     source: Callable[[Region], np.ndarray]
     part_bytes: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.itemsize * prod(self.shape)
 
     @property
     def host(self) -> np.ndarray | None:

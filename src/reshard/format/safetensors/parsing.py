@@ -33,10 +33,14 @@ class _Entry(msgspec.Struct, gc=False):
 
 
 class _AnyEntry(msgspec.Struct, gc=False):
-    """An entry, or the free text, which is read as if it were one."""
+    """An entry, or the free text, which is read as if it were one.
+
+    What an entry doesn't say is impossible: such an entry is looked at by itself, where it is an error. The count of colons, which finds
+    names that come twice, relies on three of each.
+    """
 
     dtype: str = ""
-    shape: tuple[int, ...] = ()
+    shape: tuple[int, ...] = (-1,)
     data_offsets: tuple[int, int] = (-1, -1)
 
 

@@ -190,6 +190,7 @@ def _blank(items: list[str], metadata: Mapping[str, str], digits: int | None) ->
         metadata: free text by key.
         digits: of the digests, for which there are zeros; None for a file without.
     """
+    assert DIGEST_NAME not in metadata  # it comes last, where its digits are put
     told = dict(metadata) if digits is None else {**metadata, DIGEST_NAME: ""}
     front, listed = "{", items
     if told:

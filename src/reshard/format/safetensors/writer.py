@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache
 from itertools import zip_longest
 from math import prod
 
@@ -78,15 +77,17 @@ def write_tensors(
     with storage.create(path, header.file_size) as file:
         stream = _Stream(file, header.nbytes, piece_bytes, written, hashed=header.digests_at is not None)
         small_bytes = stream.small_bytes
+        buffers: dict[int, type[ctypes.Array[ctypes.c_char]]] = {}  # so many bytes somewhere in memory: to make the type takes longest
         for given, name, kin in zip_longest(arrays, header.names, header.kin):
             if given is None or given[0] != name:
                 raise _misplaced(path, given, name)
             values = given[1]
             if not isinstance(values, _ARRAYS):
                 nbytes = kin.nbytes
-                address = values.address if 0 < nbytes <= small_bytes else None
+                address = values.address if 0 < nbytes <= small_bytes and values.nbytes == nbytes else None
                 if address is not None:
-                    stream.gather(_bytes_type(nbytes).from_address(address), kin)
+                    buffer = buffers.get(nbytes) or buffers.setdefault(nbytes, ctypes.c_char * nbytes)
+                    stream.gather(buffer.from_address(address), kin)
                     continue
                 values = values.read()
             array = values if isinstance(values, StreamedArray) else np.asarray(values)
@@ -119,12 +120,6 @@ def _unfit(path: str, kin: Kin, name: str, array: np.ndarray | StreamedArray) ->
         found=f"{array.dtype} of shape {array.shape}",
         expected=f"{kin.dtype} of shape {kin.shape}",
     )
-
-
-@cache
-def _bytes_type(nbytes: int) -> type[ctypes.Array[ctypes.c_char]]:
-    """So many bytes somewhere in memory, as a buffer."""
-    return ctypes.c_char * nbytes
 
 
 class _Stream:

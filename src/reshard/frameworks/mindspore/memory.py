@@ -77,6 +77,10 @@ class TensorMemory:
     tensor: mindspore.Tensor
 
     @property
+    def nbytes(self) -> int:
+        return self.tensor.nbytes
+
+    @property
     def host(self) -> np.ndarray | None:
         return array_of(self.tensor)
 
@@ -107,6 +111,10 @@ class DeviceMemory:
     """
 
     tensor: mindspore.Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return self.tensor.nbytes
 
     @property
     def host(self) -> np.ndarray | None:

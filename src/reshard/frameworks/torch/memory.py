@@ -158,6 +158,10 @@ class TensorMemory(NamedTuple):
     tensor: torch.Tensor
 
     @property
+    def nbytes(self) -> int:
+        return self.tensor.nbytes
+
+    @property
     def host(self) -> np.ndarray | None:
         return _view(self.tensor, "")
 
@@ -195,6 +199,10 @@ class DeviceMemory:
     tensor: torch.Tensor
 
     @property
+    def nbytes(self) -> int:
+        return self.tensor.nbytes
+
+    @property
     def host(self) -> np.ndarray | None:
         return None
 
@@ -224,6 +232,10 @@ class MirrorMemory:
     """
 
     memories: Sequence[Memory]
+
+    @property
+    def nbytes(self) -> int:
+        return self.memories[0].nbytes
 
     @property
     def host(self) -> np.ndarray | None:

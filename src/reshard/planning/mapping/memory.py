@@ -42,6 +42,10 @@ class ViewMemory(NamedTuple):
     face: Face
 
     @property
+    def nbytes(self) -> int:
+        return self.dtype.itemsize * prod(self.extents)
+
+    @property
     def host(self) -> np.ndarray | None:
         host = self.memory.host
         return None if host is None else view_of(host, self.extents, self.face)
