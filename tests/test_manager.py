@@ -543,9 +543,13 @@ def test_metrics_that_one_rank_cant_take_are_the_same_error_on_all(tmp_path: Pat
 
     def work(comm: Communicator) -> str:
         with reshard.CheckpointManager(tmp_path, communicator=comm, async_save=async_save) as manager:
-            with pytest.raises(UsageError) as caught:
+
+            def save() -> None:
                 manager.save(1, model=WEIGHTS, metrics={"loss": "low" if comm.rank else 0.5}, mapping=mapping)
                 manager.wait()
+
+            with pytest.raises(UsageError) as caught:
+                save()
             return str(caught.value)
 
     told = run_ranks(2, work)

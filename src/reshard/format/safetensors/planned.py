@@ -190,8 +190,10 @@ def _blank(items: list[str], metadata: Mapping[str, str], digits: int | None) ->
         metadata: free text by key.
         digits: of the digests, for which there are zeros; None for a file without.
     """
-    assert DIGEST_NAME not in metadata  # it comes last, where its digits are put
-    told = dict(metadata) if digits is None else {**metadata, DIGEST_NAME: ""}
+    told = dict(metadata)
+    if digits is not None:
+        told.pop(DIGEST_NAME, None)
+        told[DIGEST_NAME] = ""  # the last one, where its digits are put
     front, listed = "{", items
     if told:
         front = f'{{"{METADATA}":{json.dumps(told, ensure_ascii=False, separators=(",", ":"))}'

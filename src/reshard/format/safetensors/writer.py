@@ -84,8 +84,8 @@ def write_tensors(
             values = given[1]
             if not isinstance(values, _ARRAYS):
                 nbytes = kin.nbytes
-                address = values.address if 0 < nbytes <= small_bytes and values.nbytes == nbytes else None
-                if address is not None:
+                address = values.address if 0 < nbytes <= small_bytes else None
+                if address is not None and values.nbytes == nbytes:
                     buffer = buffers.get(nbytes) or buffers.setdefault(nbytes, ctypes.c_char * nbytes)
                     stream.gather(buffer.from_address(address), kin)
                     continue
