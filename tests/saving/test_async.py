@@ -15,6 +15,7 @@ import reshard
 from reshard.comm import Communicator
 from reshard.comm.together import attempt
 from reshard.errors import SaveError, StorageError, UsageError
+from reshard.saving import async_saver
 from reshard.storage import PosixStorage
 from reshard.storage.storage import WritableFile
 from reshard.testing import run_ranks, run_ranks_settled
@@ -75,6 +76,27 @@ def test_the_call_returns_before_anything_is_written_and_the_state_is_that_of_th
     seen = reshard.load(tmp_path, model=weights(0)).extra["seen"]
     assert len(seen) == 2
     assert np.array_equal(seen[1], np.arange(3))
+
+
+def test_a_save_stays_back_after_a_call_until_somebody_waits_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other ranks of the machine may still be in theirs."""
+
+    class LongCall:
+        perf_counter = staticmethod(lambda: time.perf_counter() + 3600)
+
+    monkeypatch.setattr(async_saver, "time", LongCall)
+    monkeypatch.setattr(async_saver, "_LONGEST_PAUSE", 3600)
+    gate = Gate()
+    gate.opened.set()
+    with reshard.CheckpointManager(tmp_path, async_save=True, storage=gate) as manager:
+        manager.save(1, model=weights(1))
+        assert not gate.reached.wait(0.2)
+        manager.before_update()  # all was copied in the call
+        assert not gate.reached.is_set()
+        final = manager.wait()
+    assert final is not None
+    assert final.state == "committed"
+    assert same(loaded(tmp_path, 1), weights(1))
 
 
 def test_a_second_save_waits_for_the_first_one(tmp_path: Path) -> None:

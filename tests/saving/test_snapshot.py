@@ -59,10 +59,10 @@ def test_who_waits_copies_what_nobody_has_begun(copies: Callable[[Callable[[], N
     waiting.start()
     while sum(sizes) < sum(array.nbytes for array in ARRAYS.values()):
         assert waiting.is_alive()
-    assert not made.is_copied  # a device may still copy: only who finishes knows
-    made.finish()
     waiting.join(60)
-    assert made.is_copied
+    assert made.is_copied  # nobody had begun anything, and no device copies
+    assert not made.wanted.is_set()
+    made.finish()
     assert max(sizes) == 64
     check(made)
 
@@ -84,6 +84,7 @@ def test_who_waits_returns_when_the_others_part_is_copied_too(copies: Callable[[
     waiting.start()
     waiting.join(0.2)
     assert waiting.is_alive()
+    assert made.wanted.is_set()
     may_end.set()
     waiting.join(60)
     finishing.join(60)

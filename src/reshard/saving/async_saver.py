@@ -21,6 +21,9 @@ from reshard.saving.snapshot import Snapshot, SnapshotBuffers
 from reshard.state import Kind, State
 from reshard.storage.storage import join
 
+# The longest that a save's thread stays back after a call, in seconds; a call takes as long only where it copies 10 GB.
+_LONGEST_PAUSE = 1.0
+
 _logger = logging.getLogger("reshard")
 
 
@@ -83,11 +86,15 @@ class AsyncSaver:
         if error is None and adapter is not None:
             snapshot, error = attempt(lambda: self._take(adapter, state))
         self._snapshot = snapshot
+        # The ranks of a machine come out of their calls at about the same time, give or take a call's length. Until then they want its
+        # cores: what a thread has begun there, however nice it is, keeps a call waiting.
+        pause = min(time.perf_counter() - started, _LONGEST_PAUSE)
 
         def work() -> SaveReport:
             problem = error
             if snapshot is not None:
                 taken = snapshot
+                taken.wanted.wait(pause)
                 attempt(lambda: self._saver.announce(step, taken.nbytes))
                 _, failed = attempt(taken.finish)
                 problem = problem if failed is None else failed
@@ -121,6 +128,8 @@ class AsyncSaver:
         Raises:
             ReshardError: the last save failed; once.
         """
+        if self._snapshot is not None:
+            self._snapshot.wanted.set()
         try:
             return self._background.wait()
         finally:

@@ -104,6 +104,7 @@ class Snapshot:
     Attributes:
         state: what is saved. Its tensors have the values of the call once `finish` has returned.
         nbytes: of its tensors.
+        wanted: set when somebody waits for what only `finish`, or who called for the save, can do.
     """
 
     def __init__(self, state: State, nbytes: int, left: Iterable[_Left], waits: list[Callable[[], object]]) -> None:
@@ -115,6 +116,7 @@ class Snapshot:
         self._waits = waits
         self._turn = threading.Condition()
         self._copied = threading.Event()
+        self.wanted = threading.Event()
         if not self._left and not waits:
             self._copied.set()
 
@@ -146,7 +148,12 @@ class Snapshot:
         except BaseException:
             self._give_back()
             raise
-        self._copied.wait()
+        with self._turn:
+            if not (self._left or self._begun or self._waits):
+                self._copied.set()  # no other thread and no device has anything to do with it
+        if not self._copied.is_set():
+            self.wanted.set()
+            self._copied.wait()
 
     def _copy_left(self) -> None:
         """Copy part after part until none is left. An interrupt may come between any two steps: their order loses no part."""
