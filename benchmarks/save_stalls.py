@@ -126,6 +126,8 @@ def stall(directory: Path, contenders: Sequence[str], tensors: Sequence[TensorSp
                 dist.all_gather_object(times, held)
                 slowest = max(times)
                 continue
+            # Who is done leaves its core to those who still wait, as after a plain copy.
+            dist.barrier()
             spoil(memory)
             if under_way is not None:
                 under_way.result()

@@ -21,7 +21,11 @@ from reshard.saving.snapshot import Snapshot, SnapshotBuffers
 from reshard.state import Kind, State
 from reshard.storage.storage import join
 
-# The longest that a save's thread stays back after a call, in seconds; a call takes as long only where it copies 10 GB.
+# For how many times the length of a call a save's thread stays back after it. The ranks of a machine come out of their calls within about
+# so many, where they share its cores: until then they want them, and what a thread has begun there, however nice it is, keeps them waiting.
+_PAUSE_CALLS = 4
+
+# The longest pause, in seconds: of what a save takes in which a call takes long enough for it, a small part.
 _LONGEST_PAUSE = 1.0
 
 _logger = logging.getLogger("reshard")
@@ -86,9 +90,7 @@ class AsyncSaver:
         if error is None and adapter is not None:
             snapshot, error = attempt(lambda: self._take(adapter, state))
         self._snapshot = snapshot
-        # The ranks of a machine come out of their calls at about the same time, give or take a call's length. Until then they want its
-        # cores: what a thread has begun there, however nice it is, keeps a call waiting.
-        pause = min(time.perf_counter() - started, _LONGEST_PAUSE)
+        pause = min(_PAUSE_CALLS * (time.perf_counter() - started), _LONGEST_PAUSE)
 
         def work() -> SaveReport:
             problem = error

@@ -6,7 +6,8 @@ import copy
 import ctypes
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from math import prod
 from typing import NamedTuple
@@ -112,6 +113,7 @@ class Snapshot:
         self.nbytes = nbytes
         self._left = deque(left)
         self._begun: dict[int, _Left] = {}  # by thread
+        self._waiting: set[int] = set()  # threads that copy since they wait
         self._is_over = False
         self._waits = waits
         self._turn = threading.Condition()
@@ -121,12 +123,15 @@ class Snapshot:
             self._copied.set()
 
     def finish(self) -> None:
-        """Copy what is left, and wait for what others and devices still copy. Called once, from any thread."""
+        """Copy what is left, and wait for what others and devices still copy. Called once, from any thread.
+
+        While somebody waits, and so copies, it begins nothing: who waits would wait for it.
+        """
         try:
             while True:
-                self._copy_left()
+                self._copy_left(unless=self._waiting)
                 with self._turn:
-                    self._turn.wait_for(lambda: self._left or not self._begun)
+                    self._turn.wait_for(lambda: not (self._waiting if self._left else self._begun))
                     if not self._left and not self._begun:
                         break
             for wait in self._waits:
@@ -142,12 +147,12 @@ class Snapshot:
     def wait(self) -> None:
         """Return when the original may be changed. Until then the caller copies, too: it may have more of the machine than who finishes."""
         try:
-            self._copy_left()
-        except Exception:  # noqa: BLE001 - what fails here fails there, where it is told
+            with self._turn:
+                self._waiting.add(threading.get_ident())
+            with suppress(Exception):  # what fails here fails there, where it is told
+                self._copy_left()
+        finally:
             self._give_back()
-        except BaseException:
-            self._give_back()
-            raise
         with self._turn:
             if not (self._left or self._begun or self._waits):
                 self._copied.set()  # no other thread and no device has anything to do with it
@@ -155,12 +160,14 @@ class Snapshot:
             self.wanted.set()
             self._copied.wait()
 
-    def _copy_left(self) -> None:
-        """Copy part after part until none is left. An interrupt may come between any two steps: their order loses no part."""
+    def _copy_left(self, unless: Collection[int] = ()) -> None:
+        """Copy part after part until none is left, or there are others who do. An interrupt may come between any two steps: their order
+        loses no part.
+        """
         me = threading.get_ident()
         while True:
             with self._turn:
-                if not self._left:
+                if not self._left or unless:
                     return
                 part = self._begun[me] = self._left[0]
                 del self._left[0]
@@ -172,8 +179,9 @@ class Snapshot:
                 self._turn.notify_all()
 
     def _give_back(self) -> None:
-        """Leave the part that this thread has begun to the next who comes: it is copied again, from its begin."""
+        """End waiting. The part that this thread has begun, if any, is the next one's who comes: it is copied again, from its begin."""
         with self._turn:
+            self._waiting.discard(threading.get_ident())
             part = self._begun.pop(threading.get_ident(), None)
             if part is not None and not self._is_over:
                 self._left.appendleft(part)
