@@ -21,11 +21,15 @@ from reshard.saving.snapshot import Snapshot, SnapshotBuffers
 from reshard.state import Kind, State
 from reshard.storage.storage import join
 
-# For how many times the length of a call a save's thread stays back after it. The ranks of a machine come out of their calls within about
-# so many, where they share its cores: until then they want them, and what a thread has begun there, however nice it is, keeps them waiting.
-_PAUSE_CALLS = 4
+# For how many times as long as its rank's copying takes a save's thread stays back after a call. Ranks of a machine that share its cores are
+# done within about so many: until then they want them. What a thread has begun there, however nice it is, keeps them waiting; and one that
+# is so nice that it gets no turn may just have Python's lock.
+_PAUSE_COPIES = 4
 
-# The longest pause, in seconds: of what a save takes in which a call takes long enough for it, a small part.
+# The bytes that a core copies in a second, at least: how long it will take to copy what was left for later.
+_COPIED_PER_SECOND = 5e9
+
+# The longest pause, in seconds: a small part of a save in which copying takes long enough for it.
 _LONGEST_PAUSE = 1.0
 
 _logger = logging.getLogger("reshard")
@@ -90,7 +94,8 @@ class AsyncSaver:
         if error is None and adapter is not None:
             snapshot, error = attempt(lambda: self._take(adapter, state))
         self._snapshot = snapshot
-        pause = min(_PAUSE_CALLS * (time.perf_counter() - started), _LONGEST_PAUSE)
+        copying = time.perf_counter() - started + (0 if snapshot is None else snapshot.later / _COPIED_PER_SECOND)
+        pause = min(_PAUSE_COPIES * copying, _LONGEST_PAUSE)
 
         def work() -> SaveReport:
             problem = error

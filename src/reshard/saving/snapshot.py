@@ -105,6 +105,7 @@ class Snapshot:
     Attributes:
         state: what is saved. Its tensors have the values of the call once `finish` has returned.
         nbytes: of its tensors.
+        later: of these what was left to `finish`.
         wanted: set when somebody waits for what only `finish`, or who called for the save, can do.
     """
 
@@ -112,6 +113,7 @@ class Snapshot:
         self.state = state
         self.nbytes = nbytes
         self._left = deque(left)
+        self.later = sum(part.end - part.begin for part in self._left)
         self._begun: dict[int, _Left] = {}  # by thread
         self._waiting: set[int] = set()  # threads that copy since they wait
         self._is_over = False
@@ -176,7 +178,8 @@ class Snapshot:
                 if wait is not None:
                     self._waits.append(wait)
                 del self._begun[me]
-                self._turn.notify_all()
+                if not self._left:  # not for each part: who is woken takes turns with who copies
+                    self._turn.notify_all()
 
     def _give_back(self) -> None:
         """End waiting. The part that this thread has begun, if any, is the next one's who comes: it is copied again, from its begin."""
