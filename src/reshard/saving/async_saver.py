@@ -22,8 +22,8 @@ from reshard.state import Kind, State
 from reshard.storage.storage import join
 
 # For how many times as long as its rank's copying takes a save's thread stays back after a call. Ranks of a machine that share its cores
-# are done within about so many: until then they want them. What a thread has begun there, however nice it is, keeps them waiting; and one that
-# is so nice that it gets no turn may just have Python's lock.
+# are done within about so many: until then they want them. What a thread has begun there, however nice it is, keeps them waiting; and one
+# that is so nice that it gets no turn may just have Python's lock.
 _PAUSE_COPIES = 4
 
 # The bytes that a core copies in a second, at least: how long it will take to copy what was left for later.
