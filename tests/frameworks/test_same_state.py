@@ -11,7 +11,7 @@ import pytest
 
 import reshard
 from reshard.comm import Communicator
-from reshard.frameworks.mindspore import layouts
+from reshard.frameworks.mindspore import MindSporeAdapter, layouts
 from reshard.testing import run_ranks
 from tests import golden
 from tests.frameworks.mindspore.qwen3 import Strategy, rank_part
@@ -21,11 +21,23 @@ from tests.training import mapped_ranks
 COMMON = reshard.CommonInfo(epoch_num=0, step_num=1, global_step=1, loss_scale=None, global_batch_size=4, consumed_samples=4)
 
 
+def in_turn(turn: threading.Lock, function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*arguments: Any, **options: Any) -> Any:
+        with turn:
+            return function(*arguments, **options)
+
+    return call
+
+
 def saved_by_mindspore(root: Path, strategy: Strategy, monkeypatch: pytest.MonkeyPatch) -> None:
     """The real run's state out of real cells; ranks are threads, each with its part."""
     mine = threading.local()
     monkeypatch.setattr(layouts, "current_rank", lambda: mine.rank)
     parts = [rank_part(golden.expected(mapped_ranks.CASE), strategy, rank) for rank in range(strategy.ranks)]
+    # MindSpore itself stands still now and then when several threads ask it for values at the same time: one looks after the other.
+    turn = threading.Lock()
+    for name in ("capture", "random_states"):
+        monkeypatch.setattr(MindSporeAdapter, name, in_turn(turn, getattr(MindSporeAdapter, name)))
 
     def save(comm: Communicator) -> None:
         mine.rank = comm.rank
