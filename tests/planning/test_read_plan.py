@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from reshard.catalog import Arrangement, Catalog, Piece, Site, StoredTensor
 from reshard.geometry import Region
 from reshard.geometry.dtypes import by_name
@@ -20,7 +22,7 @@ ALL, LOWER, HALVES = (
 )
 
 
-def planned(casts: set[str] = frozenset(), **tensors: tuple[Arrangement | None, Holding]) -> ReadPlan:  # type: ignore[assignment]
+def planned(casts: Collection[str] = (), **tensors: tuple[Arrangement | None, Holding]) -> ReadPlan:
     stored = {model_key(name): StoredTensor(model_key(name), name, lying) for name, (lying, _) in tensors.items() if lying is not None}
     wanted = tuple(TensorDescription(model_key(name), holding) for name, (_, holding) in tensors.items())
     return plan_reads(RankDescription(0, wanted), Catalog("/c", stored), lambda misfit: misfit.key.parameter in casts)
