@@ -42,22 +42,22 @@ def test_a_list_of_dictionaries_is_one() -> None:
 def test_loading_fills_in_place_and_gives_the_step_count_a_place() -> None:
     model, optimizer = {"w": np.zeros(2)}, {"adam_m.w": np.zeros(2)}
     catalog = Catalog("", {GLOBAL_STEP: stored_tensor(GLOBAL_STEP, by_name("int32"), (1,), None, ())})
-    destination = ADAPTER.prepare(model, optimizer, catalog, ())
+    destination = ADAPTER.prepare(model, optimizer).destination(catalog, ())
     destination.state.tensors[model_key("w")].shards[0].memory.write(Region((0,), (2,)), np.ones(2))
     destination.state.tensors[GLOBAL_STEP].shards[0].memory.write(Region((0,), (1,)), np.array([5], np.int32))
     assert "global_step" not in optimizer
     destination.install(())
     assert model["w"].tolist() == [1, 1]
     assert optimizer["global_step"].tolist() == [5]
-    assert GLOBAL_STEP not in ADAPTER.prepare(model, None, catalog, ()).state.tensors
-    assert GLOBAL_STEP not in ADAPTER.prepare(model, {"adam_m.w": np.zeros(2)}, Catalog("", {}), ()).state.tensors
+    assert GLOBAL_STEP not in ADAPTER.prepare(model, None).destination(catalog, ()).state.tensors
+    assert GLOBAL_STEP not in ADAPTER.prepare(model, {"adam_m.w": np.zeros(2)}).destination(Catalog("", {}), ()).state.tensors
 
 
 def test_what_it_cannot_take() -> None:
     fixed = np.ones(1)
     fixed.flags.writeable = False
     with pytest.raises(CaptureError, match=r"(?s)read-only.*w"):
-        ADAPTER.prepare({"w": fixed}, None, Catalog("", {}), ())
+        ADAPTER.prepare({"w": fixed}, None).destination(Catalog("", {}), ())
     with pytest.raises(CaptureError, match=r"(?s)float128|element type.*w"):
         ADAPTER.capture({"w": np.ones(1, ">f4")}, None, global_step=None)
     with pytest.raises(CaptureError, match=r"(?s)not an array.*w.*int"):
@@ -82,7 +82,7 @@ def test_memory_that_is_not_what_the_tensor_says(array: np.ndarray) -> None:
     tensor = ShardedTensor(model_key("w"), by_name("float32"), (8,), None, (Shard(Region((4,), (4,)), HostMemory(array)),))
     for use in (
         lambda: ADAPTER.capture({"w": tensor}, None, global_step=None),
-        lambda: ADAPTER.prepare({"w": tensor}, None, Catalog("/", {}), ()),
+        lambda: ADAPTER.prepare({"w": tensor}, None).destination(Catalog("/", {}), ()),
     ):
         with pytest.raises(CaptureError, match="not what the tensor says"):
             use()

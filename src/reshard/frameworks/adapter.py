@@ -25,11 +25,34 @@ class Destination(Protocol):
         """The tensors to fill."""
         ...
 
+    @property
+    def installs(self) -> bool:
+        """Whether `install` has anything to do: where it hasn't, all is done when the tensors are filled."""
+        ...
+
     def install(self, groups: Sequence[ParameterGroup]) -> None:
         """Give the filled slots and these hyper-parameters to the optimizers. Called once, after the tensors were filled.
 
         Args:
             groups: the checkpoint's hyper-parameters for all parameters of the run, as merged over its ranks; empty when it has none.
+        """
+        ...
+
+
+class Prepared(Protocol):
+    """A run that a load is going to fill, looked at before it is known from what: other ranks are told which checkpoint meanwhile."""
+
+    def destination(self, catalog: Catalog, groups: Sequence[ParameterGroup]) -> Destination:
+        """The run's state as memory to be filled; makes the slots that a fresh optimizer lacks, without stepping it, changing a weight or
+        drawing a random number. May be called again, for another checkpoint.
+
+        Args:
+            catalog: what the checkpoint holds: which slots, of which shape and dtype.
+            groups: the checkpoint's hyper-parameters; a parameter that they call unstepped gets no slot.
+
+        Raises:
+            CaptureError: a slot that can't be captured or made.
+            MismatchError: hyper-parameters that the run's groups can't take.
         """
         ...
 
@@ -56,15 +79,12 @@ class Adapter(Protocol):
         """
         ...
 
-    def prepare(self, model: Any, optimizer: Any, catalog: Catalog, groups: Sequence[ParameterGroup]) -> Destination:
-        """The same state as memory to be filled; creates the slots that a fresh optimizer lacks, without stepping it, changing a weight or
-        drawing a random number.
+    def prepare(self, model: Any, optimizer: Any) -> Prepared:
+        """The same state, to be filled.
 
         Args:
             model: as in `capture`.
             optimizer: as in `capture`.
-            catalog: what the checkpoint holds: which slots, of which shape and dtype.
-            groups: the checkpoint's hyper-parameters; a parameter that they call unstepped gets no slot.
 
         Raises:
             CaptureError: as in `capture`.

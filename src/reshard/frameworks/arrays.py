@@ -32,16 +32,11 @@ class ArrayAdapter:
             tensors.append(whole_tensor(GLOBAL_STEP, np.array([global_step], np.int32)))
         return state_of(*tensors)
 
-    def prepare(self, model: Any, optimizer: Any, catalog: Catalog, groups: Sequence[ParameterGroup]) -> ArrayDestination:
+    def prepare(self, model: Any, optimizer: Any) -> PreparedArrays:
         tensors = [*_tensors(model, Kind.MODEL), *_tensors(optimizer, Kind.OPTIMIZER)]
         for tensor in tensors:
             _check_writable(tensor)
-        keeps_step = optimizer is None or any(tensor.key == GLOBAL_STEP for tensor in tensors)
-        step = None
-        if not keeps_step and GLOBAL_STEP in catalog.tensors:
-            step = np.zeros(catalog.tensors[GLOBAL_STEP].global_shape, catalog.tensors[GLOBAL_STEP].dtype.numpy)
-            tensors.append(whole_tensor(GLOBAL_STEP, step))
-        return ArrayDestination(state_of(*tensors), optimizer, step)
+        return PreparedArrays(tensors, optimizer)
 
     def random_states(self) -> Mapping[str, Any]:
         return host_random_states()
@@ -68,6 +63,26 @@ class ArrayAdapter:
         return SingleProcess()
 
 
+class PreparedArrays:
+    """Dictionaries of arrays that a load is going to fill.
+
+    Args:
+        tensors: the arrays.
+        optimizer: the optimizer's dictionaries.
+    """
+
+    def __init__(self, tensors: Sequence[ShardedTensor], optimizer: Any) -> None:
+        self._tensors = tensors
+        self._optimizer = optimizer
+
+    def destination(self, catalog: Catalog, groups: Sequence[ParameterGroup]) -> ArrayDestination:
+        keeps_step = self._optimizer is None or any(tensor.key == GLOBAL_STEP for tensor in self._tensors)
+        if keeps_step or GLOBAL_STEP not in catalog.tensors:
+            return ArrayDestination(state_of(*self._tensors), self._optimizer, None)
+        step = np.zeros(catalog.tensors[GLOBAL_STEP].global_shape, catalog.tensors[GLOBAL_STEP].dtype.numpy)
+        return ArrayDestination(state_of(*self._tensors, whole_tensor(GLOBAL_STEP, step)), self._optimizer, step)
+
+
 class ArrayDestination:
     """Dictionaries of arrays that a load fills in place.
 
@@ -85,6 +100,10 @@ class ArrayDestination:
     @property
     def state(self) -> State:
         return self._state
+
+    @property
+    def installs(self) -> bool:
+        return self._step is not None
 
     def install(self, groups: Sequence[ParameterGroup]) -> None:
         target = self._optimizer if isinstance(self._optimizer, Mapping) else next(iter(self._optimizer or ()), None)

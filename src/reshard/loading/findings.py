@@ -22,6 +22,7 @@ class Findings(msgspec.Struct, array_like=True):
         missing: those that it doesn't have.
         mismatched: those that differ in shape or dtype: the tensor, the field, what is stored, what is wanted.
         has_random: whether the rank found the random states of its place.
+        installs: whether the rank has anything to install when its tensors are filled.
         unlisted: some tensors of files that metadata doesn't list.
         kinds: the kinds of tensors that the rank loads.
         cast: the tensors that are converted, by the new type.
@@ -34,6 +35,7 @@ class Findings(msgspec.Struct, array_like=True):
     missing: list[tuple[str, str | None, str]] = []
     mismatched: list[tuple[tuple[str, str | None, str], str, str, str]] = []
     has_random: bool = False
+    installs: bool = True
     unlisted: list[str] = []
     kinds: list[str] = []
     cast: dict[str, bytes] = {}
@@ -48,6 +50,7 @@ def findings_of(
     keys: Sequence[TensorKey],
     *,
     has_random: bool,
+    installs: bool,
     unlisted: list[str],
     kinds: frozenset[Kind],
 ) -> Findings:
@@ -58,6 +61,7 @@ def findings_of(
         filled: the tensors that have a value without being in the checkpoint.
         keys: the checkpoint's tensors, in order.
         has_random: whether the rank found the random states of its place.
+        installs: whether it has anything to install when its tensors are filled.
         unlisted: tensors of its files that metadata doesn't list.
         kinds: the kinds of tensors that it loads.
     """
@@ -69,6 +73,7 @@ def findings_of(
         [key_out(key) for key in plan.missing if key not in filled],
         [(key_out(mismatch.key), mismatch.field, mismatch.stored, mismatch.wanted) for mismatch in plan.mismatched],
         has_random,
+        installs,
         unlisted,
         [kind.value for kind in kinds],
         {wanted: bits_of(keys, {m.key for m in plan.cast if m.wanted == wanted}) for wanted in {m.wanted for m in plan.cast}},

@@ -17,6 +17,8 @@ from reshard.comm import Communicator
 from reshard.comm.together import attempt, from_first, settle
 from reshard.errors import DAMAGE, CommunicationError, MismatchError, ReshardError, extended
 from reshard.format.names import tensor_name
+from reshard.frameworks.adapter import Adapter, Prepared
+from reshard.frameworks.select import select_adapter
 from reshard.loading.choice import Choice, PassedOver, Rules, choose, words_of_refuge
 from reshard.loading.loader import PlannedLoad, load_tensors, plan_load
 from reshard.loading.mapped import agree
@@ -36,6 +38,9 @@ _UNTOUCHED = "nothing was loaded; the run is as it was"
 
 # Made here, since msgspec prepares a type when it first meets it: threads that first meet one together can end the process.
 _CHOICES: msgspec.msgpack.Decoder[list[Choice]] = msgspec.msgpack.Decoder(list[Choice])
+
+Looked = tuple[tuple[Adapter, Prepared] | None, ReshardError | None]
+"""A rank's run, to be filled, or why it can't be."""
 
 _logger = logging.getLogger("reshard")
 
@@ -103,6 +108,10 @@ def load_run(storage: Storage, comm: Communicator, path: str, run: Run, rules: R
     passed: tuple[PassedOver, ...] = ()
     # What a checkpoint that turned out to be damaged has perhaps overwritten on this rank: the next one must fill all of it again.
     written: set[TensorKey] = set()
+    looked: Looked | None = None
+    if comm.rank:
+        # While rank 0 chooses; it itself looks when the others read what it has told them.
+        looked = attempt(lambda: _look(run))
     while True:
         choice: Choice | None = None
         try:
@@ -115,10 +124,11 @@ def load_run(storage: Storage, comm: Communicator, path: str, run: Run, rules: R
             if not found:
                 return None
             choice = found[0]
+            looked = looked or attempt(lambda: _look(run))
             _warn(comm, choice.passed_over[len(passed) :])
             if choice.passed_over and comm.rank == 0:
                 _logger.warning("loading the older iteration %s instead: %s", choice.resolved.iteration, choice.resolved.directory)
-            return choice.resolved, _fill(storage, comm, choice, run, rules, how, started, written)
+            return choice.resolved, _fill(storage, comm, choice, run, looked, rules, how, started, written)
         except CommunicationError:
             raise
         except DAMAGE as error:
@@ -131,6 +141,12 @@ def load_run(storage: Storage, comm: Communicator, path: str, run: Run, rules: R
             if not passed:
                 raise
             raise _with_damage(error, written) from error
+
+
+def _look(run: Run) -> tuple[Adapter, Prepared]:
+    """The run, to be filled from whatever checkpoint."""
+    adapter = select_adapter(run.model, run.optimizer)
+    return adapter, adapter.prepare(run.model, run.optimizer)
 
 
 def _warn(comm: Communicator, passed: Sequence[PassedOver]) -> None:
@@ -166,6 +182,7 @@ def _fill(
     comm: Communicator,
     choice: Choice,
     run: Run,
+    looked: Looked,
     rules: Rules,
     how: How,
     started: float,
@@ -184,9 +201,14 @@ def _fill(
 
     def prepare() -> tuple[Opened, PlannedLoad]:
         directory, relayed = choice.resolved.directory, choice.relayed
+        given, problem = looked
+        if problem is not None:
+            raise problem
+        assert given is not None  # `attempt` gives one of the two
         opened = open_checkpoint(
-            storage, comm, directory, relayed, model, optimizer, how.selection, restore_random=run.restore_random, through=through
+            storage, comm, directory, relayed, *given, how.selection, restore_random=run.restore_random, through=through
         )
+        has_random = opened.rank_values is not None and "random" in opened.rank_values
         planned = plan_load(
             opened.destination.state,
             opened.description,
@@ -195,7 +217,8 @@ def _fill(
             headers=choice.relayed.headers(storage, opened.catalog, digests=how.verify),
             strictness=strictness,
             kinds=kinds,
-            has_random=opened.rank_values is not None and "random" in opened.rank_values,
+            has_random=has_random,
+            installs=opened.destination.installs or bool(opened.values) or has_random or run.reseed is not None,
             selection=opened.selection,
             opening=time.perf_counter() - started,
             balanced=how.balanced,
@@ -231,15 +254,21 @@ def _fill(
             random = "reseeded"
         return random, values.get("extra"), notes
 
-    installed, error = attempt(install)
-    ended = time.perf_counter()
-    took = msgspec.msgpack.encode((ended - began, ended - started))
-    payloads = settle(comm, error, took, what="tensors are loaded, but the rest of the run's state is not")
-    assert installed is not None  # settle raises when any rank has not installed it
+    if loaded.any_installs:
+        installed, error = attempt(install)
+        ended = time.perf_counter()
+        mine = msgspec.msgpack.encode((ended - began, ended - started))
+        payloads = settle(comm, error, mine, what="tensors are loaded, but the rest of the run's state is not")
+        took = [msgspec.msgpack.decode(payload, type=tuple[float, float]) for payload in payloads]
+        assert installed is not None  # settle raises when any rank has not installed it
+    else:
+        # All have told each other already that all went well; no rank has to be waited for once more.
+        installed = install()
+        took = [(0.0, sum(rank.seconds.values())) for rank in loaded.ranks]
     random, extra_values, notes = installed
     for note in notes:
         _logger.warning("%s", note)
-    report = report_of(choice.resolved, opened, loaded, [msgspec.msgpack.decode(payload, type=tuple[float, float]) for payload in payloads])
+    report = report_of(choice.resolved, opened, loaded, took)
     return replace(report, random=random, extra=extra_values, notes=(*report.notes, *notes), passed_over=choice.passed_over)
 
 

@@ -17,8 +17,9 @@ from reshard.comm import Communicator
 from reshard.comm.together import attempt, unheard
 from reshard.errors import CommunicationError, ReshardError
 from reshard.loading.exchange import LANES, PreparedExchange
-from reshard.loading.reader import READERS, read_plan
+from reshard.loading.reader import read_plan
 from reshard.loading.staged_check import StagedCheck
+from reshard.loading.workers import count_readers
 from reshard.planning.exchange_plan import Part
 from reshard.planning.exchange_schedule import Incoming, Outgoing, Staged
 from reshard.state import State, TensorKey
@@ -213,7 +214,7 @@ class _Exchange:
 
     def _read(self) -> None:
         """Stage after stage, at most one ahead of what is being sent."""
-        with ThreadPoolExecutor(READERS, "reshard-read") as pool:
+        with ThreadPoolExecutor(count_readers(), "reshard-read") as pool:
             for epoch, items in enumerate(self._schedule.epochs):
                 with self._turn:
                     self._turn.wait_for(lambda epoch=epoch: self._is_over or min(self._sent_epochs, default=epoch) >= epoch - 1)

@@ -78,6 +78,7 @@ class TensorsLoaded:
         misfits: likewise, keys instead of names.
         ranks: likewise.
         all_have_random: whether every rank found the random states of its own place in the same strategy.
+        any_installs: whether any rank has something to install.
         notes: what else there is to know.
     """
 
@@ -88,6 +89,7 @@ class TensorsLoaded:
     misfits: Misfits
     ranks: tuple[RankReport, ...]
     all_have_random: bool
+    any_installs: bool
     notes: tuple[str, ...]
 
 
@@ -155,6 +157,7 @@ def plan_load(
     strictness: Strictness,
     kinds: frozenset[Kind],
     has_random: bool,
+    installs: bool = True,
     selection: Selection = Selection(),  # noqa: B008 - frozen
     opening: float = 0.0,
     balanced: bool = False,
@@ -174,6 +177,7 @@ def plan_load(
         strictness: what to do about misfits.
         kinds: the kinds of tensors that this rank loads; those that no rank loads are not unexpected in the checkpoint.
         has_random: whether this rank found the random states of its place.
+        installs: whether it has anything to install when its tensors are filled.
         selection: the tensors that the load is about, the same on every rank.
         opening: the seconds that it took to open the checkpoint, for the report.
         balanced: whether ranks read for each other, so that each byte is read once in the whole job; the same on every rank.
@@ -205,7 +209,7 @@ def plan_load(
     entries = [] if balanced else locate(plan, headers)
     filled = (GLOBAL_STEP,) if GLOBAL_STEP in plan.missing and common is not None and common.global_step is not None else ()
     unlisted = [] if balanced else _unlisted(plan.files, headers, catalog)
-    found = findings_of(plan, filled, list(chosen.tensors), has_random=has_random, unlisted=unlisted, kinds=kinds)
+    found = findings_of(plan, filled, list(chosen.tensors), has_random=has_random, installs=installs, unlisted=unlisted, kinds=kinds)
     if scales is not None:
         found.scales = bits_of(list(chosen.tensors), [key for key in chosen.tensors if (told.stored[key] if told else key) in scales.keys])
     if not selection.is_all:
@@ -327,6 +331,7 @@ def load_tensors(planned: PlannedLoad, told: Sequence[bytes], comm: Communicator
         misfits,
         ranks,
         all(f.has_random for f in findings),
+        any(f.installs for f in findings),
         notes,
     )
 

@@ -12,8 +12,7 @@ from reshard.errors import MetadataError
 from reshard.format.common import CommonInfo, read_common
 from reshard.format.extra import groups_of, rank_values_in, values_in
 from reshard.format.names import COMMON_FILE, EXTRA_DIRECTORY, GLOBAL_EXTRA_FILE, rank_extra_file, tensor_name
-from reshard.frameworks.adapter import Adapter, Destination
-from reshard.frameworks.select import select_adapter
+from reshard.frameworks.adapter import Adapter, Destination, Prepared
 from reshard.loading.loader import TensorsLoaded
 from reshard.loading.mapped import Through
 from reshard.loading.report import RestoreReport
@@ -66,8 +65,8 @@ def open_checkpoint(
     comm: Communicator,
     directory: str,
     relayed: Relayed,
-    model: Any,
-    optimizer: Any,
+    adapter: Adapter,
+    prepared: Prepared,
     selection: Selection,
     *,
     restore_random: bool,
@@ -80,17 +79,16 @@ def open_checkpoint(
         comm: gives this rank's number and the number of ranks.
         directory: of the checkpoint.
         relayed: what one rank read for all.
-        model: the run's.
-        optimizer: likewise.
+        adapter: of the run's framework.
+        prepared: the run.
         selection: which tensors are loaded.
         restore_random: whether this rank's random states are wanted.
         through: the mapping; None when run and checkpoint have the same names.
 
     Raises:
         DamagedCheckpointError: the checkpoint isn't what it promises.
-        UsageError: a model or an optimizer that no adapter knows.
+        ReshardError: as `Prepared.destination`.
     """
-    adapter = select_adapter(model, optimizer)
     catalog = relayed.catalog
     if catalog is None:
         raise MetadataError("rank 0's index can't be understood", file=directory, fix="run the same version of reshard on every rank")
@@ -105,7 +103,7 @@ def open_checkpoint(
     told = None if through is None else through.tell(catalog)
     named = catalog if told is None else told.as_run(catalog)
     groups = groups if told is None else run_groups(groups, told)
-    destination = adapter.prepare(model, optimizer, selection.catalog(named), selection.groups(groups))
+    destination = prepared.destination(selection.catalog(named), selection.groups(groups))
     description = describe(destination.state, comm.rank)
     mine = None
     if restore_random:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,9 +19,9 @@ from reshard.geometry import Region
 from reshard.loading.budget import MEMORY_BUDGET
 from reshard.loading.scattered import PART_BYTES, Amount, Runs, cut_runs, scatter
 from reshard.loading.verified_reads import PIECE_BYTES, Part, Reading, check_after, parts_of, read_straight, rows_of
-from reshard.loading.workers import run_all
+from reshard.loading.workers import count_readers, run_all
 from reshard.planning.byte_runs import cut_box, row_places
-from reshard.planning.read_plan import Batch, ReadPlan, Transfer
+from reshard.planning.read_plan import Batch, Movement, ReadPlan, Transfer
 from reshard.sources.stored import Headers
 from reshard.state import Memory, State
 from reshard.storage import ReadableFile, Storage
@@ -42,9 +41,6 @@ GAP_BYTES = 64 << 10
 # The shortest rows of a shard that are read each into its own place. For the kernel a place costs what the copy of some KiB costs: shorter
 # rows are read together and copied on.
 ROW_BYTES = 4096
-
-# Reads in flight per rank. A local disk or a parallel file system wants several; more than the cores that copy is no use on any.
-READERS = min(4, os.cpu_count() or 1)
 
 
 def locate(plan: ReadPlan, headers: Headers) -> list[list[TensorEntry]]:
@@ -101,9 +97,10 @@ def read_plan(
         StorageError: reading failed.
     """
     located = zip(plan.batches, entries, strict=True)
-    sizes = _Sizes.within(memory_budget, gap_bytes)
+    readers = count_readers()
+    sizes = _Sizes.within(memory_budget, gap_bytes, readers)
     stages: SimpleQueue[np.ndarray] = SimpleQueue()
-    for _ in range(READERS):
+    for _ in range(readers):
         stages.put(np.empty(0, np.uint8))
 
     def works(files: ExitStack) -> Iterator[Callable[[], Amount]]:
@@ -115,7 +112,7 @@ def read_plan(
             used.let_go()
 
     with ExitStack() as files:
-        amounts = run_all(works(files), READERS, "reshard-read")
+        amounts = run_all(works(files), readers, "reshard-read")
     return Amount(sum(amount.read for amount in amounts), sum(amount.verified for amount in amounts))
 
 
@@ -183,11 +180,11 @@ class _Sizes:
     gap: int
 
     @classmethod
-    def within(cls, memory_budget: int, gap_bytes: int) -> _Sizes:
+    def within(cls, memory_budget: int, gap_bytes: int, readers: int) -> _Sizes:
         """Sizes with which all readers together stay within a budget: each has one buffer and one window, and the last window may still be
         there.
         """
-        each = memory_budget // (4 * READERS)
+        each = memory_budget // (4 * readers)
         return cls(min(BLOCK_BYTES, each), min(WINDOW_BYTES, each), gap_bytes)
 
 
@@ -225,6 +222,7 @@ class _FileReader:
                 runs.append(Runs(begins, np.full(len(begins), nbytes), np.array(addresses, np.int64)))
                 checks += entries if is_checked else [None] * len(entries)
                 continue
+            in_rows = None if is_checked or movement.target_offset is not None else _rows(movement)
             for transfer, entry, begin, address in zip(batch.transfers(), entries, begins.tolist(), addresses, strict=True):
                 check = entry if is_checked else None
                 if address is not None and check is not None and nbytes > PIECE_BYTES:
@@ -232,8 +230,8 @@ class _FileReader:
                 elif address is not None:
                     runs.append(Runs.of([begin], [nbytes], [address]))
                     checks.append(check)
-                elif check is None and (found := self._rows(transfer, entry)) is not None:
-                    rows.append(found)
+                elif in_rows is not None and (first := self._memory(transfer).address) is not None:
+                    rows.append(in_rows.moved(begin, first))
                 elif nbytes <= self._sizes.block // 2:
                     staged.append(_Run(begin, nbytes, transfer, check))
                 elif check is not None:
@@ -263,16 +261,6 @@ class _FileReader:
         tensors = self._tensors
         begins = [tensors[key].shards[shard].memory.address for key in batch.keys]
         return [None if begin is None else begin + offset for begin in begins] if offset else begins
-
-    def _rows(self, transfer: Transfer, entry: TensorEntry) -> Runs | None:
-        """A run of the file as the rows of a box of a shard; None when they are short, or not addressed."""
-        movement = transfer.movement
-        address = self._memory(transfer).address
-        nbytes, places = row_places(movement.target, movement.shard_shape, movement.dtype.itemsize)
-        if address is None or nbytes < ROW_BYTES:
-            return None
-        begins = entry.begin + movement.offset + nbytes * np.arange(len(places))
-        return Runs(begins, np.full(len(places), nbytes), address + places)
 
     def _direct(self, parts: Sequence[Part]) -> Iterator[Callable[[], Amount]]:
         """Long runs go straight to their places; in one piece of work as much as one part may have."""
@@ -382,6 +370,12 @@ class _FileReader:
     def _take_stage(self, nbytes: int) -> np.ndarray:
         stage = self._stages.get()
         return stage if stage.nbytes >= nbytes else np.empty(max(nbytes, self._sizes.block), np.uint8)
+
+
+def _rows(movement: Movement) -> Runs | None:
+    """A run of the file as the rows of a box of a shard, counted from where each begins; None when they are short."""
+    nbytes, places = row_places(movement.target, movement.shard_shape, movement.dtype.itemsize)
+    return None if nbytes < ROW_BYTES else Runs(nbytes * np.arange(len(places)), np.full(len(places), nbytes), places)
 
 
 def _contiguous_box(memory: Memory, box: Region) -> memoryview | None:

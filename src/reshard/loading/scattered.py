@@ -48,6 +48,10 @@ class Runs(NamedTuple):
         """Runs of plain numbers."""
         return cls(np.array(begins, np.int64), np.array(sizes, np.int64), np.array(addresses, np.int64))
 
+    def moved(self, begin: int, address: int) -> Runs:
+        """The same runs that far on, in the file and in memory."""
+        return Runs(self.begins + begin, self.sizes, self.addresses + address)
+
 
 class Scatter(NamedTuple):
     """One call that reads runs.

@@ -7,7 +7,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Generic, TypeVar
 
+from reshard.cores import cores_per_rank
+
 T = TypeVar("T")
+
+# Reads in flight per rank, at most: a local disk or a parallel file system wants several.
+_MOST_READERS = 4
+
+
+def count_readers() -> int:
+    """Reads in flight of this rank: more than the cores that copy is no use on any storage, and ranks that share cores take them from each
+    other.
+    """
+    return max(1, min(_MOST_READERS, int(cores_per_rank())))
 
 
 def run_all(works: Iterator[Callable[[], T]], threads: int, name: str) -> list[T]:

@@ -126,18 +126,21 @@ class _PosixReadable(_Descriptor):
         if call is None:
             scatter_by_reading(self, offset, pieces)
             return
+        left = int(pieces[:, 1].sum())
         with _saying("can't read the file", self.path):
-            while len(pieces):
+            while left:
                 done = call(self._descriptor, pieces, offset)
                 if done == 0:
                     raise ShortFileError(
                         "the file ends before the bytes that should be in it",
                         file=self.path,
                         found=f"{offset} bytes at most",
-                        expected=f"{int(pieces[:, 1].sum())} bytes from offset {offset}",
+                        expected=f"{left} bytes from offset {offset}",
                     )
                 offset += done
-                pieces = _rest_of(pieces, done)
+                left -= done
+                if left:
+                    pieces = _rest_of(pieces, done)
 
     def map(self, offset: int, nbytes: int) -> memoryview | None:
         if not nbytes:

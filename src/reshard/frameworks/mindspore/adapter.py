@@ -13,7 +13,8 @@ from reshard.frameworks.mindspore import random
 from reshard.frameworks.mindspore.cells import NamedTensors, name_tensors
 from reshard.frameworks.mindspore.communicator import DEFAULT_TIMEOUT, connect
 from reshard.frameworks.mindspore.destination import MindSporeDestination, capture_slots
-from reshard.frameworks.mindspore.optimizers import capture_groups, list_optimizers, step_count, take_apart
+from reshard.frameworks.mindspore.layouts import Layouts
+from reshard.frameworks.mindspore.optimizers import CapturedOptimizer, capture_groups, list_optimizers, step_count, take_apart
 from reshard.frameworks.mindspore.values import FRAMEWORK, from_value, to_value
 from reshard.state import ParameterGroup, ShardedTensor, State, TensorKey, model_key
 
@@ -40,10 +41,10 @@ class MindSporeAdapter:
         slots = capture_slots(optimizers, named.layouts, steps)
         return State(tensors={**tensors, **slots}, groups=capture_groups(optimizers))
 
-    def prepare(self, model: Any, optimizer: Any, catalog: Catalog, groups: Sequence[ParameterGroup]) -> MindSporeDestination:
+    def prepare(self, model: Any, optimizer: Any) -> MindSporePrepared:
         named = name_tensors(model)
         optimizers = [take_apart(one, named) for one in list_optimizers(optimizer)]
-        return MindSporeDestination(_capture_model(named), optimizers, named.layouts, catalog, groups)
+        return MindSporePrepared(_capture_model(named), optimizers, named.layouts)
 
     def random_states(self) -> Mapping[str, Any]:
         return random.random_states()
@@ -68,6 +69,24 @@ class MindSporeAdapter:
 
     def communicator(self) -> Communicator:
         return connect(self._timeout)
+
+
+class MindSporePrepared:
+    """A MindSpore run that a load is going to fill.
+
+    Args:
+        tensors: what its model holds.
+        optimizers: its optimizers, taken apart.
+        layouts: how its tensors lie.
+    """
+
+    def __init__(self, tensors: Mapping[TensorKey, ShardedTensor], optimizers: Sequence[CapturedOptimizer], layouts: Layouts) -> None:
+        self._tensors = tensors
+        self._optimizers = optimizers
+        self._layouts = layouts
+
+    def destination(self, catalog: Catalog, groups: Sequence[ParameterGroup]) -> MindSporeDestination:
+        return MindSporeDestination(self._tensors, self._optimizers, self._layouts, catalog, groups)
 
 
 def _capture_model(named: NamedTensors) -> dict[TensorKey, ShardedTensor]:

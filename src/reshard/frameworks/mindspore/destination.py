@@ -67,6 +67,10 @@ class MindSporeDestination:
     def state(self) -> State:
         return self._state
 
+    @property
+    def installs(self) -> bool:
+        return bool(self._optimizers)
+
     def install(self, groups: Sequence[ParameterGroup]) -> None:
         filled = frozenset(self._filled)
         install_groups(self._optimizers, groups, filled)

@@ -16,6 +16,7 @@ from reshard.errors import CaptureError
 from reshard.frameworks.torch import random
 from reshard.frameworks.torch.communicator import DEFAULT_TIMEOUT, connect
 from reshard.frameworks.torch.destination import TorchDestination
+from reshard.frameworks.torch.groups import RunGroups
 from reshard.frameworks.torch.layout import Meshes, mirrored
 from reshard.frameworks.torch.memory import torch_dtype
 from reshard.frameworks.torch.modules import NamedTensors, name_tensors
@@ -57,23 +58,12 @@ class TorchAdapter:
             return State(tensors=tensors, groups=options, updated=frozenset(slots).union(updated))
         return State(tensors=tensors)
 
-    def prepare(self, model: Any, optimizer: Any, catalog: Catalog, groups: Sequence[ParameterGroup]) -> TorchDestination:
+    def prepare(self, model: Any, optimizer: Any) -> TorchPrepared:
         named = name_tensors(model)
         meshes = Meshes(named.all_tensors(), named.fsdp2)
-        tensors = _capture_model(named, meshes)
-        extra_states = []
-        for name, module in named.extra_states.items():
-            value = _extra_state(module, name)
-            stored = catalog.tensors.get(model_key(name))
-            if stored is not None:
-                device = "cpu" if value is None else value.device
-                value = torch.empty(stored.global_shape, dtype=torch_dtype(stored.dtype), device=device)
-                extra_states.append((module, value))
-            if value is not None:
-                _add(tensors, meshes.sharded(model_key(name), value, name))
         optimizers = list_optimizers(optimizer)
         members = list(each_group(optimizers, optimized_parameters(optimizers, named)))
-        return TorchDestination(tensors, extra_states, members, meshes, catalog, groups)
+        return TorchPrepared(named, meshes, _capture_model(named, meshes), members)
 
     def random_states(self) -> Mapping[str, Any]:
         return random.random_states()
@@ -99,6 +89,37 @@ class TorchAdapter:
 
     def communicator(self) -> Communicator:
         return connect(self._timeout)
+
+
+class TorchPrepared:
+    """A torch run that a load is going to fill.
+
+    Args:
+        named: its model, by names.
+        meshes: the meshes of its model.
+        tensors: what its model holds, extra states apart.
+        groups: its optimizers' groups with their parameters.
+    """
+
+    def __init__(self, named: NamedTensors, meshes: Meshes, tensors: Mapping[TensorKey, ShardedTensor], groups: RunGroups) -> None:
+        self._named = named
+        self._meshes = meshes
+        self._tensors = tensors
+        self._groups = groups
+
+    def destination(self, catalog: Catalog, groups: Sequence[ParameterGroup]) -> TorchDestination:
+        tensors = dict(self._tensors)
+        extra_states = []
+        for name, module in self._named.extra_states.items():
+            value = _extra_state(module, name)
+            stored = catalog.tensors.get(model_key(name))
+            if stored is not None:
+                device = "cpu" if value is None else value.device
+                value = torch.empty(stored.global_shape, dtype=torch_dtype(stored.dtype), device=device)
+                extra_states.append((module, value))
+            if value is not None:
+                _add(tensors, self._meshes.sharded(model_key(name), value, name))
+        return TorchDestination(tensors, extra_states, self._groups, self._meshes, catalog, groups)
 
 
 def _capture_model(named: NamedTensors, meshes: Meshes) -> dict[TensorKey, ShardedTensor]:

@@ -90,6 +90,10 @@ class TorchDestination:
     def state(self) -> State:
         return self._state
 
+    @property
+    def installs(self) -> bool:
+        return bool(self._groups or self._extra_states)
+
     def install(self, groups: Sequence[ParameterGroup]) -> None:
         """Give the filled slots and these hyper-parameters to the optimizers, and extra states to their modules.
 

@@ -70,7 +70,7 @@ def _run_to_the_end(job: Job, ranks: int, signals: list[int]) -> None:
     with open(log, "wb") as output:
         msrun = subprocess.Popen(  # noqa: S603 - our own command, no shell
             _command(job, ranks),
-            env=_environment(),
+            env=_environment(ranks),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -130,11 +130,12 @@ def _command(job: Job, ranks: int) -> list[str]:
     return [*msrun, "python3", "-m", "reshard.training.mindspore.worker", str(job.directory), str(os.getpid())]
 
 
-def _environment() -> dict[str, str]:
+def _environment(ranks: int) -> dict[str, str]:
     # Msrun starts whatever `python3` the path leads to.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     # MindSpore logs to where ranks print: errors only, unless the user knows better.
-    return {**os.environ, "PATH": path, _LOG_LEVEL: os.environ.get(_LOG_LEVEL, "3"), "PYTHONUNBUFFERED": "1"}
+    log_level = os.environ.get(_LOG_LEVEL, "3")
+    return {**os.environ, "PATH": path, _LOG_LEVEL: log_level, "PYTHONUNBUFFERED": "1", "LOCAL_WORLD_SIZE": str(ranks)}
 
 
 @contextmanager
