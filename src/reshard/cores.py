@@ -14,7 +14,8 @@ def cores_per_rank() -> float:
     Where no launcher says that there are other ranks, this one has all that its process may run on.
     """
     all_cores = os.cpu_count() or 1
-    # A launcher may have bound each rank to cores of its own: then they needn't be divided.
+    # A launcher may have bound each rank to cores of its own: then they needn't be divided. A container with few of a machine's cores that
+    # its ranks share looks the same; of that this says too much.
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else all_cores
     return min(float(allowed), all_cores / _local_ranks())
 

@@ -32,7 +32,7 @@ WORLDS = (1, 2, 2, 3, 4, 4, 6, 8)
 
 # As they are, nothing that is small enough for a thousand examples would ever be cut in two.
 TINY = {
-    reader: {"BLOCK_BYTES": 200, "WINDOW_BYTES": 96, "GAP_BYTES": 16, "PART_BYTES": 48, "PIECE_BYTES": 20},
+    reader: {"BLOCK_BYTES": 200, "WINDOW_BYTES": 96, "GAP_BYTES": 16, "PART_BYTES": 48, "PIECE_BYTES": 20, "ROW_BYTES": 8},
     scattered: {"PART_BYTES": 48, "MOST_PIECES": 5},
     verified_reads: {"PART_BYTES": 48, "PIECE_BYTES": 20},
     row_blocks: {"LEAST_BYTES": 40, "MOST_BYTES": 100},

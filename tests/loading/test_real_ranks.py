@@ -11,6 +11,7 @@ import pytest
 import reshard
 from reshard.config.fields import ModelSettings
 from reshard.config.sizes import ParallelSizes
+from reshard.errors import CheckpointNotFoundError
 from reshard.state import GLOBAL_STEP, Kind, slot_key
 from tests.processes import RankPool
 
@@ -132,3 +133,38 @@ def test_a_locked_root_is_refused_on_every_rank(rank_pool: Callable[[int], RankP
     assert rank_pool(2).run(locked, tmp_path) == ["", ""]
     with pytest.raises(reshard.ReshardError, match="no such checkpoint"):
         reshard.load(tmp_path / "none")
+
+
+def look_for_none(root: Path, missing_ok: bool) -> tuple[list[str], bool]:
+    """Evaluate, find nothing to load, evaluate again: the kinds of the parameters in between, and whether the outcome is the same."""
+    import torch
+    import torch.distributed as dist
+    from torch import nn
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("dp",))
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)
+    values = torch.ones(2, 8)
+    with torch.no_grad():
+        before = model(values)
+        with reshard.CheckpointManager(root) as manager:
+            if missing_ok:
+                assert manager.load(model=model, missing_ok=True) is None
+            else:
+                with pytest.raises(CheckpointNotFoundError):
+                    manager.load(model=model)
+        kinds = [type(parameter).__name__ for parameter in model.parameters()]
+        return kinds, torch.equal(before, model(values))
+
+
+@pytest.mark.parametrize("missing_ok", [True, False], ids=["fine", "error"])
+def test_gathered_parameters_are_given_up_by_all_ranks_or_none(
+    rank_pool: Callable[[int], RankPool], tmp_path: Path, missing_ok: bool
+) -> None:
+    """Ranks that disagree about that would wait for each other in their next forward pass."""
+    (first, same), other = rank_pool(2).run(look_for_none, tmp_path, missing_ok, timeout=60)
+    assert same
+    assert other == (first, same)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,8 @@ import pytest
 import reshard
 from reshard.comm import Communicator
 from reshard.errors import CaptureError
+from reshard.loading import loader
+from reshard.loading.report import RestoreReport
 from reshard.testing import run_ranks
 from tests.counted import Counted
 
@@ -55,6 +60,32 @@ def test_what_is_installed_is_told(tmp_path: Path) -> None:
     assert rounds(tmp_path) == WITH_MORE, "the scheduler's values come back"
     reshard.save(tmp_path, 2, model=WEIGHTS, optimizer=moments)
     assert rounds(tmp_path, optimizer=lambda: {"adam_m.w": np.zeros(6, np.float32)}) == WITH_MORE, "the step count gets a place"
+
+
+def test_the_report_says_how_long_the_whole_load_took(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where one rank is slow to plan and another to read, so that no rank's own work adds up to it."""
+    reshard.save(tmp_path, 1, model=WEIGHTS)
+    pause = 0.3
+    slow = threading.local()
+
+    def delayed(work: Callable[..., Any], rank: int) -> Callable[..., Any]:
+        def later(*args: Any, **kwargs: Any) -> Any:
+            if slow.rank == rank:
+                time.sleep(pause)
+            return work(*args, **kwargs)
+
+        return later
+
+    monkeypatch.setattr(loader, "locate", delayed(loader.locate, 0))
+    monkeypatch.setattr(loader, "read_plan", delayed(loader.read_plan, 1))
+
+    def work(comm: Communicator) -> RestoreReport:
+        slow.rank = comm.rank
+        return reshard.load(tmp_path, model={"w": np.zeros(6, np.float32)}, communicator=comm)
+
+    first, second = run_ranks(2, work)
+    assert first == second
+    assert first.seconds > 2 * pause
 
 
 @pytest.mark.parametrize("broken", [0, 1])

@@ -44,7 +44,7 @@ class Prepared(Protocol):
 
     def destination(self, catalog: Catalog, groups: Sequence[ParameterGroup]) -> Destination:
         """The run's state as memory to be filled; makes the slots that a fresh optimizer lacks, without stepping it, changing a weight or
-        drawing a random number. May be called again, for another checkpoint.
+        drawing a random number. May be called again, for another checkpoint, as long as nothing was installed.
 
         Args:
             catalog: what the checkpoint holds: which slots, of which shape and dtype.
@@ -80,7 +80,7 @@ class Adapter(Protocol):
         ...
 
     def prepare(self, model: Any, optimizer: Any) -> Prepared:
-        """The same state, to be filled.
+        """The same state, to be filled. All ranks call it, or none: it may give up what modules have gathered.
 
         Args:
             model: as in `capture`.

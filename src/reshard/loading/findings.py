@@ -11,7 +11,11 @@ from reshard.catalog import Catalog
 from reshard.format.names import tensor_name
 from reshard.loading.strictness import Misfits
 from reshard.planning.read_plan import Mismatch, ReadPlan
+from reshard.sources.stored import Headers
 from reshard.state import Kind, TensorKey
+
+# A note names so many tensors.
+NAMES_SHOWN = 8
 
 
 class Findings(msgspec.Struct, array_like=True):
@@ -78,6 +82,19 @@ def findings_of(
         [kind.value for kind in kinds],
         {wanted: bits_of(keys, {m.key for m in plan.cast if m.wanted == wanted}) for wanted in {m.wanted for m in plan.cast}},
     )
+
+
+def unlisted_of(files: Sequence[str], headers: Headers, catalog: Catalog) -> list[str]:
+    """Tensors of these files that the catalog doesn't have; the first few."""
+    known = {tensor.name for tensor in catalog.tensors.values()}
+    found: list[str] = []
+    for file in files:
+        held = headers.get(file).entries
+        # A rank's further parts of a tensor have names of their own: `w@1`.
+        found += [] if held.keys() <= known else [name for name in held if name not in known and name.rpartition("@")[0] not in known]
+        if len(found) >= NAMES_SHOWN:
+            break
+    return found[:NAMES_SHOWN]
 
 
 def bits_of(keys: Sequence[TensorKey], chosen: Collection[TensorKey]) -> bytes:

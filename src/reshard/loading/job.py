@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, TypeVar
 
 import msgspec
@@ -38,9 +39,6 @@ _UNTOUCHED = "nothing was loaded; the run is as it was"
 
 # Made here, since msgspec prepares a type when it first meets it: threads that first meet one together can end the process.
 _CHOICES: msgspec.msgpack.Decoder[list[Choice]] = msgspec.msgpack.Decoder(list[Choice])
-
-Looked = tuple[tuple[Adapter, Prepared] | None, ReshardError | None]
-"""A rank's run, to be filled, or why it can't be."""
 
 _logger = logging.getLogger("reshard")
 
@@ -108,27 +106,33 @@ def load_run(storage: Storage, comm: Communicator, path: str, run: Run, rules: R
     passed: tuple[PassedOver, ...] = ()
     # What a checkpoint that turned out to be damaged has perhaps overwritten on this rank: the next one must fill all of it again.
     written: set[TensorKey] = set()
-    looked: Looked | None = None
+    look = cache(lambda: _look(run))
     if comm.rank:
-        # While rank 0 chooses; it itself looks when the others read what it has told them.
-        looked = attempt(lambda: _look(run))
-    while True:
-        choice: Choice | None = None
+        attempt(look)  # while rank 0 chooses
+
+    def chosen(passed: tuple[PassedOver, ...]) -> list[Choice]:
         try:
-            found = from_first(
+            return from_first(
                 comm,
-                lambda passed=passed: [one for one in (choose(storage, path, rules, balanced=how.balanced, passed_over=passed),) if one],
+                lambda: [one for one in (choose(storage, path, rules, balanced=how.balanced, passed_over=passed),) if one],
                 list[Choice],
                 what=_UNTOUCHED if not passed else "no older checkpoint was loaded",
             )
+        finally:
+            # Rank 0, too, and also where nothing is loaded: modules may change by it, which they must do on all ranks or on none.
+            attempt(look)
+
+    while True:
+        choice: Choice | None = None
+        try:
+            found = chosen(passed)
             if not found:
                 return None
             choice = found[0]
-            looked = looked or attempt(lambda: _look(run))
             _warn(comm, choice.passed_over[len(passed) :])
             if choice.passed_over and comm.rank == 0:
                 _logger.warning("loading the older iteration %s instead: %s", choice.resolved.iteration, choice.resolved.directory)
-            return choice.resolved, _fill(storage, comm, choice, run, looked, rules, how, started, written)
+            return choice.resolved, _fill(storage, comm, choice, run, look, rules, how, started, written)
         except CommunicationError:
             raise
         except DAMAGE as error:
@@ -182,7 +186,7 @@ def _fill(
     comm: Communicator,
     choice: Choice,
     run: Run,
-    looked: Looked,
+    look: Callable[[], tuple[Adapter, Prepared]],
     rules: Rules,
     how: How,
     started: float,
@@ -201,12 +205,8 @@ def _fill(
 
     def prepare() -> tuple[Opened, PlannedLoad]:
         directory, relayed = choice.resolved.directory, choice.relayed
-        given, problem = looked
-        if problem is not None:
-            raise problem
-        assert given is not None  # `attempt` gives one of the two
         opened = open_checkpoint(
-            storage, comm, directory, relayed, *given, how.selection, restore_random=run.restore_random, through=through
+            storage, comm, directory, relayed, *look(), how.selection, restore_random=run.restore_random, through=through
         )
         has_random = opened.rank_values is not None and "random" in opened.rank_values
         planned = plan_load(
@@ -238,7 +238,7 @@ def _fill(
     adapter = opened.adapter
     if choice.falls_back:
         written.update(_filled_by(planned))
-    loaded = load_tensors(planned, told, comm, storage)
+    loaded = load_tensors(planned, told, comm, storage, started=started)
     began = time.perf_counter()
 
     def install() -> tuple[str, Any, tuple[str, ...]]:
@@ -264,7 +264,7 @@ def _fill(
     else:
         # All have told each other already that all went well; no rank has to be waited for once more.
         installed = install()
-        took = [(0.0, sum(rank.seconds.values())) for rank in loaded.ranks]
+        took = [(0.0, loaded.seconds)] * comm.world_size
     random, extra_values, notes = installed
     for note in notes:
         _logger.warning("%s", note)

@@ -22,6 +22,7 @@ from reshard.geometry import Region
 from reshard.loading.budget import MEMORY_BUDGET, check_budget
 from reshard.loading.exchange import PreparedExchange, prepare_exchange
 from reshard.loading.findings import (
+    NAMES_SHOWN,
     Findings,
     bits_of,
     cast_words,
@@ -31,6 +32,7 @@ from reshard.loading.findings import (
     merge_findings,
     scale_keys,
     skipped_names,
+    unlisted_of,
 )
 from reshard.loading.lanes import Traffic, run_exchange
 from reshard.loading.mapped import casts_of, known_misfits, words_of_missing
@@ -48,9 +50,6 @@ from reshard.sources.stored import Headers
 from reshard.state import GLOBAL_STEP, Kind, Shard, State, TensorKey
 from reshard.storage import Storage
 
-# A note names so many tensors.
-_NAMES_SHOWN = 8
-
 _NAME_OF: Callable[[StoredTensor], str] = attrgetter("name")
 _KIND_OF: Callable[[TensorKey], Kind] = attrgetter("kind")
 
@@ -64,6 +63,7 @@ class _Outcome(msgspec.Struct, array_like=True):
     seconds: dict[str, float] = {}
     bytes_sent: int = 0
     bytes_received: int = 0
+    whole: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,7 @@ class TensorsLoaded:
         all_have_random: whether every rank found the random states of its own place in the same strategy.
         any_installs: whether any rank has something to install.
         notes: what else there is to know.
+        seconds: until the last rank's tensors were filled, from the begin of the load on.
     """
 
     restored: tuple[str, ...]
@@ -91,6 +92,7 @@ class TensorsLoaded:
     all_have_random: bool
     any_installs: bool
     notes: tuple[str, ...]
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -208,7 +210,7 @@ def plan_load(
     scales = plan_scales(asked.state, stored, chosen, told, config=config, casts=casts, rank=description.rank, headers=of_direct)
     entries = [] if balanced else locate(plan, headers)
     filled = (GLOBAL_STEP,) if GLOBAL_STEP in plan.missing and common is not None and common.global_step is not None else ()
-    unlisted = [] if balanced else _unlisted(plan.files, headers, catalog)
+    unlisted = [] if balanced else unlisted_of(plan.files, headers, catalog)
     found = findings_of(plan, filled, list(chosen.tensors), has_random=has_random, installs=installs, unlisted=unlisted, kinds=kinds)
     if scales is not None:
         found.scales = bits_of(list(chosen.tensors), [key for key in chosen.tensors if (told.stored[key] if told else key) in scales.keys])
@@ -241,7 +243,7 @@ def plan_load(
     )
 
 
-def load_tensors(planned: PlannedLoad, told: Sequence[bytes], comm: Communicator, storage: Storage) -> TensorsLoaded:
+def load_tensors(planned: PlannedLoad, told: Sequence[bytes], comm: Communicator, storage: Storage, *, started: float) -> TensorsLoaded:
     """Fill the states of a job from a checkpoint. Collective.
 
     Args:
@@ -249,6 +251,7 @@ def load_tensors(planned: PlannedLoad, told: Sequence[bytes], comm: Communicator
         told: the findings of every rank's plan.
         comm: the ranks.
         storage: where the checkpoint lies.
+        started: when the load began, by `time.perf_counter`.
 
     Raises:
         UsageError: a pattern that chooses nothing.
@@ -256,7 +259,7 @@ def load_tensors(planned: PlannedLoad, told: Sequence[bytes], comm: Communicator
         DamagedCheckpointError: the checkpoint is not what it promises.
         ReshardError: whatever a rank met, the same on every rank.
     """
-    started = time.perf_counter()
+    entered = time.perf_counter()
     catalog, chosen, read, common = planned.catalog, planned.chosen, planned.plan, planned.common
     keys = list(chosen.tensors)
     findings = [msgspec.msgpack.decode(data, type=Findings) for data in told]
@@ -282,8 +285,8 @@ def load_tensors(planned: PlannedLoad, told: Sequence[bytes], comm: Communicator
     if planned.balanced:
         prepared, others = _agree(planned.wanted, read, chosen, planned.headers, comm, planned.memory_budget, catalog)
         unlisted_names |= others
-    planning = planned.seconds["plan"] + time.perf_counter() - started
-    started = time.perf_counter()
+    planning = planned.seconds["plan"] + time.perf_counter() - entered
+    entered = time.perf_counter()
     scaling = _read_scales(planned, comm, storage)
 
     def execute() -> Traffic:
@@ -302,10 +305,10 @@ def load_tensors(planned: PlannedLoad, told: Sequence[bytes], comm: Communicator
 
     traffic, error = attempt(execute)
     moved = traffic if traffic is not None else Traffic()
-    seconds = {"open": planned.seconds["open"], "plan": planning, "read": time.perf_counter() - started}
+    seconds = {"open": planned.seconds["open"], "plan": planning, "read": time.perf_counter() - entered}
     moved = Traffic(*(a + b for a, b in zip(astuple(moved), astuple(scaling), strict=True)))
     needed = read.nbytes + (planned.scales.plan.nbytes if planned.scales is not None else 0)
-    outcome = _Outcome(needed, moved.read, moved.verified, seconds, moved.sent, moved.received)
+    outcome = _Outcome(needed, moved.read, moved.verified, seconds, moved.sent, moved.received, time.perf_counter() - started)
     payloads = settle(comm, error, msgspec.msgpack.encode(outcome), what="the load broke off; tensors of the run are partly overwritten")
     outcomes = [msgspec.msgpack.decode(data, type=_Outcome) for data in payloads]
     ranks = tuple(
@@ -318,7 +321,7 @@ def load_tensors(planned: PlannedLoad, told: Sequence[bytes], comm: Communicator
     # Several strands may be of one tensor.
     restored = tuple(dict.fromkeys(map(_NAME_OF, map(catalog.tensors.__getitem__, present))))
     names = sorted(unlisted_names)
-    notes = (f"the files hold tensors that the metadata doesn't list; ignored: {', '.join(names[:_NAMES_SHOWN])}",) if names else ()
+    notes = (f"the files hold tensors that the metadata doesn't list; ignored: {', '.join(names[:NAMES_SHOWN])}",) if names else ()
     scaled = len(scale_keys(findings, keys))
     notes += dispensable
     notes += (f"{scaled} tensor{' was' if scaled == 1 else 's were'} dequantised by block",) if scaled else ()
@@ -333,6 +336,7 @@ def load_tensors(planned: PlannedLoad, told: Sequence[bytes], comm: Communicator
         all(f.has_random for f in findings),
         any(f.installs for f in findings),
         notes,
+        max(outcome.whole for outcome in outcomes),
     )
 
 
@@ -352,7 +356,7 @@ def _agree(
 
     def prepare() -> tuple[PreparedExchange, list[str]]:
         prepared = prepare_exchange(decode_all(texts), chosen, headers, comm.rank, memory_budget)
-        return prepared, _unlisted(prepared.files, headers, catalog)
+        return prepared, unlisted_of(prepared.files, headers, catalog)
 
     made, error = attempt(prepare)
     names = settle(comm, error, b"" if made is None else msgspec.msgpack.encode(made[1]), what="the load failed; nothing was changed")
@@ -378,19 +382,6 @@ def _read_scales(planned: PlannedLoad, comm: Communicator, storage: Storage) -> 
     settle(comm, error, what="the load failed; nothing was changed")
     assert traffic is not None  # settle raises when any rank has failed
     return traffic
-
-
-def _unlisted(files: Sequence[str], headers: Headers, catalog: Catalog) -> list[str]:
-    """Tensors of these files that the catalog doesn't have; the first few."""
-    known = set(map(_NAME_OF, catalog.tensors.values()))
-    found: list[str] = []
-    for file in files:
-        held = headers.get(file).entries
-        # A rank's further parts of a tensor have names of their own: `w@1`.
-        found += [] if held.keys() <= known else [name for name in held if name not in known and name.rpartition("@")[0] not in known]
-        if len(found) >= _NAMES_SHOWN:
-            break
-    return found[:_NAMES_SHOWN]
 
 
 def _fill(shard: Shard, value: float | None) -> None:

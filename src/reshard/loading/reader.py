@@ -222,7 +222,7 @@ class _FileReader:
                 runs.append(Runs(begins, np.full(len(begins), nbytes), np.array(addresses, np.int64)))
                 checks += entries if is_checked else [None] * len(entries)
                 continue
-            in_rows = None if is_checked or movement.target_offset is not None else _rows(movement)
+            placed = None if is_checked or movement.target_offset is not None else _rows(movement)
             for transfer, entry, begin, address in zip(batch.transfers(), entries, begins.tolist(), addresses, strict=True):
                 check = entry if is_checked else None
                 if address is not None and check is not None and nbytes > PIECE_BYTES:
@@ -230,8 +230,8 @@ class _FileReader:
                 elif address is not None:
                     runs.append(Runs.of([begin], [nbytes], [address]))
                     checks.append(check)
-                elif in_rows is not None and (first := self._memory(transfer).address) is not None:
-                    rows.append(in_rows.moved(begin, first))
+                elif placed is not None and (shard := self._memory(transfer).address) is not None:
+                    rows.append(placed.moved(begin, shard))
                 elif nbytes <= self._sizes.block // 2:
                     staged.append(_Run(begin, nbytes, transfer, check))
                 elif check is not None:

@@ -274,7 +274,7 @@ def test_extra_state_that_is_a_tensor_is_saved_and_given_back() -> None:
     assert tensors[key].shards[0].memory.read().tolist() == [0, 1, 2]
     catalog = Catalog("", {key: stored_tensor(key, by_name("int32"), (5,), None, ())})
     model = nn.Sequential(WithExtra(torch.arange(3)))
-    destination = TorchAdapter().prepare(model, None, catalog, ())
+    destination = TorchAdapter().prepare(model, None).destination(catalog, ())
     memory = destination.state.tensors[key].shards[0].memory
     memory.write(Region((0,), (5,)), np.full(5, 9, np.int32))
     assert model[0].value.tolist() == [0, 1, 2]
@@ -285,7 +285,7 @@ def test_extra_state_that_is_a_tensor_is_saved_and_given_back() -> None:
 def test_extra_state_that_the_checkpoint_has_not_stays() -> None:
     value = torch.arange(3)
     model = nn.Sequential(WithExtra(value))
-    destination = TorchAdapter().prepare(model, None, Catalog("", {}), ())
+    destination = TorchAdapter().prepare(model, None).destination(Catalog("", {}), ())
     assert model_key("0._extra_state") in destination.state.tensors
     destination.install(())
     assert model[0].value is value

@@ -361,7 +361,7 @@ def test_one_group_cannot_take_two_learning_rates() -> None:
     state = capture(model, optim.SGD([{"params": [model.weight], "lr": 0.1}, {"params": [model.bias], "lr": 0.2}]))
     optimizer = optim.SGD(model.parameters(), lr=0.9)
     with pytest.raises(MismatchError, match=r"(?s)lr.*0\.\d for (weight|bias).*0\.\d, as for (weight|bias)"):
-        TorchAdapter().prepare(model, optimizer, catalog_of(state), state.groups)
+        TorchAdapter().prepare(model, optimizer).destination(catalog_of(state), state.groups)
     assert optimizer.param_groups[0]["lr"] == 0.9
 
 
@@ -372,7 +372,7 @@ def test_groups_that_differ_in_what_the_run_ignores_fit_one_group() -> None:
         ParameterGroup({"lr": 0.1, "foreach": False, "unknown": 2}, ("bias",)),
     )
     optimizer = optim.SGD(model.parameters(), lr=0.9)
-    TorchAdapter().prepare(model, optimizer, Catalog("", {}), groups).install(groups)
+    TorchAdapter().prepare(model, optimizer).destination(Catalog("", {}), groups).install(groups)
     assert optimizer.param_groups[0]["lr"] == 0.1
 
 

@@ -183,7 +183,7 @@ def test_preparing_changes_nothing() -> None:
         before = weights(other), repr(fresh.state_dict()), generators()
         for parameter in other.parameters():
             parameter.grad = torch.ones_like(parameter)
-        TorchAdapter().prepare(other, fresh, catalog_of(state), state.groups)
+        TorchAdapter().prepare(other, fresh).destination(catalog_of(state), state.groups)
         after = weights(other), repr(fresh.state_dict()), generators()
         assert before == after, name
         if name != "adagrad":

@@ -42,7 +42,7 @@ def resume(state: State, copies: dict[TensorKey, list[tuple[Region, np.ndarray]]
 
 
 def load(catalog: Catalog, groups: Sequence[ParameterGroup], copies, model, optimizer) -> set[TensorKey]:
-    destination = TorchAdapter().prepare(model, optimizer, catalog, groups)
+    destination = TorchAdapter().prepare(model, optimizer).destination(catalog, groups)
     missing = set()
     for key, tensor in destination.state.tensors.items():
         if key not in copies:
