@@ -371,10 +371,10 @@ class CheckpointManager:
         try:
             self.wait()
         finally:
-            self._is_open = False
             if self._async is not None:
                 self._async.close()
                 self._async = None
+            self._is_open = False
             if self._saver is not None:
                 self._saver.close()
                 self._saver = None

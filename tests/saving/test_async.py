@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,35 @@ def test_a_save_stays_back_after_a_call_until_somebody_waits_for_it(tmp_path: Pa
     assert final is not None
     assert final.state == "committed"
     assert same(loaded(tmp_path, 1), weights(1))
+
+
+@pytest.mark.parametrize("is_begun", [False, True])
+def test_an_interrupt_while_a_save_begins_leaves_its_buffers_to_it_or_to_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_begun: bool
+) -> None:
+    gate = Gate()
+    start: Callable[..., Any] = ThreadPoolExecutor.submit
+
+    def submit(executor: ThreadPoolExecutor, function: Callable[[], object]) -> None:
+        if is_begun:
+            start(executor, function)
+            assert gate.reached.wait(60)
+        raise KeyboardInterrupt
+
+    model = weights(1)
+    with reshard.CheckpointManager(tmp_path, async_save=True, storage=gate) as manager:
+        with monkeypatch.context() as patched:
+            patched.setattr(ThreadPoolExecutor, "submit", submit)
+            with pytest.raises(KeyboardInterrupt):
+                manager.save(1, model=model)
+        threading.Timer(0.2, gate.opened.set).start()
+        for name, array in weights(2).items():
+            model[name][...] = array
+        manager.save(2, model=model)
+    if is_begun:
+        assert same(loaded(tmp_path, 1), weights(1))
+    assert same(loaded(tmp_path, 2), weights(2))
+    assert len(list(tmp_path.glob("iteration_*"))) == 1 + is_begun
 
 
 def test_a_second_save_waits_for_the_first_one(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,10 @@ import pytest
 
 from reshard.geometry import Region
 from reshard.geometry.dtypes import by_numpy
-from reshard.saving import snapshot
+from reshard.saving import latch, snapshot
 from reshard.saving.snapshot import Snapshot, SnapshotBuffers
 from reshard.state import HostMemory, Shard, ShardedTensor, State, model_key
+from tests.interrupts import interrupted_at
 
 ARRAYS = {name: np.arange(size, dtype=np.float32) for name, size in (("a", 5), ("b", 100), ("c", 33))}
 
@@ -57,11 +59,11 @@ def test_who_waits_copies_what_nobody_has_begun(copies: Callable[[Callable[[], N
     made = taken()
     waiting = threading.Thread(target=made.wait)
     waiting.start()
-    while sum(sizes) < sum(array.nbytes for array in ARRAYS.values()):
-        assert waiting.is_alive()
     waiting.join(60)
+    assert not waiting.is_alive()
     assert made.is_copied  # nobody had begun anything, and no device copies
-    assert not made.wanted.is_set()
+    assert not made.wanted.is_set
+    assert sum(sizes) == made.later == sum(array.nbytes for array in ARRAYS.values())
     made.finish()
     assert max(sizes) == 64
     check(made)
@@ -84,7 +86,7 @@ def test_who_waits_returns_when_the_others_part_is_copied_too(copies: Callable[[
     waiting.start()
     waiting.join(0.2)
     assert waiting.is_alive()
-    assert made.wanted.is_set()
+    assert made.wanted.is_set
     may_end.set()
     waiting.join(60)
     finishing.join(60)
@@ -93,7 +95,7 @@ def test_who_waits_returns_when_the_others_part_is_copied_too(copies: Callable[[
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_what_breaks_off_a_waiter_s_part_leaves_it_to_who_finishes(
+def test_what_breaks_off_a_waiter_s_part_leaves_it_to_who_finishes_and_is_raised(
     copies: Callable[[Callable[[], None]], list[int]], error: type[BaseException]
 ) -> None:
     left = [3]
@@ -110,14 +112,36 @@ def test_what_breaks_off_a_waiter_s_part_leaves_it_to_who_finishes(
             made.wait()
         made.finish()
     else:
-        waiting = threading.Thread(target=made.wait)
-        waiting.start()
-        while left[0] > 0:
-            assert waiting.is_alive()
-        made.finish()
-        waiting.join(60)
+        # Who finishes doesn't meet it: it came from a signal's handler.
+        finishing = threading.Thread(target=lambda: made.wanted.wait(60) and made.finish())
+        finishing.start()
+        with pytest.raises(RuntimeError):
+            made.wait()
+        finishing.join(60)
     assert made.is_copied
     check(made)
+
+
+def test_what_fails_in_who_waits_and_in_who_finishes_is_raised_there(copies: Callable[[Callable[[], None]], list[int]]) -> None:
+    def before() -> None:
+        raise RuntimeError("broken")
+
+    copies(before)
+    made = taken()
+    failed: list[BaseException] = []
+
+    def finish() -> None:
+        assert made.wanted.wait(60)
+        try:
+            made.finish()
+        except RuntimeError as error:
+            failed.append(error)
+
+    finishing = threading.Thread(target=finish)
+    finishing.start()
+    made.wait()
+    finishing.join(60)
+    assert len(failed) == 1
 
 
 def test_an_error_of_who_finishes_is_raised_there_and_holds_nobody(copies: Callable[[Callable[[], None]], list[int]]) -> None:
@@ -132,15 +156,18 @@ def test_an_error_of_who_finishes_is_raised_there_and_holds_nobody(copies: Calla
     assert made.is_copied
 
 
-class Interrupted(threading.Condition):
-    """Raises after it was let go of for so many times."""
+class Interrupted:
+    """A lock that raises after it was let go of for so many times."""
 
     def __init__(self, times: int) -> None:
-        super().__init__()
+        self.lock = threading.RLock()
         self.left = times
 
+    def __enter__(self) -> None:
+        self.lock.acquire()
+
     def __exit__(self, *arguments: object) -> None:
-        self.release()
+        self.lock.release()
         self.left -= 1
         if self.left == 0:
             raise KeyboardInterrupt
@@ -150,12 +177,90 @@ def test_an_interrupt_between_two_parts_loses_none(copies: Callable[[Callable[[]
     copies(lambda: None)
     for times in range(1, 12):
         made = taken()
-        made._turn = Interrupted(times)
+        lock = made._lock = Interrupted(times)  # pyright: ignore[reportAttributeAccessIssue] - used as one
+        made._turn = threading.Condition(lock.lock)
         with pytest.raises(KeyboardInterrupt):
             made.wait()
         made.finish()
         assert made.is_copied
         check(made)
+
+
+def finished(made: Snapshot) -> None:
+    """Somebody finishes it, while others wait for it in vain if something was left behind that no one lets go of."""
+    threads = [threading.Thread(target=target, daemon=True) for target in (made.finish, made.wait)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    assert made.is_copied
+    check(made)
+
+
+def test_an_interrupt_anywhere_in_a_wait_leaves_nothing_taken(copies: Callable[[Callable[[], None]], list[int]]) -> None:
+    copies(lambda: None)
+
+    def interrupted(point: int) -> bool:
+        made = taken()
+        came = interrupted_at(point, made.wait, [snapshot, latch, threading])
+        finished(made)
+        return came
+
+    assert next(point for point in count(1) if not interrupted(point)) > 20
+
+
+@pytest.mark.parametrize("next_one", ["waits again", "finishes"])
+def test_a_second_interrupt_while_the_first_one_s_part_is_given_back_loses_none(
+    copies: Callable[[Callable[[], None]], list[int]], next_one: str
+) -> None:
+    left = 0
+
+    def before() -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise KeyboardInterrupt
+
+    copies(before)
+
+    def interrupted(point: int) -> bool:
+        nonlocal left
+        left = 3
+        made = taken()
+        give_back, came = made.give_back, False
+
+        def twice() -> None:
+            nonlocal came
+            if left > 0:
+                give_back()
+            elif interrupted_at(point, give_back, [snapshot, threading]):
+                came = True
+                raise KeyboardInterrupt
+
+        made.give_back = twice
+        with pytest.raises(KeyboardInterrupt):
+            made.wait()
+        made.give_back = give_back
+        if next_one == "waits again":
+            made.wait()
+            assert made.is_copied
+            check(made)
+        else:
+            made.give_back()
+        finished(made)
+        return came
+
+    assert next(point for point in count(1) if not interrupted(point)) > 3
+
+
+def test_nobody_waits_for_what_nobody_will_finish(copies: Callable[[Callable[[], None]], list[int]]) -> None:
+    sizes = copies(lambda: None)
+    made = taken()
+    made.abandon()
+    made.wait()
+    assert made.is_copied
+    assert sizes == []
 
 
 def state_of(**arrays: np.ndarray) -> State:

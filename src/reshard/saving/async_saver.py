@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import operator
+import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, SupportsIndex
 
 from reshard.comm import Communicator
 from reshard.comm.together import attempt
-from reshard.errors import CommunicationError, ReshardError
+from reshard.errors import CommunicationError, ReshardError, UsageError
 from reshard.format.common import CommonInfo
 from reshard.format.names import iteration_name
 from reshard.frameworks.adapter import Adapter
@@ -54,6 +55,7 @@ class AsyncSaver:
         self._buffers: SnapshotBuffers | None = None
         self._snapshot: Snapshot | None = None
         self._unhook: Callable[[], None] | None = None
+        self._updating: set[int] = set()  # threads that are in `before_update`
 
     def has_room(self) -> bool:
         """Whether another save can begin; waits for the one before, if that is what was chosen. The same on every rank; collective when
@@ -61,7 +63,9 @@ class AsyncSaver:
 
         Raises:
             ReshardError: the save before failed.
+            UsageError: as `wait`.
         """
+        self._check_thread()
         if self._saver.options.when_busy == "skip" and any(map(any, self._comm.all_gather(bytes([self._background.is_busy])))):
             return False
         self.wait()
@@ -93,7 +97,6 @@ class AsyncSaver:
         snapshot: Snapshot | None = None
         if error is None and adapter is not None:
             snapshot, error = attempt(lambda: self._take(adapter, state))
-        self._snapshot = snapshot
         copying = time.perf_counter() - started + (0 if snapshot is None else snapshot.later / _COPIED_PER_SECOND)
         pause = min(_PAUSE_COPIES * copying, _LONGEST_PAUSE)
 
@@ -114,29 +117,50 @@ class AsyncSaver:
                 raise
 
         try:
+            self._snapshot = snapshot
             self._background.start(work)
         except RuntimeError:
             # From a handler at the process's exit. Nothing can go on after the call; but a save that was called for is made.
             return work()
+        except BaseException:
+            # An interrupt before it was begun: then nobody will copy what is left.
+            if snapshot is not None and not self._background.is_busy:
+                snapshot.abandon()
+            raise
         number, _ = attempt(lambda: operator.index(step))
         directory = self._saver.root if number is None else join(self._saver.root, iteration_name(number))
         nbytes = 0 if snapshot is None else snapshot.nbytes
         return SaveReport(number or 0, directory, nbytes, time.perf_counter() - started, (), "under way")
 
     def before_update(self) -> None:
-        """Return when what is being saved may be changed."""
+        """Return when what is being saved may be changed.
+
+        Raises:
+            UsageError: as `wait`.
+        """
         snapshot = self._snapshot  # any thread may step an optimizer while another one waits for the save
-        if snapshot is not None:
+        if snapshot is None or snapshot.is_copied:
+            return
+        self._check_thread()
+        me = threading.get_ident()
+        try:
+            self._updating.add(me)
             snapshot.wait()
+        finally:
+            self._updating.discard(me)  # nothing before it that an interrupt can come between
 
     def wait(self) -> SaveReport | None:
         """Return when nothing is under way, with what became of the last save; None when there was none.
 
         Raises:
             ReshardError: the last save failed; once.
+            UsageError: a signal's handler calls, of a thread that is in `before_update`.
         """
-        if self._snapshot is not None:
-            self._snapshot.wanted.set()
+        self._check_thread()
+        snapshot = self._snapshot
+        if snapshot is not None:
+            snapshot.give_back()  # interrupts may have kept this thread from it
+            snapshot.wanted.set()
         try:
             return self._background.wait()
         finally:
@@ -145,12 +169,28 @@ class AsyncSaver:
                 self._snapshot = None
 
     def close(self) -> None:
-        """Let go of the optimizers, and end the thread. Nothing may be under way."""
+        """Let go of the optimizers, and end the thread. Nothing may be under way.
+
+        Raises:
+            UsageError: as `wait`.
+        """
+        self._check_thread()
         self._background.close()
         if self._unhook is not None:
             self._unhook()
             self._unhook = None
         self._buffers = None
+
+    def _check_thread(self) -> None:
+        """See that it isn't a signal's handler that calls while its thread copies: it would wait for that for ever. And what another save
+        left for later, the step after `before_update` would change.
+        """
+        if threading.get_ident() in self._updating:
+            raise UsageError(
+                "the handler of a signal uses the manager while its thread is about to change what is being saved",
+                expected="a handler that only notes that it was called",
+                fix="save, wait or close in the training loop, after a step; reshard.GracefulStop catches signals and says after which",
+            )
 
     def _take(self, adapter: Adapter, state: State) -> Snapshot:
         if self._mode == "deferred" and self._unhook is None:

@@ -7,7 +7,6 @@ import ctypes
 import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from math import prod
 from typing import NamedTuple
@@ -15,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from reshard.geometry import DType, Region
+from reshard.saving.latch import Latch
 from reshard.state import Memory, Shard, ShardedTensor, State, TensorKey
 
 # Where each shard begins in the buffer: any element type may begin there, and no two share a line of the cache.
@@ -102,6 +102,12 @@ class _Left(NamedTuple):
 class Snapshot:
     """A state, some of which may still have to be copied.
 
+    Args:
+        state: as the attribute.
+        nbytes: as the attribute.
+        left: what is to be copied.
+        waits: of the copies that a device has begun.
+
     Attributes:
         state: what is saved. Its tensors have the values of the call once `finish` has returned.
         nbytes: of its tensors.
@@ -117,10 +123,13 @@ class Snapshot:
         self._begun: dict[int, _Left] = {}  # by thread
         self._waiting: set[int] = set()  # threads that copy since they wait
         self._is_over = False
+        self._is_lost = False
         self._waits = waits
-        self._turn = threading.Condition()
-        self._copied = threading.Event()
-        self.wanted = threading.Event()
+        # Taken by itself, never through the condition: that does it in Python code, in which an interrupt leaves it taken.
+        self._lock = threading.RLock()
+        self._turn = threading.Condition(self._lock)
+        self._copied = Latch()
+        self.wanted = Latch()
         if not self._left and not waits:
             self._copied.set()
 
@@ -132,35 +141,56 @@ class Snapshot:
         try:
             while True:
                 self._copy_left(unless=self._waiting)
-                with self._turn:
+                with self._lock:
                     self._turn.wait_for(lambda: not (self._waiting if self._left else self._begun))
                     if not self._left and not self._begun:
                         break
             for wait in self._waits:
                 wait()
+        except BaseException:
+            self._is_lost = True
+            raise
         finally:
-            # Also when it failed: then the snapshot is lost, but training must not wait for ever.
-            with self._turn:
-                self._is_over = True
-                self._left.clear()
-                self._waits.clear()
-            self._copied.set()
+            # Also when it failed: training must not wait for ever.
+            self.abandon()
+
+    def abandon(self) -> None:
+        """Copy nothing more, and let all go who wait: nobody will finish it, or it is finished."""
+        with self._lock:
+            self._is_over = True
+            self._left.clear()
+            self._waits.clear()
+        self._copied.set()
 
     def wait(self) -> None:
-        """Return when the original may be changed. Until then the caller copies, too: it may have more of the machine than who finishes."""
+        """Return when the original may be changed. Until then the caller copies, too: it may have more of the machine than who finishes.
+
+        What fails here who finishes does again. If it fails there it is told there.
+
+        Raises:
+            Exception: it didn't fail there: it came from a signal's handler.
+        """
+        if self.is_copied:
+            return
+        failed: Exception | None = None
         try:
-            with self._turn:
+            self.give_back()
+            with self._lock:
                 self._waiting.add(threading.get_ident())
-            with suppress(Exception):  # what fails here fails there, where it is told
-                self._copy_left()
+            self._copy_left()
+        except Exception as error:  # noqa: BLE001 - a save that fails is no reason for training to do so
+            failed = error
         finally:
-            self._give_back()
-        with self._turn:
-            if not (self._left or self._begun or self._waits):
-                self._copied.set()  # no other thread and no device has anything to do with it
-        if not self._copied.is_set():
+            self.give_back()
+        with self._lock:
+            is_copied = not (self._left or self._begun or self._waits)
+        if is_copied:
+            self._copied.set()  # no other thread and no device has anything to do with it
+        if not self.is_copied:
             self.wanted.set()
             self._copied.wait()
+        if failed is not None and not self._is_lost:
+            raise failed
 
     def _copy_left(self, unless: Collection[int] = ()) -> None:
         """Copy part after part until none is left, or there are others who do. An interrupt may come between any two steps: their order
@@ -168,32 +198,38 @@ class Snapshot:
         """
         me = threading.get_ident()
         while True:
-            with self._turn:
+            with self._lock:
                 if not self._left or unless:
                     return
                 part = self._begun[me] = self._left[0]
                 del self._left[0]
             wait = _copy(*part)
-            with self._turn:
+            with self._lock:
                 if wait is not None:
                     self._waits.append(wait)
                 del self._begun[me]
                 if not self._left:  # not for each part: who is woken takes turns with who copies
                     self._turn.notify_all()
 
-    def _give_back(self) -> None:
-        """End waiting. The part that this thread has begun, if any, is the next one's who comes: it is copied again, from its begin."""
-        with self._turn:
-            self._waiting.discard(threading.get_ident())
-            part = self._begun.pop(threading.get_ident(), None)
-            if part is not None and not self._is_over:
-                self._left.appendleft(part)
+    def give_back(self) -> None:
+        """End this thread's waiting. The part that it has begun, if any, is the next one's who comes: it is copied again, from its begin.
+
+        A second interrupt may keep it from being called where a wait was broken off: then whoever comes back with that thread calls it.
+        """
+        me = threading.get_ident()
+        with self._lock:
+            self._waiting.discard(me)
+            part = self._begun.get(me)
+            if part is not None:
+                if not self._is_over:
+                    self._left.appendleft(part)
+                del self._begun[me]  # last: as long as it is there nobody takes all for copied
             self._turn.notify_all()
 
     @property
     def is_copied(self) -> bool:
         """Whether the original may be changed."""
-        return self._copied.is_set()
+        return self._copied.is_set
 
 
 class SnapshotBuffers:

@@ -21,8 +21,11 @@ from torch.optim.lr_scheduler import ExponentialLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import reshard
+from reshard.errors import UsageError
 from reshard.frameworks.torch import TorchAdapter
-from reshard.saving import background, snapshot
+from reshard.saving import async_saver, snapshot
+from reshard.saving.background import Background
+from reshard.saving.latch import Latch
 
 
 @pytest.fixture
@@ -246,11 +249,15 @@ def test_an_interrupt_while_a_save_is_waited_for_does_not_let_training_change_wh
     with reshard.CheckpointManager(tmp_path, async_save="deferred") as manager:
         manager.save(1, **run.parts())
 
-        def interrupt(_: object) -> None:
-            raise KeyboardInterrupt
+        wait = Latch.wait
+
+        def interrupt(latch: Latch, timeout: float | None = None) -> bool:
+            if threading.current_thread() is threading.main_thread():
+                raise KeyboardInterrupt
+            return wait(latch, timeout)
 
         with monkeypatch.context() as patched:
-            patched.setattr(background.concurrent.futures, "wait", interrupt)
+            patched.setattr(Latch, "wait", interrupt)
             with pytest.raises(KeyboardInterrupt):
                 manager.wait()
         assert begun.wait(60)
@@ -282,3 +289,131 @@ def test_a_save_at_the_end_of_the_process_is_made_at_once_and_holds_nobody(
     ended = run_python(textwrap.dedent(program))
     assert ended.stdout.split() == ["committed", "stepped"], ended.stderr
     assert reshard.Checkpoint(tmp_path).iteration == 1
+
+
+def test_a_step_does_not_copy_for_a_save_that_an_interrupt_kept_from_beginning(
+    tmp_path: Path, slowly: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(background: Background[Any], work: Callable[[], Any]) -> None:
+        raise KeyboardInterrupt
+
+    run = Run(plain(), lambda parameters: optim.SGD(parameters, 0.5))
+    run.backward()
+    with reshard.CheckpointManager(tmp_path, async_save="deferred") as manager:
+        with monkeypatch.context() as patched:
+            patched.setattr(Background, "start", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                manager.save(1, **run.parts())
+        slowly.clear()
+        run.step()
+        assert slowly == []
+        manager.save(2, **run.parts())
+    assert reshard.Checkpoint(tmp_path).iteration == 2
+
+
+@pytest.fixture
+def in_a_step(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], object]]:
+    """Functions that the handler of a signal calls, each once, while a step of the main thread copies what was left for later."""
+    calls: list[Callable[[], object]] = []
+    quick = snapshot._copy
+
+    def interrupted(*arguments: Any) -> Any:
+        if threading.current_thread() is threading.main_thread():
+            while calls:
+                calls.pop(0)()
+        return quick(*arguments)
+
+    monkeypatch.setattr(snapshot, "_copy", interrupted)
+    # Nobody else copies it first.
+    monkeypatch.setattr(async_saver, "_PAUSE_COPIES", 1e9)
+    monkeypatch.setattr(async_saver, "_LONGEST_PAUSE", 60.0)
+    return calls
+
+
+@pytest.mark.parametrize("when_busy", ["wait", "skip"])
+def test_a_handler_that_uses_the_manager_while_its_thread_copies_is_told_what_to_do(
+    tmp_path: Path, in_a_step: list[Callable[[], object]], when_busy: Any
+) -> None:
+    """It would wait for its own thread."""
+    run = Run(plain(), lambda parameters: optim.SGD(parameters, 0.5))
+    run.backward()
+    expected = copy.deepcopy(run.model.state_dict())
+    told: list[str] = []
+    with reshard.CheckpointManager(tmp_path, async_save="deferred", when_busy=when_busy) as manager:
+        calls: list[Callable[[], object]] = [
+            lambda: manager.save(2, **run.parts()),
+            lambda: manager.load(**run.parts()),
+            manager.wait,
+            manager.before_update,
+            manager.close,
+        ]
+
+        def handle() -> None:
+            for call in calls:
+                with pytest.raises(UsageError, match="GracefulStop") as caught:
+                    call()
+                told.append(str(caught.value))
+
+        manager.save(1, **run.parts())
+        in_a_step.append(handle)
+        run.step()
+        assert len(told) == len(calls)
+        final = manager.wait()
+        assert final is not None
+        assert final.state == "committed"
+        manager.save(2, **run.parts())  # nothing was closed
+    found = copy.deepcopy(run.model)
+    reshard.load(tmp_path / "iteration_00000001", model=found)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.state_dict().items())
+
+
+def test_what_a_handler_raises_while_its_thread_copies_comes_out_of_the_step(tmp_path: Path, in_a_step: list[Callable[[], object]]) -> None:
+    run = Run(plain(), lambda parameters: optim.SGD(parameters, 0.5))
+    run.backward()
+    with reshard.CheckpointManager(tmp_path, async_save="deferred") as manager:
+        manager.save(1, **run.parts())
+        in_a_step.append(manager.wait)
+        with pytest.raises(UsageError, match="GracefulStop"):
+            run.step()
+        run.step()
+    assert reshard.Checkpoint(tmp_path).iteration == 1
+
+
+def test_two_interrupts_of_a_step_hold_nobody_who_waits_for_the_save(
+    tmp_path: Path, in_a_step: list[Callable[[], object]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(plain(), lambda parameters: optim.SGD(parameters, 0.5))
+    run.backward()
+    give_back, wait = snapshot.Snapshot.give_back, Background.wait
+    given_back: list[bool] = []
+
+    def interrupt(made: snapshot.Snapshot) -> None:
+        monkeypatch.setattr(snapshot.Snapshot, "give_back", note)
+        raise KeyboardInterrupt
+
+    def note(made: snapshot.Snapshot) -> None:
+        give_back(made)
+        given_back.append(threading.current_thread() is threading.main_thread())
+
+    def wait_after(background: Background[Any]) -> Any:
+        assert given_back == [True]  # else it would wait for ever
+        return wait(background)
+
+    def twice() -> None:
+        monkeypatch.setattr(snapshot.Snapshot, "give_back", interrupt)
+        raise KeyboardInterrupt
+
+    manager = reshard.CheckpointManager(tmp_path, async_save="deferred")
+    manager.save(1, **run.parts())
+    in_a_step.append(twice)
+    with pytest.raises(KeyboardInterrupt):
+        run.step()
+    with monkeypatch.context() as patched:
+        patched.setattr(Background, "wait", wait_after)
+        try:
+            final = manager.wait()
+        finally:
+            run.step()  # gives back in any case
+    manager.close()
+    assert final is not None
+    assert final.state == "committed"
