@@ -95,7 +95,7 @@ class Memory(Protocol):
             target: where to.
 
         Returns:
-            What to call before the target is looked at, from any thread; None when the values are there.
+            What to call before the target is looked at, from any thread, and more than once if need be; None when the values are there.
         """
         ...
 

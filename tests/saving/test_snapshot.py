@@ -210,6 +210,36 @@ def test_an_interrupt_anywhere_in_a_wait_leaves_nothing_taken(copies: Callable[[
     assert next(point for point in count(1) if not interrupted(point)) > 20
 
 
+def test_an_interrupt_anywhere_in_a_wait_for_another_thread_leaves_nothing_taken() -> None:
+    me = threading.get_ident()
+
+    def refuse() -> None:
+        if threading.get_ident() == me:
+            raise RuntimeError("not in this thread")
+
+    def interrupted(point: int) -> bool:
+        device = Device(np.arange(5.0))
+        device.before_wait = refuse
+        made = SnapshotBuffers(zeros).take(state_on(w=device), deferred=True)
+        finishing = threading.Thread(target=lambda: made.wanted.wait(60) and made.finish(), daemon=True)
+        finishing.start()
+
+        def wait() -> None:
+            with pytest.raises(RuntimeError):
+                made.wait()
+
+        came = interrupted_at(point, wait, [snapshot, latch, threading])
+        made.give_back()
+        made.wanted.set()
+        finishing.join(60)
+        assert not finishing.is_alive()
+        assert made.is_copied
+        assert np.array_equal(made.state.tensors[model_key("w")].shards[0].memory.read(), device.array)
+        return came
+
+    assert next(point for point in count(1) if not interrupted(point)) > 10
+
+
 @pytest.mark.parametrize("next_one", ["waits again", "finishes"])
 def test_a_second_interrupt_while_the_first_one_s_part_is_given_back_loses_none(
     copies: Callable[[Callable[[], None]], list[int]], next_one: str
@@ -252,6 +282,91 @@ def test_a_second_interrupt_while_the_first_one_s_part_is_given_back_loses_none(
         return came
 
     assert next(point for point in count(1) if not interrupted(point)) > 3
+
+
+class Device:
+    """Memory of a device that copies beside everything else: here when somebody waits for it.
+
+    Attributes:
+        log: what was done, and with which.
+        before_wait: called first by whoever waits.
+    """
+
+    host = None
+    address = None
+
+    def __init__(self, array: np.ndarray, log: list[str] | None = None, name: str = "") -> None:
+        self.array = array
+        self.nbytes = array.nbytes
+        self.log = [] if log is None else log
+        self.name = name
+        self.before_wait: Callable[[], None] = lambda: None
+
+    def read(self) -> np.ndarray:
+        return self.array.copy()
+
+    def write(self, region: Region, values: np.ndarray) -> None:
+        self.array[region.slices] = values
+
+    def hold(self) -> Device:
+        return self
+
+    def begin_copy(self, target: np.ndarray) -> Callable[[], object]:
+        self.log.append(f"{self.name} begun")
+
+        def wait() -> None:
+            self.before_wait()
+            self.log.append(f"{self.name} copied")
+            target[...] = self.array
+
+        return wait
+
+
+def zeros(nbytes: int) -> np.ndarray:
+    return np.zeros(nbytes, np.uint8)
+
+
+def state_on(*others: str, **devices: Device) -> State:
+    """A state on devices, of which an optimizer updates all but some."""
+    tensors = {}
+    for name, device in devices.items():
+        array = device.array
+        key = model_key(name)
+        tensors[key] = ShardedTensor(key, by_numpy(array.dtype), array.shape, None, (Shard(Region.whole(array.shape), device),))
+    return State(tensors, updated=frozenset(tensors) - set(map(model_key, others)))
+
+
+@pytest.mark.parametrize(
+    ("deferred", "waited_for"),
+    [(False, ["w", "count", "buffer"]), (True, ["count", "buffer"])],
+    ids=["copy", "deferred"],
+)
+def test_what_a_device_copies_may_be_changed_after_the_call_unless_an_optimizer_s_step_waits_for_it(
+    deferred: bool, waited_for: list[str]
+) -> None:
+    log: list[str] = []
+    arrays = {"w": np.arange(3.0), "count": np.array(2.0), "buffer": np.arange(5.0)}
+    devices = {name: Device(array.copy(), log, name) for name, array in arrays.items()}
+    made = SnapshotBuffers(zeros).take(state_on("buffer", **devices), deferred=deferred)
+    assert log == ["w begun", "count begun", "buffer begun", *(f"{name} copied" for name in waited_for)]
+    assert made.is_copied is not deferred
+    for name in waited_for:
+        devices[name].array[...] = -1
+    made.finish()
+    for name, array in arrays.items():
+        assert np.array_equal(made.state.tensors[model_key(name)].shards[0].memory.read(), array)
+
+
+def test_who_waits_needs_nobody_else_for_what_a_device_copies() -> None:
+    device = Device(np.arange(3.0))
+    made = SnapshotBuffers(zeros).take(state_on(w=device), deferred=True)
+    waiting = threading.Thread(target=made.wait, daemon=True)
+    waiting.start()
+    waiting.join(60)
+    assert not waiting.is_alive()
+    assert made.is_copied
+    assert not made.wanted.is_set
+    assert np.array_equal(made.state.tensors[model_key("w")].shards[0].memory.read(), device.array)
 
 
 def test_nobody_waits_for_what_nobody_will_finish(copies: Callable[[Callable[[], None]], list[int]]) -> None:

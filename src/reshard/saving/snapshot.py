@@ -182,15 +182,25 @@ class Snapshot:
             failed = error
         finally:
             self.give_back()
-        with self._lock:
-            is_copied = not (self._left or self._begun or self._waits)
-        if is_copied:
-            self._copied.set()  # no other thread and no device has anything to do with it
+        try:
+            self._wait_for_devices()
+        except Exception as error:  # noqa: BLE001 - as above
+            failed = error
         if not self.is_copied:
             self.wanted.set()
             self._copied.wait()
         if failed is not None and not self._is_lost:
             raise failed
+
+    def _wait_for_devices(self) -> None:
+        """Wait for what devices copy, if no thread has anything to do with it any more. Who finishes may not have had its turn yet."""
+        with self._lock:
+            if self._left or self._begun:
+                return
+            waits = list(self._waits)
+        for wait in waits:
+            wait()
+        self._copied.set()
 
     def _copy_left(self, unless: Collection[int] = ()) -> None:
         """Copy part after part until none is left, or there are others who do. An interrupt may come between any two steps: their order
@@ -261,6 +271,7 @@ class SnapshotBuffers:
         base = self._buffer.ctypes.data
         left: list[_Left] = []
         waits: list[Callable[[], object]] = []
+        begun: list[Callable[[], object]] = []  # copies of what may change before any optimizer's step
         updated = state.updated if deferred else frozenset[TensorKey]()
         for tensor, placed in zip(tensors, places, strict=True):
             may_wait = tensor.key in updated
@@ -274,9 +285,12 @@ class SnapshotBuffers:
                     continue
                 wait = _copy(memory, target, base, 0, nbytes)
                 if wait is not None:
-                    waits.append(wait)
+                    (waits if may_wait and region.shape else begun).append(wait)
         groups = tuple(replace(group, options=copy.deepcopy(dict(group.options))) for group in state.groups)
         values, rank_values = copy.deepcopy((dict(state.values), dict(state.rank_values)))
+        # A device's copies run beside what it is given after the call. They were all begun first, so that they run one beside the other.
+        for wait in begun:
+            wait()
         return Snapshot(State(held, groups, values, rank_values), self._total, left, waits)
 
     def _place(self, tensors: Sequence[ShardedTensor]) -> tuple[dict[TensorKey, ShardedTensor], list[tuple[_Place, ...]]]:
