@@ -13,10 +13,15 @@ import numpy as np
 import pytest
 
 import reshard
+from reshard import manager as manager_module
 from reshard.comm import Communicator
 from reshard.comm.together import attempt
 from reshard.errors import SaveError, StorageError, UsageError
 from reshard.saving import async_saver
+from reshard.saving.async_saver import AsyncSaver
+from reshard.saving.background import Background
+from reshard.saving.latch import Latch
+from reshard.saving.report import SaveReport
 from reshard.storage import PosixStorage
 from reshard.storage.storage import WritableFile
 from reshard.testing import run_ranks, run_ranks_settled
@@ -79,13 +84,38 @@ def test_the_call_returns_before_anything_is_written_and_the_state_is_that_of_th
     assert np.array_equal(seen[1], np.arange(3))
 
 
+class Clock:
+    """Time that goes on by an hour with each look, or stands still."""
+
+    def __init__(self, *, stands: bool = False) -> None:
+        self.now = 0.0
+        self.step = 0 if stands else 3600
+
+    def perf_counter(self) -> float:
+        self.now += self.step
+        return self.now
+
+
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, bool]]:
+    """How long each thread of a save was to stay back, and whether somebody waited for it then; none does."""
+    seen: list[tuple[float, bool]] = []
+    wait = Latch.wait
+
+    def wait_or_note(latch: Latch, timeout: float | None = None) -> bool:
+        if timeout is None:
+            return wait(latch)
+        seen.append((timeout, latch.is_set))
+        return latch.is_set
+
+    monkeypatch.setattr(Latch, "wait", wait_or_note)
+    return seen
+
+
 def test_a_save_stays_back_after_a_call_until_somebody_waits_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Other ranks of the machine may still be in theirs."""
-
-    class LongCall:
-        perf_counter = staticmethod(lambda: time.perf_counter() + 3600)
-
-    monkeypatch.setattr(async_saver, "time", LongCall)
+    monkeypatch.setattr(async_saver, "cores_per_rank", lambda: 0.5)
+    monkeypatch.setattr(async_saver, "time", Clock())
     monkeypatch.setattr(async_saver, "_LONGEST_PAUSE", 3600)
     gate = Gate()
     gate.opened.set()
@@ -98,6 +128,54 @@ def test_a_save_stays_back_after_a_call_until_somebody_waits_for_it(tmp_path: Pa
     assert final is not None
     assert final.state == "committed"
     assert same(loaded(tmp_path, 1), weights(1))
+
+
+@pytest.mark.parametrize(("cores", "expected"), [(0.5, [(1.0, False)]), (1.0, []), (16.0, [])])
+def test_it_stays_back_where_ranks_share_cores_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pauses: list[tuple[float, bool]], cores: float, expected: list[tuple[float, bool]]
+) -> None:
+    monkeypatch.setattr(async_saver, "cores_per_rank", lambda: cores)
+    monkeypatch.setattr(async_saver, "time", Clock())
+    gate = Gate()
+    with reshard.CheckpointManager(tmp_path, async_save=True, storage=gate) as manager:
+        manager.save(1, model=weights(1))
+        assert gate.reached.wait(60)
+        gate.opened.set()
+    assert pauses == expected
+
+
+def test_it_stays_back_no_longer_for_having_waited_for_the_save_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pauses: list[tuple[float, bool]]
+) -> None:
+    monkeypatch.setattr(async_saver, "cores_per_rank", lambda: 0.5)
+    clock = Clock(stands=True)
+    monkeypatch.setattr(async_saver, "time", clock)
+    monkeypatch.setattr(manager_module, "time", clock)
+    has_room = AsyncSaver.has_room
+
+    def has_room_later(saver: AsyncSaver) -> bool:
+        clock.now += 3600
+        return has_room(saver)
+
+    monkeypatch.setattr(AsyncSaver, "has_room", has_room_later)
+    with reshard.CheckpointManager(tmp_path, async_save=True) as manager:
+        assert manager.save(1, model=weights(1)).seconds == 3600
+        manager.save(2, model=weights(2))
+    assert not any(pause for pause, _ in pauses)
+
+
+def test_a_save_in_its_caller_does_not_stay_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pauses: list[tuple[float, bool]]) -> None:
+    """At the process's exit there is no thread for it."""
+
+    def refuse(background: Background[SaveReport], work: Callable[[], SaveReport]) -> None:
+        raise RuntimeError("cannot schedule new futures after interpreter shutdown")
+
+    monkeypatch.setattr(async_saver, "cores_per_rank", lambda: 0.5)
+    monkeypatch.setattr(async_saver, "time", Clock())
+    monkeypatch.setattr(Background, "start", refuse)
+    with reshard.CheckpointManager(tmp_path, async_save=True) as manager:
+        assert manager.save(1, model=weights(1)).state == "committed"
+    assert pauses == [(1.0, True)]
 
 
 @pytest.mark.parametrize("is_begun", [False, True])

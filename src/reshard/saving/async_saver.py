@@ -11,6 +11,7 @@ from typing import Any, SupportsIndex
 
 from reshard.comm import Communicator
 from reshard.comm.together import attempt
+from reshard.cores import cores_per_rank
 from reshard.errors import CommunicationError, ReshardError, UsageError
 from reshard.format.common import CommonInfo
 from reshard.format.names import iteration_name
@@ -22,12 +23,13 @@ from reshard.saving.snapshot import Snapshot, SnapshotBuffers
 from reshard.state import Kind, State
 from reshard.storage.storage import join
 
-# For how many times as long as its rank's copying takes a save's thread stays back after a call. Ranks of a machine that share its cores
-# are done within about so many: until then they want them. What a thread has begun there, however nice it is, keeps them waiting; and one
-# that is so nice that it gets no turn may just have Python's lock.
+# Where ranks share cores: for how many times as long as its rank's copying takes a save's thread stays back after a call. They are done
+# within about so many: until then they want the cores. What a thread has begun there, however nice it is, keeps them waiting; and one that
+# is so nice that it gets no turn may just have Python's lock. A rank that has cores of its own has one to spare for the thread, which then
+# begins at once: deferred copies are made during the forward and backward pass, and the next step finds them done.
 _PAUSE_COPIES = 4
 
-# The bytes that a core copies in a second, at least: how long it will take to copy what was left for later.
+# About the bytes that a core copies in a second: how long it will take to copy what was left for later.
 _COPIED_PER_SECOND = 5e9
 
 # The longest pause, in seconds: a small part of a save in which copying takes long enough for it.
@@ -94,17 +96,21 @@ class AsyncSaver:
             started: when the call began (`time.perf_counter`), for the report.
             change: as in `Saver.save`; of the copy, in the background.
         """
+        began = time.perf_counter()  # after the wait for the save before
         snapshot: Snapshot | None = None
         if error is None and adapter is not None:
             snapshot, error = attempt(lambda: self._take(adapter, state))
-        copying = time.perf_counter() - started + (0 if snapshot is None else snapshot.later / _COPIED_PER_SECOND)
-        pause = min(_PAUSE_COPIES * copying, _LONGEST_PAUSE)
+        pause = 0.0
+        if cores_per_rank() < 1:
+            copying = time.perf_counter() - began + (0 if snapshot is None else snapshot.later / _COPIED_PER_SECOND)
+            pause = min(_PAUSE_COPIES * copying, _LONGEST_PAUSE)
 
         def work() -> SaveReport:
             problem = error
             if snapshot is not None:
                 taken = snapshot
-                taken.wanted.wait(pause)
+                if pause:
+                    taken.wanted.wait(pause)
                 attempt(lambda: self._saver.announce(step, taken.nbytes))
                 _, failed = attempt(taken.finish)
                 problem = problem if failed is None else failed
@@ -121,6 +127,8 @@ class AsyncSaver:
             self._background.start(work)
         except RuntimeError:
             # From a handler at the process's exit. Nothing can go on after the call; but a save that was called for is made.
+            if snapshot is not None:
+                snapshot.wanted.set()
             return work()
         except BaseException:
             # An interrupt before it was begun: then nobody will copy what is left.

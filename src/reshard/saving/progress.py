@@ -52,6 +52,9 @@ class RankProgress(msgspec.Struct, array_like=True, frozen=True):
 class SaveStatus:
     """How far the ranks have come with the newest save.
 
+    A rank says nothing of an asynchronous save before its thread begins: where ranks share cores that may be a second after the call. Until
+    then this shows what it said of the save before.
+
     Attributes:
         ranks: what each last said, at most a second ago; None of a rank that has saved nothing yet.
     """

@@ -106,6 +106,7 @@ class Snapshot:
         state: as the attribute.
         nbytes: as the attribute.
         left: what is to be copied.
+        later: as the attribute.
         waits: of the copies that a device has begun.
 
     Attributes:
@@ -115,11 +116,11 @@ class Snapshot:
         wanted: set when somebody waits for what only `finish`, or who called for the save, can do.
     """
 
-    def __init__(self, state: State, nbytes: int, left: Iterable[_Left], waits: list[Callable[[], object]]) -> None:
+    def __init__(self, state: State, nbytes: int, left: Iterable[_Left], later: int, waits: list[Callable[[], object]]) -> None:
         self.state = state
         self.nbytes = nbytes
+        self.later = later
         self._left = deque(left)
-        self.later = sum(part.end - part.begin for part in self._left)
         self._begun: dict[int, _Left] = {}  # by thread
         self._waiting: set[int] = set()  # threads that copy since they wait
         self._is_over = False
@@ -270,6 +271,7 @@ class SnapshotBuffers:
         held, places = self._place(tensors)
         base = self._buffer.ctypes.data
         left: list[_Left] = []
+        later = 0
         waits: list[Callable[[], object]] = []
         begun: list[Callable[[], object]] = []  # copies of what may change before any optimizer's step
         updated = state.updated if deferred else frozenset[TensorKey]()
@@ -278,6 +280,7 @@ class SnapshotBuffers:
             for (region, memory), (target, nbytes) in zip(tensor.shards, placed, strict=True):
                 # Small ones cost less to copy than to keep for later; of one number (a step count) nobody knows who changes it.
                 if may_wait and region.shape and ((address := memory.address) is not None or memory.host is not None):
+                    later += nbytes
                     if address is not None and 0 < nbytes <= _PART_BYTES:
                         left.append(_Left(memory.hold(), target, base, 0, nbytes))
                     else:
@@ -291,7 +294,7 @@ class SnapshotBuffers:
         # A device's copies run beside what it is given after the call. They were all begun first, so that they run one beside the other.
         for wait in begun:
             wait()
-        return Snapshot(State(held, groups, values, rank_values), self._total, left, waits)
+        return Snapshot(State(held, groups, values, rank_values), self._total, left, later, waits)
 
     def _place(self, tensors: Sequence[ShardedTensor]) -> tuple[dict[TensorKey, ShardedTensor], list[tuple[_Place, ...]]]:
         """The tensors with places in the buffer for memory, and of each its places.

@@ -325,6 +325,7 @@ def in_a_step(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], object]]:
 
     monkeypatch.setattr(snapshot, "_copy", interrupted)
     # Nobody else copies it first.
+    monkeypatch.setattr(async_saver, "cores_per_rank", lambda: 0.5)
     monkeypatch.setattr(async_saver, "_PAUSE_COPIES", 1e9)
     monkeypatch.setattr(async_saver, "_LONGEST_PAUSE", 60.0)
     return calls
