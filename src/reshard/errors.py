@@ -166,3 +166,17 @@ def extended(error: _Error, *lines: tuple[str, object]) -> _Error:
     more = copy.copy(error)
     more.args = ("\n".join([str(error), *(f"  {label + ':':<10}{text}" for label, text in lines)]),)
     return more
+
+
+def naming(error: _Error, tensor: str) -> _Error:
+    """The same error with the tensor concerned, unless it has one: memory doesn't know whose it is.
+
+    Args:
+        error: of any kind; it stays as it is.
+        tensor: the tensor's name in files.
+    """
+    more = copy.copy(error)
+    if more.tensor is None:
+        more.tensor = tensor
+        more.args = (more._message(),)
+    return more

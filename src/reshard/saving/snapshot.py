@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from reshard.errors import CaptureError, naming
+from reshard.format.names import tensor_name
 from reshard.geometry import DType, Region
 from reshard.saving.latch import Latch
 from reshard.state import Memory, Shard, ShardedTensor, State, TensorKey
@@ -138,6 +140,9 @@ class Snapshot:
         """Copy what is left, and wait for what others and devices still copy. Called once, from any thread.
 
         While somebody waits, and so copies, it begins nothing: who waits would wait for it.
+
+        Raises:
+            CaptureError: memory that is no longer there.
         """
         try:
             while True:
@@ -214,7 +219,10 @@ class Snapshot:
                     return
                 part = self._begun[me] = self._left[0]
                 del self._left[0]
-            wait = _copy(*part)
+            try:
+                wait = _copy(*part)
+            except CaptureError as error:
+                raise naming(error, self._name_of(part.target)) from error
             with self._lock:
                 if wait is not None:
                     self._waits.append(wait)
@@ -242,6 +250,9 @@ class Snapshot:
         """Whether the original may be changed."""
         return self._copied.is_set
 
+    def _name_of(self, memory: BufferMemory) -> str:
+        return next(tensor_name(key) for key, tensor in self.state.tensors.items() for shard in tensor.shards if shard.memory is memory)
+
 
 class SnapshotBuffers:
     """Makes snapshots, one after the other in the same memory.
@@ -266,6 +277,9 @@ class SnapshotBuffers:
             state: what training goes on to change.
             deferred: leave the tensors that only an optimizer's step changes to `Snapshot.finish`; all else is copied here.
             takes: which tensors are needed; the others are left out. All by default.
+
+        Raises:
+            CaptureError: memory that is no longer there.
         """
         tensors = [tensor for key, tensor in state.tensors.items() if takes is None or takes(key)]
         held, places = self._place(tensors)
@@ -277,18 +291,21 @@ class SnapshotBuffers:
         updated = state.updated if deferred else frozenset[TensorKey]()
         for tensor, placed in zip(tensors, places, strict=True):
             may_wait = tensor.key in updated
-            for (region, memory), (target, nbytes) in zip(tensor.shards, placed, strict=True):
-                # Small ones cost less to copy than to keep for later; of one number (a step count) nobody knows who changes it.
-                if may_wait and region.shape and ((address := memory.address) is not None or memory.host is not None):
-                    later += nbytes
-                    if address is not None and 0 < nbytes <= _PART_BYTES:
-                        left.append(_Left(memory.hold(), target, base, 0, nbytes))
-                    else:
-                        left += _parts(memory.hold(), target, base, nbytes, in_a_row=address is not None)
-                    continue
-                wait = _copy(memory, target, base, 0, nbytes)
-                if wait is not None:
-                    (waits if may_wait and region.shape else begun).append(wait)
+            try:
+                for (region, memory), (target, nbytes) in zip(tensor.shards, placed, strict=True):
+                    # Small ones cost less to copy than to keep for later; of one number (a step count) nobody knows who changes it.
+                    if may_wait and region.shape and ((address := memory.address) is not None or memory.host is not None):
+                        later += nbytes
+                        if address is not None and 0 < nbytes <= _PART_BYTES:
+                            left.append(_Left(memory.hold(), target, base, 0, nbytes))
+                        else:
+                            left += _parts(memory.hold(), target, base, nbytes, in_a_row=address is not None)
+                        continue
+                    wait = _copy(memory, target, base, 0, nbytes)
+                    if wait is not None:
+                        (waits if may_wait and region.shape else begun).append(wait)
+            except CaptureError as error:
+                raise naming(error, tensor_name(tensor.key)) from error
         groups = tuple(replace(group, options=copy.deepcopy(dict(group.options))) for group in state.groups)
         values, rank_values = copy.deepcopy((dict(state.values), dict(state.rank_values)))
         # A device's copies run beside what it is given after the call. They were all begun first, so that they run one beside the other.

@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import ExponentialLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import reshard
-from reshard.errors import UsageError
+from reshard.errors import CaptureError, UsageError
 from reshard.frameworks.torch import TorchAdapter
 from reshard.saving import async_saver, snapshot
 from reshard.saving.background import Background
@@ -418,3 +418,15 @@ def test_two_interrupts_of_a_step_hold_nobody_who_waits_for_the_save(
     manager.close()
     assert final is not None
     assert final.state == "committed"
+
+
+def test_memory_that_is_freed_before_it_is_copied_is_an_error_that_names_the_tensor(
+    tmp_path: Path, in_a_step: list[Callable[[], object]]
+) -> None:
+    run = Run(plain(), lambda parameters: optim.SGD(parameters, 0.5))
+    with reshard.CheckpointManager(tmp_path, async_save="deferred") as manager:
+        manager.save(1, **run.parts())
+        run.model.get_parameter("2.weight").data.untyped_storage().resize_(0)
+        with pytest.raises(CaptureError, match=r"(?s)memory of a tensor was freed.*2\.weight"):
+            manager.wait()
+    assert not list(tmp_path.glob("iteration_*"))

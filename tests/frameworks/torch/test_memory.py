@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import reshard
 from reshard.errors import CaptureError
 from reshard.frameworks.torch import memory as torch_memory
 from reshard.frameworks.torch.memory import DeviceMemory, MirrorMemory, checked_dtype, dtype_of, to_numpy, to_tensor, torch_dtype
@@ -108,6 +109,55 @@ def test_subclasses_that_hold_other_tensors() -> None:
 
     with pytest.raises(CaptureError, match="TwoTensor"):
         memory_of(TwoTensor(torch.ones(2), torch.ones(2)), "w")
+
+
+def freed(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor without its memory, as FSDP leaves it."""
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("view", [lambda t: t, lambda t: t.t(), lambda t: t[1:, ::2], lambda t: t[1, 1]])
+def test_memory_that_was_freed_has_no_values(dtype, view) -> None:
+    tensor = view(some(dtype))
+    whole = memory_of(tensor, "w")
+    other = DeviceMemory(tensor)
+    target = np.zeros(tuple(tensor.shape), dtype_of(dtype).numpy)
+    freed(tensor)
+    assert whole.address is None
+    for use in (
+        lambda: whole.host,
+        whole.read,
+        lambda: whole.write(Region.whole(target.shape), target),
+        lambda: whole.begin_copy(target),
+        other.read,
+        lambda: other.begin_copy(target),
+    ):
+        with pytest.raises(CaptureError, match="was freed"):
+            use()
+    with pytest.raises(CaptureError, match=r"(?s)was freed.*tensor: *layer\.w"):
+        to_numpy(tensor, "layer.w")
+
+
+def test_what_has_no_elements_needs_no_memory() -> None:
+    host = memory_of(freed(torch.ones(3, 4)[:, :0]), "w").host
+    assert host is not None
+    assert host.shape == (3, 0)
+
+
+@pytest.mark.parametrize("size", [3, 300], ids=["small", "large"])
+@pytest.mark.parametrize("async_save", [False, "copy", "deferred"])
+def test_a_save_of_memory_that_was_freed_fails_and_names_the_tensor(tmp_path, size, async_save) -> None:
+    model = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2), "b": torch.nn.Linear(size, size)})
+    optimizer = torch.optim.SGD(model.parameters())
+    freed(model.get_parameter("b.weight").data)
+    with (
+        pytest.raises(CaptureError, match=r"(?s)was freed.*tensor: *b\.weight"),
+        reshard.CheckpointManager(tmp_path, async_save=async_save) as manager,
+    ):
+        manager.save(1, model=model, optimizer=optimizer)
+    assert not list(tmp_path.glob("iteration_*"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e5m2, torch.bool], ids=str)

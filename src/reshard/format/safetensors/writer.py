@@ -10,7 +10,7 @@ from math import prod
 
 import numpy as np
 
-from reshard.errors import CaptureError
+from reshard.errors import CaptureError, naming
 from reshard.format.digest import Hasher, digest_of
 from reshard.format.safetensors.planned import Kin, PlannedHeader
 from reshard.format.seal import SealedFile
@@ -89,7 +89,7 @@ def write_tensors(
                     buffer = buffers.get(nbytes) or buffers.setdefault(nbytes, ctypes.c_char * nbytes)
                     stream.gather(buffer.from_address(address), kin)
                     continue
-                values = values.read()
+                values = _read(values, name)
             array = values if isinstance(values, StreamedArray) else np.asarray(values)
             if array.shape != kin.shape or array.dtype != kin.dtype.numpy:
                 raise _unfit(path, kin, name, array)
@@ -99,6 +99,13 @@ def write_tensors(
         file.write_at(0, memoryview(start))
         file.sync()
     return SealedFile(header.file_size, len(start), digest_of(start))
+
+
+def _read(memory: Memory, name: str) -> np.ndarray:
+    try:
+        return memory.read()
+    except CaptureError as error:
+        raise naming(error, name) from error
 
 
 def _misplaced(path: str, given: tuple[str, Values] | None, name: str | None) -> CaptureError:

@@ -122,11 +122,36 @@ def _view(tensor: torch.Tensor, name: str) -> np.ndarray:
     tensor = tensor.detach()
     carrier = _CARRIERS.get(tensor.dtype)
     try:
+        _check_room(tensor, name)  # where the storage is empty numpy makes an array of its own
         if carrier is None:
             return tensor.numpy()
         return tensor.view(carrier).numpy().view(dtype_of(tensor.dtype).numpy)
     except (RuntimeError, TypeError) as error:
-        raise CaptureError("the memory of a tensor can't be reached", tensor=name, found=str(error)) from error
+        raise CaptureError("the memory of a tensor can't be reached", tensor=name or None, found=str(error)) from error
+
+
+def _check_room(tensor: torch.Tensor, name: str) -> None:
+    """See that a tensor's storage has all of it.
+
+    Raises:
+        CaptureError: it hasn't: who frees a tensor's memory for a while (FSDP does) leaves a tensor of the old shape over an empty storage.
+    """
+    if tensor.numel() == 0:
+        return
+    last = sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    needed = (tensor.storage_offset() + last + 1) * tensor.itemsize
+    try:
+        room = tensor.untyped_storage().nbytes()
+    except RuntimeError:  # there are devices whose tensors have none
+        return
+    if room < needed:
+        raise CaptureError(
+            "the memory of a tensor was freed",
+            tensor=name or None,
+            found=f"a storage of {room} bytes",
+            expected=f"{needed} bytes",
+            fix="save, or load, where the tensor has its memory, such as between two steps",
+        )
 
 
 def to_numpy(tensor: torch.Tensor, name: str) -> np.ndarray:
@@ -170,7 +195,7 @@ class TensorMemory(NamedTuple):
         tensor = self.tensor
         if not tensor.is_contiguous():
             return None
-        # Who frees a tensor's memory for a while (FSDP does) leaves a tensor of the old shape over an empty storage.
+        # It may have been freed: see `_check_room`.
         first, room = tensor.storage_offset(), tensor.untyped_storage().nbytes()
         end = (first * tensor.itemsize if first else 0) + tensor.nbytes
         return tensor.data_ptr() if room >= end else None
@@ -211,6 +236,7 @@ class DeviceMemory:
         return None
 
     def read(self) -> np.ndarray:
+        _check_room(self.tensor, "")
         return _view(self.tensor.cpu(), "")
 
     def write(self, region: Region, values: np.ndarray) -> None:
@@ -221,6 +247,7 @@ class DeviceMemory:
         return DeviceMemory(self.tensor.detach())
 
     def begin_copy(self, target: np.ndarray) -> Callable[[], object] | None:
+        _check_room(self.tensor, "")
         return copy_to_host(self.tensor, _tensor_over(target, self.tensor.dtype))
 
 
