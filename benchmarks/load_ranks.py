@@ -167,6 +167,7 @@ def _facts(report: Any) -> dict[str, Any]:
         "bytes_needed": report.bytes_needed,
         "bytes_read": report.bytes_read,
         "bytes_verified": report.bytes_verified,
+        "bytes_of_pages": report.bytes_of_pages,
         "phases": [dict(rank.seconds) for rank in report.ranks],
     }
 

@@ -65,6 +65,7 @@ def summarize(
             "bytes_needed": read[0]["bytes_needed"],
             "bytes_read": read[0]["bytes_read"],
             "bytes_verified": _verified(repeated),
+            "bytes_of_pages": read[0]["bytes_of_pages"],
             "phases": _phases([facts["phases"] for facts in read]),
         },
         "peak_memory": {**memory, "limit": memory_limit(len(tensors))},
@@ -125,7 +126,7 @@ def show(results: Mapping[str, Any], console: Console) -> None:
             seconds_text(buffered),
             verdict(over_dcp, "{:.2f}"),
             verdict(over_copy, "{:.2f}"),
-            verdict(covered, "{:.3f}"),
+            verdict(covered, "{:.3f}") + _pages(case["reshard"]),
         )
         dcp = case["dcp"]
         stopped = f"over {dcp['stopped_after']:.0f} s" if dcp["stopped_after"] is not None else seconds_text(starts.get(DCP))
@@ -153,6 +154,11 @@ def _verifying(times: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
         return "–"
     ratio = times[VERIFIED]["median"] / times[RESHARD]["median"]
     return f"{seconds_text(times[VERIFIED])} (× {ratio:.2f}; {facts['bytes_verified'] / max(1, facts['bytes_read']):.0%} verified)"
+
+
+def _pages(facts: Mapping[str, Any]) -> str:
+    """What of the bytes was copied out of mapped files lies on pages, which were touched whole."""
+    return f"; mapped pages {facts['bytes_of_pages'] / 1e9:.2f} GB" if facts["bytes_of_pages"] else ""
 
 
 def _mebibytes(nbytes: int | None) -> str:

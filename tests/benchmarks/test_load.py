@@ -89,7 +89,12 @@ def test_a_wrong_bit_is_found() -> None:
 @pytest.mark.parametrize(("ours", "met"), [(1.0, True), (1.8, False)])
 def test_a_run_is_held_against_the_targets(ours: float, met: bool) -> None:
     case = CASES[0]
-    facts = {"bytes_needed": 100, "bytes_read": 102 if met else 103, "phases": [{"read": 1.0}, {"read": 2.0, "plan": 0.5}]}
+    facts = {
+        "bytes_needed": 100,
+        "bytes_read": 102 if met else 103,
+        "bytes_of_pages": 0,
+        "phases": [{"read": 1.0}, {"read": 2.0, "plan": 0.5}],
+    }
     peak = memory_limit(len(case.tensors(0.001))) + (0 if met else 1)
 
     def load(contender: str, seconds: float) -> list[Sample]:
@@ -108,7 +113,7 @@ def test_a_run_is_held_against_the_targets(ours: float, met: bool) -> None:
 
 def test_without_a_load_of_dcp_the_estimate_is_compared() -> None:
     case = CASES[-1]
-    facts = {"bytes_needed": 1, "bytes_read": 1, "phases": []}
+    facts = {"bytes_needed": 1, "bytes_read": 1, "bytes_of_pages": 0, "phases": []}
     ours = [Sample(RESHARD, 0.0, 2.0, None, facts)]
     copy = [Sample("copy_read", 0.0, 1.0, None)]
     results = summarize(case, scale=0.001, judged=True, first=[ours], repeated=[ours, copy], unfinished=600.0, estimate=1000.0)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +88,18 @@ def test_a_strided_read_touches_what_it_needs(tmp_path: Path) -> None:
 
     for report in run_ranks(2, load):
         assert report.bytes_read == report.bytes_needed == whole.nbytes
+        # Every page has something for either rank. Where a file begins and ends on a page isn't said.
+        most = 2 * (whole.nbytes + 2 * mmap.PAGESIZE)
+        assert 2 * whole.nbytes <= report.bytes_of_pages <= most
+        assert re.search(r"needed +read +verified +unverified +pages", report.table())
+
+
+def test_a_read_of_whole_rows_maps_nothing(tmp_path: Path) -> None:
+    whole = np.random.default_rng(0).standard_normal((512, 512)).astype(np.float32)
+    save_split(tmp_path, whole, "tp", None)
+    report = load_into(tmp_path, np.zeros((512, 512), np.float32))
+    assert report.bytes_of_pages == 0
+    assert "pages" not in report.table()
 
 
 @pytest.mark.parametrize("verify", [True, False])

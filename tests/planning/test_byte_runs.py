@@ -6,11 +6,11 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from reshard.geometry import Region
-from reshard.planning.byte_runs import plan_blocks, row_places, strides_of
+from reshard.planning.byte_runs import bytes_of_pages, plan_blocks, row_places, strides_of
 
 
 @st.composite
@@ -74,3 +74,12 @@ def test_rows_are_as_long_as_they_can_be() -> None:
     assert row_places(Region((0, 1, 0), (2, 2, 5)), (2, 4, 5), 4) == (40, pytest.approx([20, 100]))
     assert row_places(Region((1, 0, 0), (2, 4, 5)), (4, 4, 5), 4)[0] == 160
     assert row_places(Region((0, 0, 1), (2, 4, 2)), (2, 4, 5), 4)[0] == 8
+
+
+@given(boxes(), st.sampled_from([1, 2, 4, 8]), st.integers(0, 40), st.sampled_from([1, 2, 8, 16, 64]))
+def test_pages_are_those_with_a_byte_of_the_box(case: tuple[tuple[int, ...], Region], itemsize: int, begin: int, page_bytes: int) -> None:
+    shape, box = case
+    assume(not box.is_empty)
+    places = np.arange(math.prod(shape) * itemsize).reshape(*shape, itemsize)[box.slices]
+    pages = np.unique((begin + places - places.min()) // page_bytes)
+    assert bytes_of_pages(begin, box.shape, strides_of(shape, itemsize), itemsize, page_bytes) == page_bytes * len(pages)

@@ -39,12 +39,14 @@ class Traffic:
     Attributes:
         read: of data files, gaps included.
         verified: of these, how many were held against digests.
+        pages: of the whole pages on which lies what was copied out of mapped files.
         sent: to other ranks.
         received: from other ranks.
     """
 
     read: int = 0
     verified: int = 0
+    pages: int = 0
     sent: int = 0
     received: int = 0
 

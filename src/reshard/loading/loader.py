@@ -64,6 +64,7 @@ class _Outcome(msgspec.Struct, array_like=True):
     bytes_sent: int = 0
     bytes_received: int = 0
     whole: float = 0.0
+    bytes_of_pages: int = 0
 
 
 @dataclass(frozen=True)
@@ -308,11 +309,12 @@ def load_tensors(planned: PlannedLoad, told: Sequence[bytes], comm: Communicator
     seconds = {"open": planned.seconds["open"], "plan": planning, "read": time.perf_counter() - entered}
     moved = Traffic(*(a + b for a, b in zip(astuple(moved), astuple(scaling), strict=True)))
     needed = read.nbytes + (planned.scales.plan.nbytes if planned.scales is not None else 0)
-    outcome = _Outcome(needed, moved.read, moved.verified, seconds, moved.sent, moved.received, time.perf_counter() - started)
+    whole = time.perf_counter() - started
+    outcome = _Outcome(needed, moved.read, moved.verified, seconds, moved.sent, moved.received, whole, moved.pages)
     payloads = settle(comm, error, msgspec.msgpack.encode(outcome), what="the load broke off; tensors of the run are partly overwritten")
     outcomes = [msgspec.msgpack.decode(data, type=_Outcome) for data in payloads]
     ranks = tuple(
-        RankReport(rank, o.bytes_needed, o.bytes_read, o.seconds, o.bytes_sent, o.bytes_received, o.bytes_verified)
+        RankReport(rank, o.bytes_needed, o.bytes_read, o.seconds, o.bytes_sent, o.bytes_received, o.bytes_verified, o.bytes_of_pages)
         for rank, o in enumerate(outcomes)
     )
     mismatched = {m.key for m in misfits.mismatched}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from reshard.loading.budget import MEMORY_BUDGET
 from reshard.loading.scattered import PART_BYTES, Amount, Runs, cut_runs, scatter
 from reshard.loading.verified_reads import PIECE_BYTES, Part, Reading, check_after, parts_of, read_straight, rows_of
 from reshard.loading.workers import count_readers, run_all
-from reshard.planning.byte_runs import cut_box, row_places
+from reshard.planning.byte_runs import bytes_of_pages, cut_box, row_places
 from reshard.planning.read_plan import Batch, Movement, ReadPlan, Transfer
 from reshard.sources.stored import Headers
 from reshard.state import Memory, State
@@ -113,7 +114,7 @@ def read_plan(
 
     with ExitStack() as files:
         amounts = run_all(works(files), readers, "reshard-read")
-    return Amount(sum(amount.read for amount in amounts), sum(amount.verified for amount in amounts))
+    return Amount(*map(sum, zip(*amounts, strict=True))) if amounts else Amount(0, 0)
 
 
 class _Used:
@@ -355,7 +356,7 @@ class _FileReader:
                     # Not by `as_strided`, which knows no float8.
                     box = np.ndarray(region.shape, movement.dtype.numpy, window, strides=strides)
                     memory.write(_target_of(region, transfer), box)
-                    return Amount(needed, 0)
+                    return Amount(needed, 0, bytes_of_pages(begin + offset, region.shape, strides, itemsize, mmap.PAGESIZE))
                 stage = self._take_stage(nbytes)
                 try:
                     self._source.read_into(begin + offset, memoryview(stage)[:nbytes])

@@ -30,6 +30,7 @@ class RankReport:
         bytes_sent: the bytes that it read for other ranks and sent them, each time it did so; 0 unless the load was balanced.
         bytes_received: the bytes that other ranks sent it.
         bytes_verified: of the bytes that it read, how many were held against digests and found to be as they were saved.
+        bytes_of_pages: of the whole pages on which lies what it copied out of mapped files; `bytes_read` has only what was copied.
     """
 
     rank: int
@@ -39,6 +40,7 @@ class RankReport:
     bytes_sent: int = 0
     bytes_received: int = 0
     bytes_verified: int = 0
+    bytes_of_pages: int = 0
 
     @property
     def bytes_unverified(self) -> int:
@@ -109,6 +111,11 @@ class RestoreReport:
         return sum(rank.bytes_unverified for rank in self.ranks)
 
     @property
+    def bytes_of_pages(self) -> int:
+        """Over all ranks."""
+        return sum(rank.bytes_of_pages for rank in self.ranks)
+
+    @property
     def bytes_sent(self) -> int:
         """Over all ranks."""
         return sum(rank.bytes_sent for rank in self.ranks)
@@ -148,6 +155,8 @@ class RestoreReport:
         met = dict.fromkeys(phase for rank in self.ranks for phase in rank.seconds)
         phases = [*(phase for phase in _PHASES if phase in met), *(phase for phase in met if phase not in _PHASES)]
         moved = [("needed", "bytes_needed"), ("read", "bytes_read"), ("verified", "bytes_verified"), ("unverified", "bytes_unverified")]
+        if self.bytes_of_pages:
+            moved.append(("pages", "bytes_of_pages"))
         if self.bytes_sent:
             moved += [("sent", "bytes_sent"), ("received", "bytes_received")]
         rows = [["rank", *(word for word, _ in moved), *(f"{phase} s" for phase in phases)]]

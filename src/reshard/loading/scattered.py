@@ -24,10 +24,12 @@ class Amount(NamedTuple):
     Attributes:
         read: of data files, gaps included.
         verified: how many of these were held against digests.
+        pages: of the whole pages on which lies what was copied out of mapped files.
     """
 
     read: int
     verified: int
+    pages: int = 0
 
 
 class Runs(NamedTuple):

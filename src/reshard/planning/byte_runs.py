@@ -85,6 +85,30 @@ def cut_box(region: Region, strides: tuple[int, ...], itemsize: int, *, block_by
         yield from _cut(region, strides, itemsize, block_bytes, gap_bytes)
 
 
+def bytes_of_pages(begin: int, extents: tuple[int, ...], strides: tuple[int, ...], itemsize: int, page_bytes: int) -> int:
+    """The bytes of the whole pages of a file on which a box lies.
+
+    Args:
+        begin: where its first element begins in the file.
+        extents: of the box; not empty.
+        strides: in bytes, descending.
+        itemsize: bytes per element.
+        page_bytes: of a page.
+    """
+    if _widest_gap(extents, strides, itemsize) < page_bytes:  # no page lies in a gap
+        begins = np.array([begin])
+        run = _cover(extents, strides, itemsize)
+    else:
+        is_row = bool(extents) and strides[-1] == itemsize
+        run = itemsize * extents[-1] if is_row else itemsize
+        begins = np.array([begin])
+        outer = len(extents) - is_row
+        for extent, stride in zip(extents[:outer], strides[:outer], strict=True):
+            begins = (begins[:, None] + stride * np.arange(extent)).reshape(-1)
+    first, last = begins // page_bytes, (begins + run - 1) // page_bytes
+    return page_bytes * int((last - first + 1).sum() - (first[1:] == last[:-1]).sum())
+
+
 def is_dense(extents: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> bool:
     """Whether a box of these strides, descending ones, is one run of bytes."""
     return _cover(extents, strides, itemsize) == itemsize * prod(extents)
