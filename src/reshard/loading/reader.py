@@ -21,7 +21,7 @@ from reshard.loading.budget import MEMORY_BUDGET
 from reshard.loading.scattered import PART_BYTES, Amount, Runs, cut_runs, scatter
 from reshard.loading.verified_reads import PIECE_BYTES, Part, Reading, check_after, parts_of, read_straight, rows_of
 from reshard.loading.workers import count_readers, run_all
-from reshard.planning.byte_runs import bytes_of_pages, cut_box, row_places
+from reshard.planning.byte_runs import Block, bytes_of_pages, cut_box, row_places
 from reshard.planning.read_plan import Batch, Movement, ReadPlan, Transfer
 from reshard.sources.stored import Headers
 from reshard.state import Memory, State
@@ -213,7 +213,10 @@ class _FileReader:
         for batch, entries in located:
             movement, nbytes = batch.movement, batch.movement.nbytes
             if not movement.is_run:
-                apart += [(entry.begin, self._strided(one, entry.begin)) for one, entry in zip(batch.transfers(), entries, strict=True)]
+                blocks = self._blocks(movement)
+                apart += [
+                    (entry.begin, self._strided(one, entry.begin, blocks)) for one, entry in zip(batch.transfers(), entries, strict=True)
+                ]
                 continue
             begins = np.fromiter(map(_FIRST_BYTE_OF, entries), np.int64, len(entries)) + movement.offset
             addresses = self._addresses(batch)
@@ -238,7 +241,7 @@ class _FileReader:
                 elif check is not None:
                     apart.append((entry.begin, self._verified(transfer, entry)))
                 else:
-                    apart.append((entry.begin, self._strided(transfer, entry.begin)))
+                    apart.append((entry.begin, self._strided(transfer, entry.begin, self._blocks(movement))))
         for _, works in sorted(apart, key=itemgetter(0)):
             yield from works
         yield from self._batched(sorted(staged, key=_begin_of))
@@ -326,7 +329,7 @@ class _FileReader:
                         self._source.read_into(entry.begin + offset, memoryview(data))
                         check.update(offset, memoryview(data))
                         check.raise_if_wrong()
-                        memory.write(_target_of(block.region, transfer), data.view(movement.dtype.numpy).reshape(block.region.shape))
+                        memory.write(movement.place_of(block.region), data.view(movement.dtype.numpy).reshape(block.region.shape))
                     finally:
                         self._stages.put(stage)
                 return Amount(box.size * itemsize, check.verified)
@@ -336,32 +339,38 @@ class _FileReader:
     def _memory(self, transfer: Transfer) -> Memory:
         return self._tensors[transfer.key].shards[transfer.movement.shard].memory
 
-    def _strided(self, transfer: Transfer, begin: int) -> Iterator[Callable[[], Amount]]:
+    def _blocks(self, movement: Movement) -> Sequence[tuple[Block, Region]]:
+        """A box of a stored tensor in parts that are copied at a time, and where each belongs: the same for all tensors that move alike."""
+        longest = self._sizes.block if movement.is_run else self._sizes.window
+        cut = cut_box(movement.source, movement.strides, movement.dtype.itemsize, block_bytes=longest, gap_bytes=GAP_BYTES)
+        return [(block, movement.place_of(block.region)) for block in cut]
+
+    def _strided(self, transfer: Transfer, begin: int, blocks: Sequence[tuple[Block, Region]]) -> Iterator[Callable[[], Amount]]:
         movement = transfer.movement
         itemsize = movement.dtype.itemsize
         strides = movement.strides
         begin += movement.begin
         memory = self._memory(transfer)
-        sizes = self._sizes
-        longest = sizes.block if movement.is_run else sizes.window
-        for block in cut_box(movement.source, strides, itemsize, block_bytes=longest, gap_bytes=GAP_BYTES):
+        for block, place in blocks:
 
-            def work(region: Region = block.region, offset: int = block.offset, nbytes: int = block.nbytes) -> Amount:
+            def work(
+                region: Region = block.region, offset: int = block.offset, nbytes: int = block.nbytes, place: Region = place
+            ) -> Amount:
                 needed = region.size * itemsize
-                if needed == nbytes and (target := _contiguous_box(memory, _target_of(region, transfer))) is not None:
+                if needed == nbytes and (target := _contiguous_box(memory, place)) is not None:
                     self._source.read_into(begin + offset, target)
                     return Amount(nbytes, 0)
                 window = None if needed == nbytes else self._source.map(begin + offset, nbytes)
                 if window is not None:
                     # Not by `as_strided`, which knows no float8.
                     box = np.ndarray(region.shape, movement.dtype.numpy, window, strides=strides)
-                    memory.write(_target_of(region, transfer), box)
+                    memory.write(place, box)
                     return Amount(needed, 0, bytes_of_pages(begin + offset, region.shape, strides, itemsize, mmap.PAGESIZE))
                 stage = self._take_stage(nbytes)
                 try:
                     self._source.read_into(begin + offset, memoryview(stage)[:nbytes])
                     box = np.ndarray(region.shape, movement.dtype.numpy, stage.data, strides=strides)
-                    memory.write(_target_of(region, transfer), box)
+                    memory.write(place, box)
                 finally:
                     self._stages.put(stage)
                 return Amount(nbytes, 0)
@@ -386,10 +395,3 @@ def _contiguous_box(memory: Memory, box: Region) -> memoryview | None:
         return None
     view = host[box.slices] if host.ndim else host
     return memoryview(view.reshape(-1).view(np.uint8)) if view.flags.c_contiguous else None
-
-
-def _target_of(block: Region, transfer: Transfer) -> Region:
-    """Where a box of the chunk belongs, in the shard's own coordinates."""
-    movement = transfer.movement
-    offset = tuple(b - s + t for b, s, t in zip(block.offset, movement.source.offset, movement.target.offset, strict=True))
-    return Region(offset, block.shape)

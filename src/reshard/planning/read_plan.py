@@ -51,6 +51,11 @@ class Movement:
     is_run: bool
     target_offset: int | None
 
+    def place_of(self, part: Region) -> Region:
+        """Where a part of the box, in the chunk's coordinates, belongs in the shard's own."""
+        offset = tuple(b - s + t for b, s, t in zip(part.offset, self.source.offset, self.target.offset, strict=True))
+        return Region(offset, part.shape)
+
 
 class Transfer(NamedTuple):
     """One tensor's movement.
