@@ -13,13 +13,13 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from benchmarks import save_ranks, save_stalls
+from benchmarks import save_ranks, save_stalls, save_training
 from benchmarks.judging import FEWEST_ROUNDS, FULL_SCALE, is_judged, rounds_text
 from benchmarks.machine import REPOSITORY, describe_machine
 from benchmarks.running import PATIENCE_SECONDS, Say, clock, conclude, fresh_ranks, positive, scratch, turned
 from benchmarks.save_cases import CASES, MOMENTS, SAVES, SAVES_BEFORE, SaveCase
 from benchmarks.save_picture import draw
-from benchmarks.save_results import show, summarize, summarize_endless
+from benchmarks.save_results import show, summarize, summarize_endless, summarize_training
 from benchmarks.states import WORLD_SIZE, unique_bytes
 
 
@@ -74,9 +74,15 @@ def _measure(case: SaveCase, options: argparse.Namespace, say: Say) -> dict[str,
             # The first saves bring what stays: the same part of fewer saves, where there are fewer.
             before = max(1, options.saves * SAVES_BEFORE // SAVES)
             return summarize_endless(case, tensors, nbytes, by_rank, before, judged=judged and options.saves >= SAVES)
-        say(f"{case.title.format(tensors=f'{len(tensors):,}')}: {rounds_text(options.rounds)} of {', '.join(case.contenders)}")
         # One round before: everybody's first save, which is reported apart.
         order = [name for number in range(options.rounds + 1) for name in turned(case.contenders, number)]
+        if case.kind == "training":
+            say(f"{case.title}: {rounds_text(options.rounds)} of {', '.join(case.contenders)}")
+            width = save_training.width_of(options.scale)
+            by_rank = pool.run(save_training.train, directory, order, width, timeout=PATIENCE_SECONDS)
+            saves = [list(save) for save in zip(*by_rank, strict=True)]
+            return summarize_training(case, width, saves[len(case.contenders) :], save_training.tokens(WORLD_SIZE), str(parent))
+        say(f"{case.title.format(tensors=f'{len(tensors):,}')}: {rounds_text(options.rounds)} of {', '.join(case.contenders)}")
         if case.kind == "stall":
             by_rank = pool.run(save_stalls.stall, directory, order, tensors, timeout=PATIENCE_SECONDS)
         else:

@@ -14,6 +14,9 @@ DCP_ASYNC, COPY, DEFERRED, IDLE, MEMCPY = "dcp_async", "copy", "deferred", "idle
 """What training waits for: torch's asynchronous save; ours in *copy*, in *deferred* when the next step comes at once, and in *deferred*
 when the cores are idle for ten times the limit before the step; and the limit, a copy in memory."""
 
+NO_SAVE = "none"
+"""Who trains without saving: the others train with a checkpoint after every step."""
+
 # A step of training for which the cores are idle, in copies of the state: what a step on an accelerator is at the least.
 IDLE_COPIES = 10
 
@@ -35,7 +38,7 @@ class SaveCase:
     Attributes:
         name: for the command line and the JSON.
         title: for people; `{tensors}` in it is the number of tensors.
-        kind: `sync`: whole saves; `stall`: what training waits for; `endless`: saves without end.
+        kind: `sync`: whole saves; `stall`: what training waits for; `endless`: saves without end; `training`: steps with a save after each.
         tensors: the weights, of a scale.
         on_disk: whether checkpoints lie on a disk, not in memory.
         contenders: who is measured, by turns.
@@ -71,5 +74,13 @@ CASES = (
         targets=((COPY, MEMCPY, 1.2), (DEFERRED, MEMCPY, 1.2), (IDLE, MEMCPY, 0.1), (DCP_ASYNC, MEMCPY, None)),
     ),
     SaveCase("small", "{tensors} tensors of 4 KB", "sync", _small, False, (DCP, RESHARD), ((RESHARD, DCP, 0.025),), is_fresh=True),
+    SaveCase(
+        "training",
+        "training, a checkpoint after every step",
+        "training",
+        lambda _: (),  # its model is one that runs: see `save_training`
+        contenders=(NO_SAVE, DEFERRED, COPY, DCP_ASYNC),
+        targets=((DEFERRED, NO_SAVE, None), (COPY, NO_SAVE, None), (DCP_ASYNC, NO_SAVE, None)),
+    ),
     SaveCase("endless", "saves without end", "endless", lambda scale: transformer(scale * _ENDLESS_SCALE)),
 )

@@ -23,10 +23,10 @@ from benchmarks.drawing import (
     notes,
     ratio,
 )
-from benchmarks.save_cases import DCP, DCP_ASYNC, MEMCPY, WRITE
-from benchmarks.save_results import NAMES
+from benchmarks.save_cases import DCP, DCP_ASYNC, MEMCPY, NO_SAVE, WRITE
+from benchmarks.save_results import IN_TRAINING, NAMES
 
-_COLOURS = {DCP: DCP_COLOUR, DCP_ASYNC: DCP_COLOUR, WRITE: COPY_COLOUR, MEMCPY: COPY_COLOUR}
+_COLOURS = {DCP: DCP_COLOUR, DCP_ASYNC: DCP_COLOUR, WRITE: COPY_COLOUR, MEMCPY: COPY_COLOUR, NO_SAVE: COPY_COLOUR}
 
 
 def draw(results: Mapping[str, Any], path: Path) -> None:
@@ -37,6 +37,10 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
     for (panel, facts), case in zip(axes, cases, strict=True):
         if case["kind"] == "endless":
             _growth(panel, case)
+        elif case["kind"] == "training":
+            drawn = [(case["repeated"][name], label, _COLOURS.get(name, OUR_COLOUR)) for name, label in IN_TRAINING.items()]
+            bars(panel, drawn, case["title"], f"FSDP over the ranks, width {case['width']}, {case['directory']}")
+            panel.set_xlabel(f"seconds for {case['tokens']:,} tokens: medians, a dot for each turn")
         else:
             drawn = [(case["repeated"][name], NAMES[name], _COLOURS.get(name, OUR_COLOUR)) for name in NAMES if name in case["repeated"]]
             bars(panel, drawn, case["title"], f"{case['tensors']:,} tensors, {bytes_text(case['unique_bytes'])}, {case['directory']}")

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.judging import check, conclusion, rounds_text, seconds_text, spread, verdict
-from benchmarks.save_cases import COPY, DCP, DCP_ASYNC, DEFERRED, IDLE, MEMCPY, MOST_GROWTH, RESHARD, WRITE, SaveCase
+from benchmarks.save_cases import COPY, DCP, DCP_ASYNC, DEFERRED, IDLE, MEMCPY, MOST_GROWTH, NO_SAVE, RESHARD, WRITE, SaveCase
 from benchmarks.save_ranks import SaveSample
 from benchmarks.save_stalls import Residue
 from benchmarks.states import TensorSpec
@@ -27,6 +27,8 @@ NAMES = {
     IDLE: "deferred, idle step",
     MEMCPY: "copy in memory",
 }
+
+IN_TRAINING = {NO_SAVE: "no checkpoint", DEFERRED: "deferred", COPY: "copy", DCP_ASYNC: "DCP, async_save"}
 
 
 def summarize(
@@ -99,6 +101,35 @@ def summarize_endless(
     }
 
 
+def summarize_training(case: SaveCase, width: int, saves: Saves, tokens: int, where: str) -> dict[str, Any]:
+    """The results of training.
+
+    Args:
+        case: what was measured.
+        width: of the model.
+        saves: the samples, by turns; the first ones left out.
+        tokens: of a sample.
+        where: the directory.
+    """
+    times = _times(saves, _lasted)
+    rates = {name: tokens / entry["median"] for name, entry in times.items()}
+    return {
+        "name": case.name,
+        "title": case.title,
+        "kind": case.kind,
+        "directory": where,
+        "width": width,
+        "tokens": tokens,
+        "repeated": times,
+        "tokens_per_second": rates,
+        "cpu": {name: entry["median"] for name, entry in _times(saves, _cpu).items()},
+        "checks": [
+            check(f"{IN_TRAINING[name]} ÷ {IN_TRAINING[limit]}, tokens per second", rates[name] / rates[limit], ">=", target, False)
+            for name, limit, target in case.targets
+        ],
+    }
+
+
 def _lasted(save: Sequence[SaveSample]) -> float:
     """From the first rank's begin to the last one's end."""
     return max(sample.end for sample in save) - min(sample.begin for sample in save)
@@ -126,6 +157,9 @@ def show(results: Mapping[str, Any], console: Console) -> None:
         if case["kind"] == "endless":
             _show_endless(case, console)
             continue
+        if case["kind"] == "training":
+            _show_training(case, console)
+            continue
         rounds = rounds_text(results["settings"]["rounds"])
         table = Table(title=f"{case['title']} ({case['directory']}): medians of {rounds}", title_justify="left")
         for column in ("", "seconds", "least", "most", "first", "CPU seconds of all ranks"):
@@ -139,6 +173,17 @@ def show(results: Mapping[str, Any], console: Console) -> None:
         for found in case["checks"]:
             console.print(f"  {found['what']}: {verdict(found, '{:.3f}')}")
     console.print(conclusion(results))
+
+
+def _show_training(case: Mapping[str, Any], console: Console) -> None:
+    table = Table(title=f"{case['title']} ({case['directory']})", title_justify="left")
+    for column in ("", "tokens per second", "of no checkpoint's", "CPU seconds of all ranks"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, label in IN_TRAINING.items():
+        rate = case["tokens_per_second"][name]
+        part = rate / case["tokens_per_second"][NO_SAVE]
+        table.add_row(label, f"{rate:,.0f}", f"{part:.1%}", f"{case['cpu'][name]:.3f}")
+    console.print(table)
 
 
 def _show_endless(case: Mapping[str, Any], console: Console) -> None:

@@ -10,13 +10,14 @@ import pytest
 
 from benchmarks.plain_write import PlainCopy, PlainFile, PlainWrite, files_of
 from benchmarks.save import main
-from benchmarks.save_cases import CASES, COPY, DCP, DCP_ASYNC, DEFERRED, IDLE, MEMCPY, RESHARD, SAVES, WRITE
+from benchmarks.save_cases import CASES, COPY, DCP, DCP_ASYNC, DEFERRED, IDLE, MEMCPY, NO_SAVE, RESHARD, SAVES, WRITE
 from benchmarks.save_ranks import SaveSample
-from benchmarks.save_results import summarize, summarize_endless
+from benchmarks.save_results import summarize, summarize_endless, summarize_training
 from benchmarks.save_stalls import Residue, lasting
 from benchmarks.states import transformer
 
 SYNC, STALL = CASES[0], next(case for case in CASES if case.kind == "stall")
+TRAINING = next(case for case in CASES if case.kind == "training")
 ENDLESS = next(case for case in CASES if case.kind == "endless")
 
 
@@ -25,7 +26,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("bench")
     path = directory / "results" / "save.json"
     arguments = ["--rounds", "1", "--scale", "0.001", "--saves", "4", "--directory", str(directory), "--disk", str(directory)]
-    assert main([*arguments, "--cases", "memory", "stall", "endless", "--output", str(path)]) == 0
+    assert main([*arguments, "--cases", "memory", "stall", "training", "endless", "--output", str(path)]) == 0
     assert [entry.name for entry in directory.iterdir()] == ["results"], "checkpoints were left behind"
     return path
 
@@ -35,7 +36,7 @@ def test_the_results_have_every_number(output: Path) -> None:
     results = json.loads(output.read_text(encoding="utf-8"))
     assert results["judged"] is False
     assert {"processor", "cores", "commit", "load_average", "load_average_after"} <= set(results["machine"])
-    sync, stall, endless = results["cases"]
+    sync, stall, training, endless = results["cases"]
     assert set(sync["repeated"]) == set(sync["first"]) == {DCP, RESHARD, WRITE}
     assert set(stall["repeated"]) == set(stall["first"]) == {DCP_ASYNC, COPY, DEFERRED, IDLE, MEMCPY}
     for case in (sync, stall):
@@ -45,6 +46,7 @@ def test_the_results_have_every_number(output: Path) -> None:
             assert case["cpu"][name] >= 0
     ours, _ = sync["checks"]
     assert ours["value"] == pytest.approx(sync["repeated"][RESHARD]["median"] / sync["repeated"][WRITE]["median"])
+    assert set(training["repeated"]) == set(training["tokens_per_second"]) == {NO_SAVE, DEFERRED, COPY, DCP_ASYNC}
     assert endless["saves"] == [1, 4]
     assert [len(rank) for rank in endless["anonymous"]] == [4] * 4
     assert all(found["met"] is None for case in results["cases"] for found in case["checks"])
@@ -107,6 +109,16 @@ def test_training_waits_as_long_as_the_slowest_rank_is_held(held: float, met: bo
     saves = [save(DCP_ASYNC, 3.0), save(COPY, 1.1), save(DEFERRED, 1.1), save(IDLE, held), save(MEMCPY, 1.0)]
     results = summarize(STALL, transformer(0.001), 10, judged=True, first=saves, repeated=saves, where="/dev/shm")
     assert [found["met"] for found in results["checks"]] == [True, True, met, None]
+
+
+def test_tokens_per_second_count_until_the_last_checkpoint_is_there() -> None:
+    def turn(contender: str, seconds: float) -> list[SaveSample]:
+        return [SaveSample(contender, 5.0, 5.0 + seconds / 2, 0.0, 0.1), SaveSample(contender, 5.0, 5.0 + seconds, 0.0, 0.1)]
+
+    saves = [turn(NO_SAVE, 2.0), turn(DEFERRED, 2.5), turn(COPY, 4.0), turn(DCP_ASYNC, 8.0)]
+    results = summarize_training(TRAINING, 16, saves, 1000, "/dev/shm")
+    assert results["tokens_per_second"] == {NO_SAVE: 500, DEFERRED: 400, COPY: 250, DCP_ASYNC: 125}
+    assert [found["value"] for found in results["checks"]] == [0.8, 0.5, 0.25]
 
 
 @pytest.mark.parametrize(("growth", "files", "met"), [(9_000, 12, True), (11_000, 13, False)])
