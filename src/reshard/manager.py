@@ -59,8 +59,7 @@ class CheckpointManager:
         async_save: save while training goes on. True or "copy": `save` returns when the state is copied. "deferred": when what a forward
             pass changes is copied; the next step of any optimizer waits for the rest. What else changes parameters in place (averaging
             weights, `load_state_dict`) must call `before_update` first. The same on every rank.
-        when_busy: what an asynchronous save does while the one before is under way: "wait" for its end, or "skip" this one. The same on
-            every rank.
+        when_busy: what an asynchronous save does while another is under way: "wait" for its end, or "skip" this one; on every rank alike.
         remove_redundancy: whether of equal regions that several ranks hold only one is written, by one of them: evenly by bytes, model and
             optimizer together. A checkpoint is then as large as the state itself, however many replicas there are.
         check_replicas: whether what several ranks hold is compared before a save commits. Each rank hashes its part of it, which takes
@@ -194,7 +193,6 @@ class CheckpointManager:
 
     def before_update(self) -> None:
         """Call it before changing parameters or optimizer state otherwise than by an optimizer's step, with `async_save="deferred"`.
-
         It returns when what is being saved is copied; at once, where nothing is. Not collective.
         """
         if self._async is not None:
@@ -229,6 +227,7 @@ class CheckpointManager:
         balanced: bool = False,
         memory_budget: int = MEMORY_BUDGET,
         verify: bool = True,
+        neighbours: bool = True,
         mapping: Any = None,
         prefixes: Prefixes = Prefixes(),  # noqa: B008 - frozen
     ) -> RestoreReport: ...
@@ -254,6 +253,7 @@ class CheckpointManager:
         balanced: bool = False,
         memory_budget: int = MEMORY_BUDGET,
         verify: bool = True,
+        neighbours: bool = True,
         mapping: Any = None,
         prefixes: Prefixes = Prefixes(),  # noqa: B008 - frozen
     ) -> RestoreReport | None: ...
@@ -278,21 +278,21 @@ class CheckpointManager:
         balanced: bool = False,
         memory_budget: int = MEMORY_BUDGET,
         verify: bool = True,
+        neighbours: bool = True,
         mapping: Any = None,
         prefixes: Prefixes = Prefixes(),  # noqa: B008 - frozen
     ) -> RestoreReport | None:
         """Load a checkpoint into the run, resharded to its strategy.
 
         Args:
-            path: a root (then the iteration in its tracker is loaded), one iteration, a folder of Hugging Face weights, which has nothing
-                for an optimizer, or a `SavedUnder`; this manager's root when it isn't given.
+            path: a root (the iteration of its tracker), one iteration, a folder of Hugging Face weights, or a `SavedUnder`; by default this
+                manager's root.
             model: as in `save`; its parameters and buffers are filled in place.
             optimizer: as in `save`; a fresh one gets its slots. None loads weights only.
             scheduler: has `load_state_dict`, or None.
             dataloader: has `load_state_dict`, or None.
             extra: an object or a dictionary of objects with `load_state_dict`, or None; all values come back in the report.
-            strict: what to do about tensors that don't fit; the same on every rank. Not given it is `Strictness()`, but of a folder of
-                weights floating types are converted into the run's (`dtype="cast"`).
+            strict: what to do about misfits; the same on every rank. By default `Strictness()`, of a folder of weights with `dtype="cast"`.
             only: patterns of names (`layers.0.*`): nothing but what matches one is loaded. They are globs (`*` goes over dots, too) of the
                 names in files (with a mapping, of the run's), and of an optimizer's tensors also of their parameters' names. What is left
                 out is neither missing nor unexpected, is not read, and keeps the run's values. The same on every rank.
@@ -303,9 +303,10 @@ class CheckpointManager:
             restore_random: give the random generators their states, where this rank has the same place in the same strategy.
             reseed: the seed of this rank's generators where it hasn't: one for all that must draw alike. None leaves them alone.
             balanced: every byte that any rank needs is read once in the whole job, evenly spread over the ranks, and sent to those who need
-                it: for storage that is slower than the network between the ranks. The result is the same. The same on every rank.
+                it, for storage that is slower than the network. The same on every rank.
             memory_budget: bytes that the load may take beyond the run's own state, on each rank. The same on every rank.
             verify: hold every block of rows that is read whole against its digest; the report says how much. The same on every rank.
+            neighbours: ranks of one machine read rows for each other where each needs columns, if Linux lets them. The same on every rank.
             mapping: how the run's names lie in the checkpoint's: a family's name (`"qwen3"`), a `Family`, or a `RuleMapping`.
             prefixes: where model and optimizer begin in the keys of a checkpoint of PyTorch, when that can't be recognised.
 
@@ -321,7 +322,7 @@ class CheckpointManager:
         self._check_open()
         self.wait()
         run = Run(model, optimizer, {"scheduler": scheduler, "dataloader": dataloader, "extra": extra}, restore_random, reseed)
-        how = How(strict, select(only, exclude), balanced, memory_budget, verify, select_mapper(mapping))
+        how = How(strict, select(only, exclude), balanced, memory_budget, verify, neighbours, select_mapper(mapping))
         root = self.directory if path is None else os.path.abspath(os.fspath(path))
         with collector_paused(), lost_ranks_named(self._comm):
             rules = Rules(missing_ok, on_corrupt, skip_unhealthy, prefixes, given_with(path))

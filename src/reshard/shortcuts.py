@@ -103,6 +103,7 @@ def load(
     balanced: bool = False,
     memory_budget: int = MEMORY_BUDGET,
     verify: bool = True,
+    neighbours: bool = True,
     mapping: Any = None,
     prefixes: Prefixes = Prefixes(),  # noqa: B008 - frozen
     communicator: Communicator | None = None,
@@ -130,6 +131,7 @@ def load(
     balanced: bool = False,
     memory_budget: int = MEMORY_BUDGET,
     verify: bool = True,
+    neighbours: bool = True,
     mapping: Any = None,
     prefixes: Prefixes = Prefixes(),  # noqa: B008 - frozen
     communicator: Communicator | None = None,
@@ -156,6 +158,7 @@ def load(
     balanced: bool = False,
     memory_budget: int = MEMORY_BUDGET,
     verify: bool = True,
+    neighbours: bool = True,
     mapping: Any = None,
     prefixes: Prefixes = Prefixes(),  # noqa: B008 - frozen
     communicator: Communicator | None = None,
@@ -181,6 +184,7 @@ def load(
         balanced: see there.
         memory_budget: see there.
         verify: see there.
+        neighbours: see there.
         mapping: see there.
         prefixes: see there.
         communicator: as in `CheckpointManager`.
@@ -208,6 +212,7 @@ def load(
             balanced=balanced,
             memory_budget=memory_budget,
             verify=verify,
+            neighbours=neighbours,
             mapping=mapping,
             prefixes=prefixes,
         )

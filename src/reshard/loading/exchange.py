@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import msgspec
 
 from reshard.catalog import Catalog
+from reshard.comm import Communicator
+from reshard.comm.together import attempt, settle
 from reshard.format.safetensors import TensorEntry
+from reshard.loading.findings import unlisted_of
 from reshard.loading.reader import locate
 from reshard.planning.agreement import RankDescription
 from reshard.planning.exchange_plan import Share, plan_exchange
 from reshard.planning.exchange_schedule import Schedule, schedule_exchange
 from reshard.planning.read_plan import ReadPlan
+from reshard.planning.telling import decode_all, encode
 from reshard.sources.stored import Headers
 
 LANES = 2
@@ -58,6 +64,46 @@ class PreparedExchange:
         return tuple(dict.fromkeys((*self.straight.files, *(share.site.file for share in self.shares))))
 
 
+def agree_on_exchange(
+    wanted: RankDescription,
+    plan: ReadPlan,
+    chosen: Catalog,
+    headers: Headers,
+    comm: Communicator,
+    memory_budget: int,
+    catalog: Catalog,
+) -> tuple[PreparedExchange, set[str]]:
+    """Collective: every rank's part of one exchange.
+
+    Args:
+        wanted: what this rank holds.
+        plan: what it would read for itself.
+        chosen: the part of the checkpoint that the load is about.
+        headers: of its files.
+        comm: the ranks.
+        memory_budget: as in `prepare_exchange`.
+        catalog: what the checkpoint holds.
+
+    Returns:
+        This rank's part, and the tensors of the files that the metadata doesn't list.
+
+    Raises:
+        ReshardError: as `prepare_exchange`, of whatever rank, the same on every rank.
+    """
+    restored = set(plan.restored)
+    mine = replace(wanted, tensors=tuple(tensor for tensor in wanted.tensors if tensor.key in restored))
+    texts = comm.all_gather(encode(mine))
+
+    def prepare() -> tuple[PreparedExchange, list[str]]:
+        prepared = prepare_exchange(decode_all(texts), chosen, headers, comm.rank, memory_budget)
+        return prepared, unlisted_of(prepared.files, headers, catalog)
+
+    made, error = attempt(prepare)
+    names = settle(comm, error, b"" if made is None else msgspec.msgpack.encode(made[1]), what="the load failed; nothing was changed")
+    assert made is not None  # settle raises when any rank has no part
+    return made[0], {name for text in names for name in msgspec.msgpack.decode(text, type=list[str])}
+
+
 def prepare_exchange(
     descriptions: Sequence[RankDescription], catalog: Catalog, headers: Headers, rank: int, memory_budget: int
 ) -> PreparedExchange:
@@ -82,11 +128,16 @@ def prepare_exchange(
     mine = [share for share in plan.shares if share.reader == rank]
     straight = ReadPlan(rank, tuple(share.batch() for share in mine if share.is_straight), (), (), ())
     staged = tuple(share for share in mine if not share.is_straight)
-    entries = tuple(_entries(share, headers) for share in staged)
+    entries = tuple(entries_of(share, headers) for share in staged)
     return PreparedExchange(straight, locate(straight, headers), staged, entries, schedule, message, straight_bytes)
 
 
-def _entries(share: Share, headers: Headers) -> tuple[TensorEntry, ...]:
+def entries_of(share: Share, headers: Headers) -> tuple[TensorEntry, ...]:
+    """Of each tensor of a share its entry in the file's header, held against what metadata promises.
+
+    Raises:
+        DataFileError: the file is missing, damaged, or doesn't hold what metadata promises.
+    """
     held = headers.get(share.site.file).entries
     dtype, shape = share.arrangement.dtype, share.piece.stored_shape
     entries = []

@@ -8,6 +8,7 @@ import msgspec
 import numpy as np
 
 from reshard.catalog import Catalog
+from reshard.comm.neighbours import Notice
 from reshard.format.names import tensor_name
 from reshard.loading.strictness import Misfits
 from reshard.planning.read_plan import Mismatch, ReadPlan
@@ -33,6 +34,7 @@ class Findings(msgspec.Struct, array_like=True):
         left_out: the run's tensors that the selection leaves out.
         idle: the patterns that mean no tensor that this rank knows.
         scales: the tensors that are the scales of others that the rank dequantises.
+        door: where other ranks of its machine find its memory, if they may fill any of it.
     """
 
     restored: bytes = b""
@@ -46,6 +48,7 @@ class Findings(msgspec.Struct, array_like=True):
     left_out: list[tuple[str, str | None, str]] = []
     idle: list[str] = []
     scales: bytes = b""
+    door: Notice | None = None
 
 
 def findings_of(

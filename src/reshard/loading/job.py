@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, TypeVar
@@ -74,6 +75,7 @@ class How:
         balanced: whether ranks read for each other.
         memory_budget: bytes beyond the run's own state, on each rank.
         verify: whether what is read is held against digests.
+        neighbours: whether ranks of one machine may read rows for each other.
         mapping: between the run's names and the checkpoint's; None when they are the same.
     """
 
@@ -82,6 +84,7 @@ class How:
     balanced: bool
     memory_budget: int
     verify: bool
+    neighbours: bool
     mapping: Mapper | None = None
 
 
@@ -197,8 +200,8 @@ def _fill(
     strictness = how.strictness if how.strictness is not None else Strictness.default(is_weights=choice.relayed.is_weights)
     options = (
         f"{how.strictness}, {how.selection}, balanced={how.balanced}, memory_budget={how.memory_budget}, "
-        f"verify={how.verify}, on_corrupt={rules.on_corrupt}, skip_unhealthy={rules.skip_unhealthy}, mapping={_short(how.mapping)}, "
-        f"{rules.prefixes}"
+        f"verify={how.verify}, neighbours={how.neighbours}, on_corrupt={rules.on_corrupt}, skip_unhealthy={rules.skip_unhealthy}, "
+        f"mapping={_short(how.mapping)}, {rules.prefixes}"
     )
     through = None if how.mapping is None else agree(how.mapping, model, comm, options, what=_UNTOUCHED)
     kinds = frozenset(kind for kind, given in ((Kind.MODEL, model), (Kind.OPTIMIZER, optimizer)) if given is not None)
@@ -224,21 +227,24 @@ def _fill(
             balanced=how.balanced,
             memory_budget=how.memory_budget,
             verify=how.verify,
+            neighbours=how.neighbours and comm.world_size > 1,
             told=opened.told,
             config=opened.config,
         )
+        doors.callback(planned.close)
         if written:
             _check_refilled(written, _filled_by(planned), directory)
         return opened, planned
 
-    prepared, error = attempt(prepare)
-    told = tell_options(comm, options, error, b"" if prepared is None else prepared[1].findings, what=_UNTOUCHED)
-    assert prepared is not None  # whoever couldn't plan has raised
-    opened, planned = prepared
-    adapter = opened.adapter
-    if choice.falls_back:
-        written.update(_filled_by(planned))
-    loaded = load_tensors(planned, told, comm, storage, started=started)
+    with ExitStack() as doors:
+        prepared, error = attempt(prepare)
+        told = tell_options(comm, options, error, b"" if prepared is None else prepared[1].findings, what=_UNTOUCHED)
+        assert prepared is not None  # whoever couldn't plan has raised
+        opened, planned = prepared
+        adapter = opened.adapter
+        if choice.falls_back:
+            written.update(_filled_by(planned))
+        loaded = load_tensors(planned, told, comm, storage, started=started)
     began = time.perf_counter()
 
     def install() -> tuple[str, Any, tuple[str, ...]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import astuple, dataclass, replace
 from operator import attrgetter
 from typing import Any
@@ -20,7 +21,7 @@ from reshard.format.names import tensor_name
 from reshard.format.safetensors import TensorEntry
 from reshard.geometry import Region
 from reshard.loading.budget import MEMORY_BUDGET, check_budget
-from reshard.loading.exchange import PreparedExchange, prepare_exchange
+from reshard.loading.exchange import PreparedExchange, agree_on_exchange
 from reshard.loading.findings import (
     NAMES_SHOWN,
     Findings,
@@ -34,6 +35,8 @@ from reshard.loading.findings import (
     skipped_names,
     unlisted_of,
 )
+from reshard.loading.handing import Handing, Offer, agree_on_handing, offer_columns
+from reshard.loading.handover import read_direct
 from reshard.loading.lanes import Traffic, run_exchange
 from reshard.loading.mapped import casts_of, known_misfits, words_of_missing
 from reshard.loading.reader import locate, read_plan
@@ -45,7 +48,6 @@ from reshard.loading.strictness import Misfits, Strictness, apply_strictness
 from reshard.planning.agreement import RankDescription, describe
 from reshard.planning.mapping.wanted import Asked, Told, ask
 from reshard.planning.read_plan import ReadPlan, plan_reads
-from reshard.planning.telling import decode_all, encode
 from reshard.sources.stored import Headers
 from reshard.state import GLOBAL_STEP, Kind, Shard, State, TensorKey
 from reshard.storage import Storage
@@ -121,6 +123,7 @@ class PlannedLoad:
         fills: memory to be filled before anything is read, and with what.
         scales: what is read of scales before anything else, where the load is about tensors that are quantised by block.
         spare: what of the checkpoint a run may well lack.
+        offer: what other ranks of the machine may fill.
         seconds: how long it took to open and to plan.
     """
 
@@ -144,6 +147,12 @@ class PlannedLoad:
     fills: tuple[tuple[Shard, float], ...] = ()
     scales: PlannedScales | None = None
     spare: Spare = Spare()  # noqa: RUF009 - frozen
+    offer: Offer | None = None
+
+    def close(self) -> None:
+        """Let no other rank write into this one's memory any more."""
+        if self.offer is not None:
+            self.offer.door.close()
 
     def run_keys(self, keys: Iterable[TensorKey]) -> Iterable[TensorKey]:
         """The run's tensor that each of some keys is about."""
@@ -166,6 +175,7 @@ def plan_load(
     balanced: bool = False,
     memory_budget: int = MEMORY_BUDGET,
     verify: bool = True,
+    neighbours: bool = False,
     told: Told | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> PlannedLoad:
@@ -186,6 +196,7 @@ def plan_load(
         balanced: whether ranks read for each other, so that each byte is read once in the whole job; the same on every rank.
         memory_budget: bytes for staging, mapped windows and messages; the same on every rank.
         verify: whether what is read is held against digests; the same on every rank.
+        neighbours: whether ranks of one machine may read rows for each other; the same on every rank.
         told: the catalog in strands, where the load goes through a mapping.
         config: the model's description (`config.json`), which says by which blocks tensors are quantised, and what is tied; None when
             there is none.
@@ -213,6 +224,8 @@ def plan_load(
     filled = (GLOBAL_STEP,) if GLOBAL_STEP in plan.missing and common is not None and common.global_step is not None else ()
     unlisted = [] if balanced else unlisted_of(plan.files, headers, catalog)
     found = findings_of(plan, filled, list(chosen.tensors), has_random=has_random, installs=installs, unlisted=unlisted, kinds=kinds)
+    offer = offer_columns(plan, asked.state, wanted) if neighbours and not balanced else None
+    found.door = None if offer is None else offer.door.notice
     if scales is not None:
         found.scales = bits_of(list(chosen.tensors), [key for key in chosen.tensors if (told.stored[key] if told else key) in scales.keys])
     if not selection.is_all:
@@ -241,6 +254,7 @@ def plan_load(
         asked.fills,
         scales,
         Spare.of(config, stored),
+        offer,
     )
 
 
@@ -261,7 +275,7 @@ def load_tensors(planned: PlannedLoad, told: Sequence[bytes], comm: Communicator
         ReshardError: whatever a rank met, the same on every rank.
     """
     entered = time.perf_counter()
-    catalog, chosen, read, common = planned.catalog, planned.chosen, planned.plan, planned.common
+    catalog, chosen, read = planned.catalog, planned.chosen, planned.plan
     keys = list(chosen.tensors)
     findings = [msgspec.msgpack.decode(data, type=Findings) for data in told]
 
@@ -282,29 +296,19 @@ def load_tensors(planned: PlannedLoad, told: Sequence[bytes], comm: Communicator
         raise (extended(error, *told_words) if told_words else error) from None
 
     unlisted_names = {name for finding in findings for name in finding.unlisted}
-    prepared = None
-    if planned.balanced:
-        prepared, others = _agree(planned.wanted, read, chosen, planned.headers, comm, planned.memory_budget, catalog)
-        unlisted_names |= others
-    planning = planned.seconds["plan"] + time.perf_counter() - entered
-    entered = time.perf_counter()
-    scaling = _read_scales(planned, comm, storage)
-
-    def execute() -> Traffic:
-        for shard, value in planned.fills:
-            _fill(shard, value)
-        memory = converting(planned.state, read.cast, planned.scales)
-        if prepared is None:
-            budget, verify = planned.memory_budget, planned.verify
-            traffic = Traffic(*read_plan(read, planned.entries, memory, storage, catalog.directory, memory_budget=budget, verify=verify))
+    with ExitStack() as opened:
+        prepared = handing = None
+        if planned.balanced:
+            prepared, others = agree_on_exchange(planned.wanted, read, chosen, planned.headers, comm, planned.memory_budget, catalog)
+            unlisted_names |= others
         else:
-            traffic = run_exchange(prepared, memory, comm, storage, catalog.directory, verify=planned.verify)
-        for key in planned.filled:
-            for shard in planned.state.tensors[key].shards:
-                _fill(shard, common.global_step if common is not None else 0)
-        return traffic
-
-    traffic, error = attempt(execute)
+            handing = agree_on_handing(planned.offer, [finding.door for finding in findings], chosen, planned.headers, comm)
+            if handing is not None:
+                opened.enter_context(closing(handing))
+        planning = planned.seconds["plan"] + time.perf_counter() - entered
+        entered = time.perf_counter()
+        scaling = _read_scales(planned, comm, storage)
+        traffic, error = attempt(lambda: _read(planned, prepared, handing, comm, storage))
     moved = traffic if traffic is not None else Traffic()
     seconds = {"open": planned.seconds["open"], "plan": planning, "read": time.perf_counter() - entered}
     moved = Traffic(*(a + b for a, b in zip(astuple(moved), astuple(scaling), strict=True)))
@@ -342,28 +346,22 @@ def load_tensors(planned: PlannedLoad, told: Sequence[bytes], comm: Communicator
     )
 
 
-def _agree(
-    wanted: RankDescription,
-    plan: ReadPlan,
-    chosen: Catalog,
-    headers: Headers,
-    comm: Communicator,
-    memory_budget: int,
-    catalog: Catalog,
-) -> tuple[PreparedExchange, set[str]]:
-    """Collective: every rank's part of one exchange, and the tensors of the files that the metadata doesn't list."""
-    restored = set(plan.restored)
-    mine = replace(wanted, tensors=tuple(tensor for tensor in wanted.tensors if tensor.key in restored))
-    texts = comm.all_gather(encode(mine))
-
-    def prepare() -> tuple[PreparedExchange, list[str]]:
-        prepared = prepare_exchange(decode_all(texts), chosen, headers, comm.rank, memory_budget)
-        return prepared, unlisted_of(prepared.files, headers, catalog)
-
-    made, error = attempt(prepare)
-    names = settle(comm, error, b"" if made is None else msgspec.msgpack.encode(made[1]), what="the load failed; nothing was changed")
-    assert made is not None  # settle raises when any rank has no part
-    return made[0], {name for text in names for name in msgspec.msgpack.decode(text, type=list[str])}
+def _read(
+    planned: PlannedLoad, prepared: PreparedExchange | None, handing: Handing | None, comm: Communicator, storage: Storage
+) -> Traffic:
+    """Fill this rank's memory, balanced or by itself."""
+    plan, directory, budget, verify = planned.plan, planned.catalog.directory, planned.memory_budget, planned.verify
+    for shard, value in planned.fills:
+        _fill(shard, value)
+    memory = converting(planned.state, plan.cast, planned.scales)
+    if prepared is None:
+        traffic = read_direct(plan, planned.entries, handing, memory, storage, directory, memory_budget=budget, verify=verify)
+    else:
+        traffic = run_exchange(prepared, memory, comm, storage, directory, verify=verify)
+    for key in planned.filled:
+        for shard in planned.state.tensors[key].shards:
+            _fill(shard, planned.common.global_step if planned.common is not None else 0)
+    return traffic
 
 
 def _read_scales(planned: PlannedLoad, comm: Communicator, storage: Storage) -> Traffic:
@@ -373,7 +371,7 @@ def _read_scales(planned: PlannedLoad, comm: Communicator, storage: Storage) -> 
         return Traffic()
     prepared = None
     if planned.balanced:
-        prepared, _ = _agree(scales.wanted, scales.plan, scales.catalog, planned.headers, comm, budget, planned.catalog)
+        prepared, _ = agree_on_exchange(scales.wanted, scales.plan, scales.catalog, planned.headers, comm, budget, planned.catalog)
 
     def execute() -> Traffic:
         if prepared is None:

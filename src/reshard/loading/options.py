@@ -44,7 +44,7 @@ def check_same_options(options: Sequence[str]) -> None:
         if other != options[0]:
             raise UsageError(
                 "the ranks were given different options for loading",
-                field="strict, only, exclude, balanced, memory_budget, verify, on_corrupt, skip_unhealthy, mapping, prefixes",
+                field="strict, only, exclude, balanced, memory_budget, verify, neighbours, on_corrupt, skip_unhealthy, mapping, prefixes",
                 rank=rank,
                 found=other,
                 expected=f"{options[0]}, as on rank 0",

@@ -49,15 +49,30 @@ def row_places(box: Region, shape: tuple[int, ...], itemsize: int) -> tuple[int,
 
     They are in the box's own order, and all of one length: the dimensions that the box has whole, and the one before them, are one run.
     """
-    strides = strides_of(shape, itemsize)
-    inner = len(shape)
-    while inner and (inner == len(shape) or box.shape[inner] == shape[inner]):
-        inner -= 1
+    return run_places(box, strides_of(shape, itemsize), itemsize)
+
+
+def run_places(box: Region, strides: tuple[int, ...], itemsize: int) -> tuple[int, np.ndarray]:
+    """The same as `row_places` for a box of other strides, in bytes. Where a run begins is counted from where the coordinate 0 lies."""
+    run, outer = _innermost(box.shape, strides, itemsize)
     places = np.zeros(1, np.int64)
-    for offset, extent, stride in zip(box.offset[:inner], box.shape[:inner], strides[:inner], strict=True):
+    for offset, extent, stride in zip(box.offset[:outer], box.shape[:outer], strides[:outer], strict=True):
         places = (places[:, None] + (offset + np.arange(extent)) * stride).reshape(-1)
-    start = sum(offset * stride for offset, stride in zip(box.offset[inner:], strides[inner:], strict=True))
-    return itemsize * prod(box.shape[inner:]), places + start
+    return run, places + sum(offset * stride for offset, stride in zip(box.offset[outer:], strides[outer:], strict=True))
+
+
+def run_bytes(extents: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> int:
+    """How long the runs of bytes are of which a box of these strides consists."""
+    return _innermost(extents, strides, itemsize)[0]
+
+
+def _innermost(extents: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> tuple[int, int]:
+    """The bytes of a run, and how many dimensions lie outside of it."""
+    run, outer = itemsize, len(extents)
+    while outer and (extents[outer - 1] == 1 or strides[outer - 1] == run):
+        outer -= 1
+        run *= extents[outer]
+    return run, outer
 
 
 def plan_blocks(shape: tuple[int, ...], region: Region, itemsize: int, *, block_bytes: int, gap_bytes: int) -> Iterator[Block]:

@@ -1,0 +1,197 @@
+"""Ranks of one machine that write into each other's memory: one copy by the kernel, and nobody has to be ready for it.
+
+`process_vm_writev` (Linux) writes where the other process says that its memory is. So that it never writes into memory that a rank has
+taken back, every write holds the rank's door open, and a rank that leaves closes its door first.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import secrets
+import select
+from contextlib import ExitStack, suppress
+
+import msgspec
+import numpy as np
+
+from reshard.errors import CommunicationError
+
+# Pieces of memory that the system takes in one call, on either side (IOV_MAX).
+MOST_PIECES = 1024
+
+# By it a neighbour sees that it has found the process and the memory that were meant.
+_TOKEN_BYTES = 16
+
+_PIECE = np.dtype((np.int64, 2))
+
+
+class Notice(msgspec.Struct, array_like=True, frozen=True):
+    """Where a rank's door is, to be told to other ranks.
+
+    Attributes:
+        host: the machine, and what of it the process can see.
+        process: its number there.
+        descriptor: the number of the file that is its door.
+        address: where its token lies in memory.
+        token: what lies there, and at the begin of the file.
+        nbytes: what it tells its neighbours, in bytes: the rest of the file.
+    """
+
+    host: str
+    process: int
+    descriptor: int
+    address: int
+    token: bytes
+    nbytes: int
+
+
+class Door:
+    """This rank's: its neighbours may write into its memory until it closes.
+
+    Args:
+        told: what the neighbours need to know.
+
+    Attributes:
+        notice: what they find it by.
+    """
+
+    def __init__(self, host: str, told: bytes) -> None:
+        self._file = os.fdopen(os.memfd_create("reshard-door", os.MFD_CLOEXEC), "r+b", buffering=0)
+        token = secrets.token_bytes(_TOKEN_BYTES)
+        self._token = ctypes.create_string_buffer(token, _TOKEN_BYTES)
+        for data in (token, told):
+            if self._file.write(data) != len(data):  # memory is short
+                self._file.close()
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.notice = Notice(host, os.getpid(), self._file.fileno(), ctypes.addressof(self._token), token, len(told))
+
+    @classmethod
+    def open(cls, told: bytes) -> Door | None:
+        """A door; None where there is no such thing, or no memory for it."""
+        host = _host()
+        if host is None or not hasattr(os, "memfd_create") or _calls() is None:
+            return None
+        try:
+            return cls(host, told)
+        except OSError:
+            return None
+
+    def close(self) -> None:
+        """Nobody writes any more, and nobody will. Waits for a write that is under way."""
+        if not self._file.closed:
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX)
+                # Who has the file open sees it, also when this end is gone.
+                self._file.truncate(0)
+            finally:
+                self._file.close()
+
+
+class Neighbour:
+    """Another rank of this machine, whose door has been found.
+
+    Args:
+        rank: which.
+        notice: its notice.
+
+    Attributes:
+        told: what it tells its neighbours.
+
+    Raises:
+        OSError: it can't be reached.
+    """
+
+    def __init__(self, rank: int, notice: Notice) -> None:
+        self.rank = rank
+        self._process = notice.process
+        calls = _calls()
+        if calls is None:
+            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+        self._write = calls.process_vm_writev
+        with ExitStack() as opened:
+            # First the process, then what tells that it is the right one.
+            self._alive = os.pidfd_open(notice.process)
+            opened.callback(os.close, self._alive)
+            self._ends = select.poll()
+            self._ends.register(self._alive, select.POLLIN)
+            self._file = opened.enter_context(open(f"/proc/{notice.process}/fd/{notice.descriptor}", "rb", buffering=0))
+            token = ctypes.create_string_buffer(_TOKEN_BYTES)
+            here, there = _pieces(ctypes.addressof(token), _TOKEN_BYTES), _pieces(notice.address, _TOKEN_BYTES)
+            moved = calls.process_vm_readv(notice.process, here.ctypes.data, 1, there.ctypes.data, 1, 0)
+            if moved != _TOKEN_BYTES:
+                raise _problem(moved)
+            content = self._file.read()
+            if token.raw != notice.token or content[:_TOKEN_BYTES] != notice.token or len(content) != _TOKEN_BYTES + notice.nbytes:
+                raise OSError(errno.ESRCH, "another process has its number")
+            self.told = content[_TOKEN_BYTES:]
+            self._opened = opened.pop_all()
+
+    def write(self, here: np.ndarray, there: np.ndarray, nbytes: int) -> None:
+        """Copy memory of this process into the neighbour's.
+
+        Args:
+            here: int64, (pieces, 2), C-ordered: where each begins, and its bytes; at most `MOST_PIECES`.
+            there: the same of the neighbour's memory.
+            nbytes: of either side together, less than 2 GiB.
+
+        Raises:
+            CommunicationError: the neighbour has gone, or its memory can't be written.
+        """
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise self._gone("it has left the load") from None
+        # While this is held the rank can't leave.
+        try:
+            if os.fstat(self._file.fileno()).st_size == 0:
+                raise self._gone("it has left the load")
+            if self._ends.poll(0):
+                raise self._gone("its process has ended")
+            moved = self._write(self._process, here.ctypes.data, len(here), there.ctypes.data, len(there), 0)
+        finally:
+            fcntl.flock(self._file, fcntl.LOCK_UN)
+        if moved != nbytes:
+            raise self._gone(f"its memory can't be written: {_problem(moved)}")
+
+    def close(self) -> None:
+        """Let go of it."""
+        self._opened.close()
+
+    def _gone(self, found: str) -> CommunicationError:
+        return CommunicationError(
+            "a rank of this machine can't be handed what was read for it",
+            found=f"rank {self.rank}: {found}",
+            fix="look at the rank that failed first",
+        )
+
+
+def _pieces(address: int, nbytes: int) -> np.ndarray:
+    return np.array([(address, nbytes)], np.int64)
+
+
+def _problem(moved: int) -> OSError:
+    """Why a call moved fewer bytes than asked for. One that stops in the middle has met memory that isn't there."""
+    code = ctypes.get_errno() if moved < 0 else errno.EFAULT
+    return OSError(code, os.strerror(code))
+
+
+def _calls() -> ctypes.CDLL | None:
+    """The system's calls; None where it hasn't them."""
+    try:
+        calls = ctypes.CDLL(None, use_errno=True)
+        for call in (calls.process_vm_readv, calls.process_vm_writev):
+            call.restype = ctypes.c_ssize_t
+            call.argtypes = [ctypes.c_int, *[ctypes.c_void_p, ctypes.c_ulong] * 2, ctypes.c_ulong]
+    except (OSError, AttributeError, TypeError):
+        return None
+    return calls if hasattr(os, "pidfd_open") and ctypes.sizeof(ctypes.c_void_p) == _PIECE.itemsize // 2 else None
+
+
+def _host() -> str | None:
+    """This machine since it was started, and the numbers of processes that can be seen; None where nothing tells."""
+    with suppress(OSError), open("/proc/sys/kernel/random/boot_id") as file:
+        return f"{file.read().strip()} {os.readlink('/proc/self/ns/pid')}"
+    return None

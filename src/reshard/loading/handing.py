@@ -1,0 +1,208 @@
+"""Ranks of one machine read rows for each other, where each needs columns of them: every page of a file is read once, not once by each.
+
+What a rank has read it writes straight into the memory of those who need it. The ranks tell each other where that is before anything is
+read. Where one of them can't reach another, all of the machine read for themselves.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
+
+import msgspec
+import numpy as np
+
+from reshard.catalog import Catalog
+from reshard.comm import Communicator
+from reshard.comm.neighbours import Door, Neighbour, Notice
+from reshard.comm.together import attempt, settle
+from reshard.format.safetensors import TensorEntry
+from reshard.geometry import Region
+from reshard.loading.exchange import entries_of
+from reshard.planning.agreement import RankDescription
+from reshard.planning.columns import columns_in, of_tensors, plan_together
+from reshard.planning.exchange_plan import Share
+from reshard.planning.read_plan import Batch, ReadPlan
+from reshard.planning.telling import decode_all, encode
+from reshard.sources.stored import Headers
+from reshard.state import Memory, State, TensorKey
+
+# With fewer bytes of columns a rank reads for itself: they take less time than the ranks need to agree.
+_LEAST_BYTES = 32 << 20
+
+
+class _Told(msgspec.Struct, array_like=True):
+    """What a rank tells its neighbours.
+
+    Attributes:
+        description: of the tensors of which it needs columns.
+        addresses: int64: where each of their shards lies in its memory, in the same order; 0 for empty ones.
+    """
+
+    description: bytes
+    addresses: bytes
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What a rank lets its neighbours fill.
+
+    Attributes:
+        told: the tensors, and where they lie, as the neighbours hear it.
+        door: through which they come.
+    """
+
+    told: bytes
+    door: Door
+
+
+def offer_columns(plan: ReadPlan, state: State, wanted: RankDescription) -> Offer | None:
+    """Let the other ranks of this machine fill the tensors of which this rank needs columns; None where it would be of no use, or can't be.
+
+    Args:
+        plan: what the rank reads.
+        state: what it fills.
+        wanted: the description of that.
+    """
+    columns = columns_in(plan)
+    if sum(columns.values()) < _LEAST_BYTES:
+        return None
+    addresses = {key: _addresses(state, key) for key in columns}
+    reachable = {key for key, places in addresses.items() if None not in places}
+    if sum(columns[key] for key in reachable) < _LEAST_BYTES:
+        return None
+    description = of_tensors(wanted, reachable)
+    listed = [place for tensor in description.tensors for place in addresses[tensor.key]]
+    told = msgspec.msgpack.encode(_Told(encode(description), np.array(listed, "<i8").tobytes()))
+    door = Door.open(told)
+    return None if door is None else Offer(told, door)
+
+
+def _addresses(state: State, key: TensorKey) -> list[int | None]:
+    """Where each shard of a tensor lies, None where others can't fill it."""
+    tensor = state.tensors[key]
+    return [_address(shard.memory, shard.region, tensor.dtype.itemsize) for shard in tensor.shards]
+
+
+def _address(memory: Memory, region: Region, itemsize: int) -> int | None:
+    if region.is_empty:
+        return 0
+    return memory.address if memory.nbytes == itemsize * region.size else None
+
+
+@dataclass(frozen=True)
+class Handing:
+    """One rank's part of what the ranks of its machine read for each other.
+
+    Attributes:
+        rank: the rank.
+        shares: what it reads.
+        entries: of each of these shares, each tensor's entry in the file.
+        neighbours: those for whom it reads, by rank.
+        addresses: of each neighbour and tensor, where each shard lies.
+        keys: the tensors that the ranks read for each other.
+        received: the bytes that the neighbours read for it.
+    """
+
+    rank: int
+    shares: tuple[Share, ...]
+    entries: tuple[tuple[TensorEntry, ...], ...]
+    neighbours: Mapping[int, Neighbour]
+    addresses: Mapping[int, Mapping[TensorKey, Sequence[int]]]
+    keys: frozenset[TensorKey]
+    received: int
+
+    def close(self) -> None:
+        """Let go of the neighbours."""
+        for neighbour in self.neighbours.values():
+            neighbour.close()
+
+    def rest(self, plan: ReadPlan, entries: Sequence[Sequence[TensorEntry]]) -> tuple[ReadPlan, list[list[TensorEntry]]]:
+        """What the rank still reads for itself, of a plan and of where that lies."""
+        batches: list[Batch] = []
+        left: list[list[TensorEntry]] = []
+        for (movement, keys, names), held in zip(plan.batches, entries, strict=True):
+            kept = [index for index, key in enumerate(keys) if key not in self.keys]
+            if kept:
+                batches.append(Batch(movement, [keys[index] for index in kept], [names[index] for index in kept]))
+                left.append([held[index] for index in kept])
+        return replace(plan, batches=tuple(batches)), left
+
+
+def agree_on_handing(
+    offer: Offer | None, notices: Sequence[Notice | None], catalog: Catalog, headers: Headers, comm: Communicator
+) -> Handing | None:
+    """Collective, where on any machine several ranks have made an offer: who reads what for whom.
+
+    Args:
+        offer: this rank's.
+        notices: of all ranks' doors.
+        catalog: what the checkpoint holds, the same on every rank.
+        headers: of its files.
+        comm: the ranks.
+
+    Returns:
+        This rank's part, to be closed; None when it reads for itself alone.
+
+    Raises:
+        DataFileError: a file is missing, damaged, or doesn't hold what metadata promises.
+        CommunicationError: a rank is gone.
+    """
+    hosts: defaultdict[str, dict[int, Notice]] = defaultdict(dict)
+    for rank, notice in enumerate(notices):
+        if notice is not None:
+            hosts[notice.host][rank] = notice
+    if all(len(group) == 1 for group in hosts.values()):
+        return None
+    group = next((group for group in hosts.values() if comm.rank in group), {})
+    made, error = attempt(lambda: None if offer is None or len(group) == 1 else _prepare(offer, group, catalog, headers, comm.rank))
+    with ExitStack() as opened:
+        if made is not None:
+            opened.enter_context(closing(made))
+        told = settle(comm, error, b"" if made is None else b"ready", what="the load failed; nothing was changed")
+        if made is None or not all(told[rank] for rank in group):
+            return None
+        opened.pop_all()
+    return made
+
+
+def _prepare(offer: Offer, group: Mapping[int, Notice], catalog: Catalog, headers: Headers, rank: int) -> Handing | None:
+    """This rank's part; None when it doesn't reach all others, or when there is nothing to be read together."""
+    neighbours: dict[int, Neighbour] = {}
+    with ExitStack() as opened:
+        try:
+            for other, notice in group.items():
+                if other != rank:
+                    neighbours[other] = opened.enter_context(closing(Neighbour(other, notice)))
+        except OSError:
+            return None
+        texts = [offer.told if other == rank else neighbours[other].told for other in group]
+        told = [msgspec.msgpack.decode(text, type=_Told) for text in texts]
+        descriptions = decode_all([one.description for one in told])
+        plan = plan_together(descriptions, catalog)
+        if not plan.shares:
+            return None
+        mine = tuple(share for share in plan.shares if share.reader == rank)
+        handing = Handing(
+            rank,
+            mine,
+            tuple(entries_of(share, headers) for share in mine),
+            neighbours,
+            {one.rank: _by_tensor(one, told.addresses) for one, told in zip(descriptions, told, strict=True)},
+            frozenset(tensor.key for share in plan.shares for tensor in share.tensors),
+            sum(_taken(share, rank) for share in plan.shares if share.reader != rank),
+        )
+        opened.pop_all()
+    return handing
+
+
+def _by_tensor(description: RankDescription, addresses: bytes) -> dict[TensorKey, list[int]]:
+    places = iter(np.frombuffer(addresses, "<i8").tolist())
+    return {key: [next(places) for _ in holding.regions] for key, holding in description.tensors}
+
+
+def _taken(share: Share, rank: int) -> int:
+    """The bytes that a rank gets of a share."""
+    return sum(nbytes * sum(taker.rank == rank for taker in want.takers) for want, nbytes in share.taken())
