@@ -13,6 +13,7 @@ import os
 import secrets
 import select
 from contextlib import ExitStack, suppress
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -25,7 +26,22 @@ MOST_PIECES = 1024
 # By it a neighbour sees that it has found the process and the memory that were meant.
 _TOKEN_BYTES = 16
 
-_PIECE = np.dtype((np.int64, 2))
+
+class Pieces(NamedTuple):
+    """Pieces of memory, as the system takes them.
+
+    Attributes:
+        listed: int64, (pieces, 2), C-ordered: where each begins, and its bytes.
+        address: where this list lies itself.
+    """
+
+    listed: np.ndarray
+    address: int
+
+    @classmethod
+    def of(cls, listed: np.ndarray) -> Pieces:
+        """Pieces by their list."""
+        return cls(listed, listed.ctypes.data)
 
 
 class Notice(msgspec.Struct, array_like=True, frozen=True):
@@ -119,8 +135,9 @@ class Neighbour:
             self._ends.register(self._alive, select.POLLIN)
             self._file = opened.enter_context(open(f"/proc/{notice.process}/fd/{notice.descriptor}", "rb", buffering=0))
             token = ctypes.create_string_buffer(_TOKEN_BYTES)
-            here, there = _pieces(ctypes.addressof(token), _TOKEN_BYTES), _pieces(notice.address, _TOKEN_BYTES)
-            moved = calls.process_vm_readv(notice.process, here.ctypes.data, 1, there.ctypes.data, 1, 0)
+            places = (ctypes.addressof(token), notice.address)
+            here, there = (Pieces.of(np.array([(place, _TOKEN_BYTES)], np.int64)) for place in places)
+            moved = calls.process_vm_readv(notice.process, here.address, 1, there.address, 1, 0)
             if moved != _TOKEN_BYTES:
                 raise _problem(moved)
             content = self._file.read()
@@ -129,13 +146,13 @@ class Neighbour:
             self.told = content[_TOKEN_BYTES:]
             self._opened = opened.pop_all()
 
-    def write(self, here: np.ndarray, there: np.ndarray, nbytes: int) -> None:
+    def write(self, here: Pieces, there: Pieces, nbytes: int) -> None:
         """Copy memory of this process into the neighbour's.
 
         Args:
-            here: int64, (pieces, 2), C-ordered: where each begins, and its bytes; at most `MOST_PIECES`.
-            there: the same of the neighbour's memory.
-            nbytes: of either side together, less than 2 GiB.
+            here: of this process; at most `MOST_PIECES`.
+            there: of the neighbour; likewise.
+            nbytes: of either together, less than 2 GiB.
 
         Raises:
             CommunicationError: the neighbour has gone, or its memory can't be written.
@@ -150,7 +167,7 @@ class Neighbour:
                 raise self._gone("it has left the load")
             if self._ends.poll(0):
                 raise self._gone("its process has ended")
-            moved = self._write(self._process, here.ctypes.data, len(here), there.ctypes.data, len(there), 0)
+            moved = self._write(self._process, here.address, len(here.listed), there.address, len(there.listed), 0)
         finally:
             fcntl.flock(self._file, fcntl.LOCK_UN)
         if moved != nbytes:
@@ -168,10 +185,6 @@ class Neighbour:
         )
 
 
-def _pieces(address: int, nbytes: int) -> np.ndarray:
-    return np.array([(address, nbytes)], np.int64)
-
-
 def _problem(moved: int) -> OSError:
     """Why a call moved fewer bytes than asked for. One that stops in the middle has met memory that isn't there."""
     code = ctypes.get_errno() if moved < 0 else errno.EFAULT
@@ -187,7 +200,7 @@ def _calls() -> ctypes.CDLL | None:
             call.argtypes = [ctypes.c_int, *[ctypes.c_void_p, ctypes.c_ulong] * 2, ctypes.c_ulong]
     except (OSError, AttributeError, TypeError):
         return None
-    return calls if hasattr(os, "pidfd_open") and ctypes.sizeof(ctypes.c_void_p) == _PIECE.itemsize // 2 else None
+    return calls if hasattr(os, "pidfd_open") and ctypes.sizeof(ctypes.c_void_p) == 8 else None  # as `Pieces` has it
 
 
 def _host() -> str | None:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from reshard.comm.neighbours import MOST_PIECES
+from reshard.comm.neighbours import MOST_PIECES, Pieces
 from reshard.format.safetensors import BlockCheck, TensorEntry
 from reshard.geometry import Region
 from reshard.geometry.region import strides_of
@@ -21,11 +21,14 @@ from reshard.planning.byte_runs import run_places
 from reshard.planning.exchange_plan import BlockPlan, Part, Share
 from reshard.planning.read_plan import ReadPlan
 from reshard.state import State, TensorKey
-from reshard.storage import Storage
+from reshard.storage import ReadableFile, Storage
 from reshard.storage.storage import join
 
-# What is read at a time: still in a core's own cache when it is handed over, and large enough that a call costs little.
-_BLOCK_BYTES = 1 << 20
+# What is read at a time: most of it is still in a core's own cache when it is handed over, and a call costs little beside it.
+_BLOCK_BYTES = 2 << 20
+
+# Tensors that are read by one thread, one after the other: to open a file costs what the copy of 100 KiB costs.
+_WORK_BYTES = 16 << 20
 
 # Gaps inside a box that nobody needs are read over up to a page, as in a balanced load.
 _GAP_BYTES = 4096
@@ -89,28 +92,35 @@ def hand_over(handing: Handing, state: State, storage: Storage, directory: str, 
     block_bytes = min(_BLOCK_BYTES, memory_budget // (2 * readers))
     buffers: SimpleQueue[_Buffers] = SimpleQueue()
     for _ in range(readers):
-        buffers.put(_Buffers.of(block_bytes))
+        buffers.put(_Buffers(_Buffer(block_bytes), _Buffer(block_bytes)))
     hands = _Hands(handing, state, storage, directory, buffers, verify)
     return sum_up([Traffic(received=handing.received), *run_all(hands.works(block_bytes), readers, "reshard-hand")])
 
 
+class _Buffer:
+    """Memory of one piece of work: what was read, or short runs of that side by side."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.data = np.empty(nbytes, np.uint8)
+        self._begin = np.array((self.data.ctypes.data, 0), np.int64)
+        # Those that were asked for before, by their identity, with what keeps that theirs.
+        self._known: dict[int, tuple[np.ndarray, Pieces]] = {}
+
+    def pieces(self, listed: np.ndarray, *, again: bool) -> Pieces:
+        """Pieces of the buffer, counted from its begin, where they lie in memory; `again`: they will be asked for once more."""
+        known = self._known.get(id(listed))
+        if known is None:
+            known = listed, Pieces.of(listed + self._begin)
+            if again:
+                self._known[id(listed)] = known
+        return known[1]
+
+
 class _Buffers(NamedTuple):
-    """Memory of one piece of work.
+    """Memory of one piece of work."""
 
-    Attributes:
-        read: what was read.
-        packed: short runs of that side by side.
-        addresses: where either lies.
-    """
-
-    read: np.ndarray
-    packed: np.ndarray
-    addresses: tuple[int, int]
-
-    @classmethod
-    def of(cls, nbytes: int) -> _Buffers:
-        read, packed = np.empty(nbytes, np.uint8), np.empty(nbytes, np.uint8)
-        return cls(read, packed, (read.ctypes.data, packed.ctypes.data))
+    read: _Buffer
+    packed: _Buffer
 
 
 class _Delivery(NamedTuple):
@@ -147,8 +157,8 @@ class _Hands:
         self._directory = directory
         self._buffers = buffers
         self._verify = verify
-        # Of boxes in blocks: many blocks are cut alike.
-        self._runs: dict[tuple[Region, tuple[int, ...]], tuple[int, np.ndarray]] = {}
+        # Of boxes in blocks, since many are cut alike: the bytes of each run, where each begins, and that as pieces.
+        self._runs: dict[tuple[Region, tuple[int, ...]], tuple[int, np.ndarray, np.ndarray]] = {}
 
     def works(self, block_bytes: int) -> Iterator[Callable[[], Traffic]]:
         """Independent pieces of work: a tensor's part of a share each."""
@@ -163,20 +173,26 @@ class _Hands:
                     else:
                         block.deliveries.append(self._delivery(share, part, shapes[part.rank, part.shard]))
                 blocks.append(block)
-            for tensor, entry in zip(share.tensors, entries, strict=True):
-                yield partial(self._read, share, tensor.key, entry, blocks)
+            step = max(1, _WORK_BYTES * len(entries) // share.nbytes)
+            for first in range(0, len(entries), step):
+                keys = [tensor.key for tensor in share.tensors[first : first + step]]
+                yield partial(self._read, share, keys, entries[first : first + step], blocks)
 
     def _delivery(self, share: Share, part: Part, shape: tuple[int, ...]) -> _Delivery:
         itemsize = share.arrangement.dtype.itemsize
         strides = share.piece.strides(itemsize)
-        found = self._runs.get((part.source, strides))
-        if found is None:
-            found = self._runs[part.source, strides] = run_places(part.source, strides, itemsize)
-        run, places = found
+        runs = self._runs.get((part.source, strides))
+        if runs is None:
+            run, places = run_places(part.source, strides, itemsize)
+            runs = self._runs[part.source, strides] = run, places, _between(places, run, 0, part.nbytes)
+        run, places, pieces = runs
         is_packed = run < _SHORT_RUN_BYTES and len(places) > 1
         if is_packed:
             run, places = part.nbytes, np.zeros(1, np.int64)
+            pieces = _between(places, run, 0, run)
         other, targets = run_places(part.target, strides_of(shape, itemsize), itemsize)
+        if max(len(pieces), len(targets)) <= MOST_PIECES:
+            return _Delivery(part, is_packed, [(pieces, _between(targets, other, 0, part.nbytes), part.nbytes)])
         # At either end of a call a run may be cut.
         step = (MOST_PIECES - 2) * min(run, other)
         ends = [*range(step, part.nbytes, step), part.nbytes]
@@ -186,44 +202,53 @@ class _Hands:
         ]
         return _Delivery(part, is_packed, calls)
 
-    def _read(self, share: Share, key: TensorKey, entry: TensorEntry, blocks: Sequence[_Block]) -> Traffic:
+    def _read(self, share: Share, keys: Sequence[TensorKey], entries: Sequence[TensorEntry], blocks: Sequence[_Block]) -> Traffic:
         path, buffers = join(self._directory, share.site.file), self._buffers.get()
-        check = BlockCheck(entry, path) if self._verify else None
+        try:
+            with self._storage.open_read(path) as source:
+                return sum_up(
+                    [self._read_tensor(source, share, key, entry, blocks, buffers) for key, entry in zip(keys, entries, strict=True)]
+                )
+        finally:
+            self._buffers.put(buffers)
+
+    def _read_tensor(
+        self, source: ReadableFile, share: Share, key: TensorKey, entry: TensorEntry, blocks: Sequence[_Block], buffers: _Buffers
+    ) -> Traffic:
+        check = BlockCheck(entry, source.path) if self._verify else None
         dtype, shards = share.arrangement.dtype, self._tensors[key].shards
         strides = share.piece.strides(dtype.itemsize)
         # The host's, since their addresses were told to others, too.
         own = {index: shards[index].memory.host for index in {part.shard for block in blocks for part in block.own}}
         read = sent = 0
-        try:
-            with self._storage.open_read(path) as source:
-                for plan, mine, deliveries in blocks:
-                    data = memoryview(buffers.read)[: plan.nbytes]
-                    source.read_into(entry.begin + plan.offset, data)
-                    read += plan.nbytes
-                    if check is not None:
-                        check.update(plan.offset, data)
-                        check.raise_if_wrong()
-                    box = np.ndarray(plan.shape, dtype.numpy, buffers.read.data, strides=strides)
-                    for part in mine:
-                        host = own[part.shard]
-                        assert host is not None
-                        host[part.target.slices] = box[part.source.slices]
-                    for delivery in deliveries:
-                        self._deliver(key, delivery, box, buffers)
-                        sent += delivery.part.nbytes
-        finally:
-            self._buffers.put(buffers)
+        for plan, mine, deliveries in blocks:
+            data = memoryview(buffers.read.data)[: plan.nbytes]
+            source.read_into(entry.begin + plan.offset, data)
+            read += plan.nbytes
+            if check is not None:
+                check.update(plan.offset, data)
+                check.raise_if_wrong()
+            box = np.ndarray(plan.shape, dtype.numpy, data, strides=strides)
+            for part in mine:
+                host = own[part.shard]
+                assert host is not None
+                host[part.target.slices] = box[part.source.slices]
+            for delivery in deliveries:
+                self._deliver(key, delivery, box, buffers)
+                sent += delivery.part.nbytes
         return Traffic(read, 0 if check is None else check.verified, sent=sent)
 
     def _deliver(self, key: TensorKey, delivery: _Delivery, box: np.ndarray, buffers: _Buffers) -> None:
         part, is_packed, calls = delivery
+        buffer = buffers.packed if is_packed else buffers.read
         if is_packed:
-            np.ndarray(part.source.shape, box.dtype, buffers.packed.data)[...] = box[part.source.slices]
-        here = buffers.addresses[is_packed]
-        there = self._handing.addresses[part.rank][key][part.shard]
+            np.ndarray(part.source.shape, box.dtype, buffer.data.data)[...] = box[part.source.slices]
+        address = self._handing.addresses[part.rank][key][part.shard]
         neighbour = self._handing.neighbours[part.rank]
         for pieces, places, nbytes in calls:
-            neighbour.write(_from(here, pieces), _from(there, places), nbytes)
+            there = places.copy()
+            there[:, 0] += address
+            neighbour.write(buffer.pieces(pieces, again=len(calls) == 1), Pieces.of(there), nbytes)
 
 
 def sum_up(traffics: Sequence[Traffic]) -> Traffic:
@@ -241,10 +266,3 @@ def _between(places: np.ndarray, run: int, begin: int, end: int) -> np.ndarray:
     pieces[0] += (skipped, -skipped)
     pieces[-1, 1] -= last * run - end
     return pieces
-
-
-def _from(address: int, pieces: np.ndarray) -> np.ndarray:
-    """Pieces whose begins are counted from an address, as they lie in memory."""
-    placed = pieces.copy()
-    placed[:, 0] += address
-    return placed

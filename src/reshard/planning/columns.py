@@ -10,7 +10,7 @@ from reshard.catalog import Catalog
 from reshard.geometry.cover import find_overlap
 from reshard.planning.agreement import RankDescription
 from reshard.planning.byte_runs import run_bytes
-from reshard.planning.exchange_plan import ExchangePlan, plan_exchange
+from reshard.planning.exchange_plan import ExchangePlan, plan_held
 from reshard.planning.holders import Holders, find_holders
 from reshard.planning.read_plan import ReadPlan
 from reshard.state import TensorKey
@@ -46,8 +46,8 @@ def plan_together(descriptions: Sequence[RankDescription], catalog: Catalog) -> 
     holders = find_holders(descriptions)
     # Tensors that are held alike share what says so.
     whole = {identity: _is_whole(one) for identity, one in {id(one): one for one in holders.values()}.items()}
-    keys = {key for key, one in holders.items() if whole[id(one)]}
-    return plan_exchange([of_tensors(description, keys) for description in descriptions], catalog)
+    together = {key: one for key, one in holders.items() if whole[id(one)]}
+    return plan_held(together, catalog, [description.rank for description in descriptions])
 
 
 def of_tensors(description: RankDescription, keys: Collection[TensorKey]) -> RankDescription:

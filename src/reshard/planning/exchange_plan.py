@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ from reshard.planning.byte_runs import cut_box, is_dense, run_offset
 from reshard.planning.cuts import Cut, cut_chunks
 from reshard.planning.holders import Holders, find_holders
 from reshard.planning.read_plan import Batch, Movement
+from reshard.state import TensorKey
 
 
 class Taker(NamedTuple):
@@ -203,7 +204,18 @@ def plan_exchange(descriptions: Sequence[RankDescription], catalog: Catalog) -> 
         descriptions: of all ranks, in their order: the tensors that they load.
         catalog: what the checkpoint holds; it has all of these tensors.
     """
-    return share_out(_groups(descriptions, catalog), [description.rank for description in descriptions])
+    return plan_held(find_holders(descriptions), catalog, [description.rank for description in descriptions])
+
+
+def plan_held(holders: Mapping[TensorKey, Holders], catalog: Catalog, ranks: Sequence[int]) -> ExchangePlan:
+    """The same for a job of which it is known who holds what.
+
+    Args:
+        holders: of each tensor; the checkpoint has all of these.
+        catalog: as in `plan_exchange`.
+        ranks: of the whole job, ascending.
+    """
+    return share_out(_groups(holders, catalog), ranks)
 
 
 def share_out(groups: Iterable[tuple[Sequence[StoredTensor], Sequence[Want]]], ranks: Sequence[int]) -> ExchangePlan:
@@ -279,9 +291,8 @@ def _blocks_of(piece: Piece, itemsize: int) -> RowBlocks:
     return RowBlocks(dimension, blocks.nbytes // stride if begins_together else 1, blocks.nbytes, blocks.number)
 
 
-def _groups(descriptions: Sequence[RankDescription], catalog: Catalog) -> Iterator[tuple[list[StoredTensor], list[Want]]]:
+def _groups(holders: Mapping[TensorKey, Holders], catalog: Catalog) -> Iterator[tuple[list[StoredTensor], list[Want]]]:
     """Tensors that are stored alike and wanted alike, with who wants what."""
-    holders = find_holders(descriptions)
     groups: dict[tuple[int, int], list[StoredTensor]] = {}
     for key, tensor in catalog.tensors.items():
         if key in holders:
