@@ -12,6 +12,7 @@ import fcntl
 import os
 import secrets
 import select
+import threading
 from contextlib import ExitStack, suppress
 from typing import NamedTuple
 
@@ -123,6 +124,8 @@ class Neighbour:
     def __init__(self, rank: int, notice: Notice) -> None:
         self.rank = rank
         self._process = notice.process
+        # The door is held open by the file, whichever thread asks: one must not let it fall shut under another.
+        self._turn = threading.Lock()
         calls = _calls()
         if calls is None:
             raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
@@ -147,7 +150,7 @@ class Neighbour:
             self._opened = opened.pop_all()
 
     def write(self, here: Pieces, there: Pieces, nbytes: int) -> None:
-        """Copy memory of this process into the neighbour's.
+        """Copy memory of this process into the neighbour's; of several threads one after the other.
 
         Args:
             here: of this process; at most `MOST_PIECES`.
@@ -157,21 +160,23 @@ class Neighbour:
         Raises:
             CommunicationError: the neighbour has gone, or its memory can't be written.
         """
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise self._gone("it has left the load") from None
-        # While this is held the rank can't leave.
-        try:
-            if os.fstat(self._file.fileno()).st_size == 0:
-                raise self._gone("it has left the load")
-            if self._ends.poll(0):
-                raise self._gone("its process has ended")
-            moved = self._write(self._process, here.address, len(here.listed), there.address, len(there.listed), 0)
-        finally:
-            fcntl.flock(self._file, fcntl.LOCK_UN)
-        if moved != nbytes:
-            raise self._gone(f"its memory can't be written: {_problem(moved)}")
+        with self._turn:
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise self._gone("it has left the load") from None
+            # While this is held the rank can't leave.
+            try:
+                if os.fstat(self._file.fileno()).st_size == 0:
+                    raise self._gone("it has left the load")
+                if self._ends.poll(0):
+                    raise self._gone("its process has ended")
+                moved = self._write(self._process, here.address, len(here.listed), there.address, len(there.listed), 0)
+                problem = None if moved == nbytes else _problem(moved)
+            finally:
+                fcntl.flock(self._file, fcntl.LOCK_UN)
+        if problem is not None:
+            raise self._gone(f"its memory can't be written: {problem}")
 
     def close(self) -> None:
         """Let go of it."""

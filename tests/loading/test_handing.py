@@ -1,0 +1,152 @@
+"""Ranks of one machine read rows for each other where each needs columns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import xxhash
+
+import reshard
+from benchmarks import states
+from reshard.comm import Communicator
+from reshard.comm.neighbours import Door, Neighbour, Pieces
+from reshard.errors import CommunicationError, DataFileError
+from reshard.geometry import Mesh
+from reshard.loading import handing
+from reshard.planning import columns
+from reshard.state import model_key
+from reshard.storage import MemoryStorage, Storage
+from reshard.testing import differences, run_ranks, run_ranks_settled, split, state_on_rank
+from tests.processes import RankPool
+
+WHOLE = {
+    model_key("long"): np.random.default_rng(0).integers(0, 2**32, (600, 768), np.uint32).view(np.float32),
+    model_key("short"): np.random.default_rng(1).integers(0, 256, (900, 120), np.uint8),
+    model_key("deep"): np.random.default_rng(2).integers(0, 2**16, (24, 50, 144), np.uint16),
+}
+NBYTES = sum(array.nbytes for array in WHOLE.values())
+
+
+@pytest.fixture(autouse=True)
+def small_tensors_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(handing, "_LEAST_BYTES", 1)
+    monkeypatch.setattr(columns, "_LEAST_BYTES", 1)
+
+
+def part_of(rank: int, world: int, dimension: int, *, blank: bool = False) -> Any:
+    """A rank's part of the tensors, split along their first or their last dimension."""
+    mesh = Mesh((world,), ("tp",), tuple(range(world)))
+    placements = {key: ["tp" if d == dimension % array.ndim else None for d in range(array.ndim)] for key, array in WHOLE.items()}
+    return state_on_rank(WHOLE, {key: split(mesh, *placements[key]) for key in WHOLE}, rank, blank=blank)
+
+
+def named(state: Any) -> dict[str, Any]:
+    return {key.parameter: tensor for key, tensor in state.tensors.items()}
+
+
+def save(root: str | Path, storage: Storage | None = None) -> None:
+    run_ranks(2, lambda comm: reshard.save(root, 1, communicator=comm, storage=storage, model=named(part_of(comm.rank, 2, 0))))
+
+
+def load(comm: Communicator, root: str | Path, storage: Storage | None = None, **options: Any) -> tuple[list[str], reshard.RestoreReport]:
+    state = part_of(comm.rank, comm.world_size, -1, blank=True)
+    report = reshard.load(root, communicator=comm, storage=storage, model=named(state), **options)
+    return differences(WHOLE, state), report
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("budget", [1 << 20, 256 << 20])
+def test_every_row_is_read_once_and_verified(world: int, budget: int) -> None:
+    storage = MemoryStorage()
+    save("/root", storage)
+    results = run_ranks(world, lambda comm: load(comm, "/root", storage, memory_budget=budget))
+    assert [wrong for wrong, _ in results] == [[]] * world
+    report = results[0][1]
+    assert report.bytes_needed == report.bytes_read == report.bytes_verified == NBYTES
+    assert report.bytes_sent == sum(rank.bytes_received for rank in report.ranks) == NBYTES * (world - 1) // world
+    assert report.bytes_of_pages == 0
+
+
+def test_without_it_the_result_is_the_same(tmp_path: Path) -> None:
+    save(tmp_path)
+    results = run_ranks(3, lambda comm: load(comm, tmp_path, neighbours=False))
+    assert [wrong for wrong, _ in results] == [[]] * 3
+    assert results[0][1].bytes_sent == 0
+
+
+def test_a_rank_that_cannot_reach_another_reads_for_itself_as_do_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path)
+
+    class Unreachable(Neighbour):
+        def __init__(self, rank: int, notice: Any) -> None:
+            if rank == 2:
+                raise PermissionError(1, "not allowed")
+            super().__init__(rank, notice)
+
+    monkeypatch.setattr(handing, "Neighbour", Unreachable)
+    results = run_ranks(3, lambda comm: load(comm, tmp_path))
+    assert [wrong for wrong, _ in results] == [[]] * 3
+    assert results[0][1].bytes_sent == 0
+
+
+def test_a_flipped_bit_is_everyones_error(tmp_path: Path) -> None:
+    save(tmp_path)
+    file = next(tmp_path.glob("iteration_*/*0000001-0000002.safetensors"))
+    data = bytearray(file.read_bytes())
+    data[-100_000] ^= 4
+    file.write_bytes(data)
+    results = run_ranks_settled(3, lambda comm: load(comm, tmp_path))
+    assert [type(result) for result in results] == [DataFileError] * 3
+
+
+def test_nobody_writes_through_a_closed_door() -> None:
+    target, source = np.zeros(4, np.int64), np.arange(4)
+    door = Door.open(b"told")
+    assert door is not None
+    neighbour = Neighbour(5, door.notice)
+    assert neighbour.told == b"told"
+    here, there = (Pieces.of(np.array([(array.ctypes.data, array.nbytes)], np.int64)) for array in (source, target))
+    neighbour.write(here, there, source.nbytes)
+    assert (target == source).all()
+    target[:] = 0
+    door.close()
+    with pytest.raises(CommunicationError, match="rank 5: it has left the load"):
+        neighbour.write(here, there, source.nbytes)
+    assert not target.any()
+    neighbour.close()
+
+
+def test_memory_that_is_not_there_is_an_error() -> None:
+    door = Door.open(b"")
+    assert door is not None
+    neighbour = Neighbour(1, door.notice)
+    source = np.arange(4)
+    here, there = Pieces.of(np.array([(source.ctypes.data, 32)], np.int64)), Pieces.of(np.array([(64, 32)], np.int64))
+    with pytest.raises(CommunicationError, match="rank 1: its memory can't be written"):
+        neighbour.write(here, there, 32)
+    neighbour.close()
+    door.close()
+
+
+def save_and_load(root: Path) -> tuple[bool, int]:
+    """What a rank of four does: whether its columns of a tensor that was saved by rows are right, and how much was handed over."""
+    import torch.distributed as dist
+
+    tensors = (states.TensorSpec("w", (8192, 2048), 0),)  # 64 MiB: each rank needs half
+    model, memory = states.build(tensors, states.TENSOR_PARALLEL)
+    states.fill(tensors, states.TENSOR_PARALLEL, memory, dist.get_rank())
+    reshard.save(root, 1, model=model)
+    model, memory = states.build(tensors, states.TRANSPOSED)
+    expected = states.digests(tensors, states.TRANSPOSED, dist.get_rank())
+    report = reshard.load(root, model=model)
+    return [xxhash.xxh3_128_digest(array) for array in memory] == expected, report.bytes_sent
+
+
+def test_processes_write_into_each_others_memory(rank_pool: Callable[[int], RankPool], tmp_path: Path) -> None:
+    results = rank_pool(4).run(save_and_load, tmp_path)
+    # All need 128 MiB together; of the 64 MiB that are read each row's reader keeps half.
+    assert results == [(True, 96 << 20)] * 4
