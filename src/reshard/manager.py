@@ -302,8 +302,7 @@ class CheckpointManager:
             skip_unhealthy: whether an unhealthy one (`ckpt_status`) gives way, with a warning, to the newest older one that isn't.
             restore_random: give the random generators their states, where this rank has the same place in the same strategy.
             reseed: the seed of this rank's generators where it hasn't: one for all that must draw alike. None leaves them alone.
-            balanced: every byte that any rank needs is read once in the whole job, evenly spread over the ranks, and sent to those who need
-                it, for storage that is slower than the network. The same on every rank.
+            balanced: ranks read every byte once in the whole job, evenly, and send it on: for slow storage. The same on every rank.
             memory_budget: bytes that the load may take beyond the run's own state, on each rank. The same on every rank.
             verify: hold every block of rows that is read whole against its digest; the report says how much. The same on every rank.
             neighbours: ranks of one machine read rows for each other where each needs columns, if Linux lets them. The same on every rank.

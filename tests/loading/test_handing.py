@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,23 @@ def test_a_rank_that_cannot_reach_another_reads_for_itself_as_do_all(tmp_path: P
     results = run_ranks(3, lambda comm: load(comm, tmp_path))
     assert [wrong for wrong, _ in results] == [[]] * 3
     assert results[0][1].bytes_sent == 0
+
+
+def test_a_rank_may_read_a_tensor_of_which_it_has_nothing() -> None:
+    """As with stages of a pipeline: two ranks have one half of the tensors, two the other."""
+    storage = MemoryStorage()
+    save("/root", storage)
+
+    def work(comm: Communicator) -> tuple[list[str], int]:
+        state = part_of(comm.rank % 2, 2, -1, blank=True)
+        mine = {key: state.tensors[key] for key in list(WHOLE)[:1] if comm.rank < 2} or {key: state.tensors[key] for key in list(WHOLE)[1:]}
+        held = replace(state, tensors=mine)
+        report = reshard.load("/root", communicator=comm, storage=storage, model=named(held))
+        return differences({key: WHOLE[key] for key in mine}, held), report.ranks[comm.rank].bytes_read
+
+    results = run_ranks(4, work)
+    assert [wrong for wrong, _ in results] == [[]] * 4
+    assert max(read for _, read in results) <= 1.3 * NBYTES / 4
 
 
 def test_a_flipped_bit_is_everyones_error(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def test_the_report_says_how_long_the_whole_load_took(tmp_path: Path, monkeypatc
         return later
 
     monkeypatch.setattr(loader, "locate", delayed(loader.locate, 0))
-    monkeypatch.setattr(loader, "read_plan", delayed(loader.read_plan, 1))
+    monkeypatch.setattr(loader, "read_direct", delayed(loader.read_direct, 1))
 
     def work(comm: Communicator) -> RestoreReport:
         slow.rank = comm.rank

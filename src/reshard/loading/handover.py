@@ -216,10 +216,10 @@ class _Hands:
         self, source: ReadableFile, share: Share, key: TensorKey, entry: TensorEntry, blocks: Sequence[_Block], buffers: _Buffers
     ) -> Traffic:
         check = BlockCheck(entry, source.path) if self._verify else None
-        dtype, shards = share.arrangement.dtype, self._tensors[key].shards
+        dtype = share.arrangement.dtype
         strides = share.piece.strides(dtype.itemsize)
-        # The host's, since their addresses were told to others, too.
-        own = {index: shards[index].memory.host for index in {part.shard for block in blocks for part in block.own}}
+        # The host's, since their addresses were told to others, too. A rank may read a tensor of which it has nothing itself.
+        own = {index: self._tensors[key].shards[index].memory.host for index in {part.shard for block in blocks for part in block.own}}
         read = sent = 0
         for plan, mine, deliveries in blocks:
             data = memoryview(buffers.read.data)[: plan.nbytes]
