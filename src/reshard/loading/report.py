@@ -27,7 +27,7 @@ class RankReport:
         bytes_read: the bytes that it read of data files, gaps included.
         seconds: by phase: `open` (find the checkpoint, its catalog, and where in memory it belongs), `plan`, `read`, `install` (optimizers,
             schedulers, random states). Waiting for other ranks counts in the phase in which it happens.
-        bytes_sent: the bytes that it read for other ranks and sent them, each time it did so: in a balanced load, or to ranks of its machine.
+        bytes_sent: the bytes that it read for other ranks and sent them, each time: in a balanced load, or to ranks of its machine.
         bytes_received: the bytes that other ranks sent it.
         bytes_verified: of the bytes that it read, how many were held against digests and found to be as they were saved.
         bytes_of_pages: of the whole pages on which lies what it copied out of mapped files; `bytes_read` has only what was copied.
