@@ -146,6 +146,10 @@ class Neighbour:
             content = self._file.read()
             if token.raw != notice.token or content[:_TOKEN_BYTES] != notice.token or len(content) != _TOKEN_BYTES + notice.nbytes:
                 raise OSError(errno.ESRCH, "another process has its number")
+            # The same bytes to the same place: systems may let read but not write.
+            moved = calls.process_vm_writev(notice.process, here.address, 1, there.address, 1, 0)
+            if moved != _TOKEN_BYTES:
+                raise _problem(moved)
             self.told = content[_TOKEN_BYTES:]
             self._opened = opened.pop_all()
 
