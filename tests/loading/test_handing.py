@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import fcntl
+import mmap
+import os
+import threading
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +19,16 @@ import xxhash
 
 import reshard
 from benchmarks import states
-from reshard.comm import Communicator
-from reshard.comm.neighbours import Door, Neighbour, Pieces
-from reshard.errors import CommunicationError, DataFileError
+from reshard.comm import Communicator, neighbours
+from reshard.comm.neighbours import MOST_PIECES, Door, Neighbour, Pieces, are_writable
+from reshard.errors import CommunicationError, DataFileError, ReshardError
 from reshard.geometry import Mesh
 from reshard.loading import handing
 from reshard.planning import columns
 from reshard.state import model_key
 from reshard.storage import MemoryStorage, Storage
-from reshard.testing import differences, run_ranks, run_ranks_settled, split, state_on_rank
+from reshard.testing import FaultyStorage, differences, run_ranks, run_ranks_settled, split, state_on_rank
+from tests.interrupts import interrupted_at
 from tests.processes import RankPool
 
 WHOLE = {
@@ -111,6 +118,39 @@ def test_a_rank_may_read_a_tensor_of_which_it_has_nothing() -> None:
     assert max(read for _, read in results) <= 1.3 * NBYTES / 4
 
 
+def test_who_needs_a_tensor_whole_gets_it_while_others_hand_each_other_columns() -> None:
+    """The third rank is one of those that read together, for another tensor's sake."""
+    storage = MemoryStorage()
+    save("/root", storage)
+    whole, mesh = WHOLE[model_key("long")], Mesh((1,), ("tp",), (2,))
+
+    def work(comm: Communicator) -> list[str]:
+        state = part_of(comm.rank, comm.world_size, -1, blank=True)
+        halves = part_of(comm.rank % 2, 2, -1, blank=True)
+        key = model_key("long")
+        own = state_on_rank({key: whole}, {key: split(mesh, None, None)}, 2, blank=True) if comm.rank == 2 else halves
+        held = replace(state, tensors={**state.tensors, key: own.tensors[key]})
+        reshard.load("/root", communicator=comm, storage=storage, model=named(held))
+        return differences(WHOLE, held)
+
+    assert run_ranks(3, work) == [[]] * 3
+
+
+def test_memory_that_others_cannot_write_is_filled_by_its_own_rank(tmp_path: Path) -> None:
+    """Memory of a device may have an address, and be none of this."""
+    save(tmp_path)
+    with mmap.mmap(-1, mmap.PAGESIZE) as page:
+        address = ctypes.addressof(ctypes.c_char.from_buffer(page))
+        assert are_writable([(address, mmap.PAGESIZE)] * MOST_PIECES)
+        libc = ctypes.CDLL(None)
+        assert libc.mprotect(ctypes.c_void_p(address), ctypes.c_size_t(mmap.PAGESIZE), mmap.PROT_READ) == 0
+        assert not are_writable([(address, mmap.PAGESIZE)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(handing, "are_writable", lambda places: False)
+        results = run_ranks(3, lambda comm: load(comm, tmp_path))
+    assert [(wrong, report.bytes_sent) for wrong, report in results] == [([], 0)] * 3
+
+
 def test_a_flipped_bit_is_everyones_error(tmp_path: Path) -> None:
     save(tmp_path)
     file = next(tmp_path.glob("iteration_*/*0000001-0000002.safetensors"))
@@ -119,6 +159,44 @@ def test_a_flipped_bit_is_everyones_error(tmp_path: Path) -> None:
     file.write_bytes(data)
     results = run_ranks_settled(3, lambda comm: load(comm, tmp_path))
     assert [type(result) for result in results] == [DataFileError] * 3
+
+
+def test_a_rank_that_was_interrupted_gets_nothing_any_more() -> None:
+    """Its caller goes on, and only then another rank has read something for it."""
+    storage = MemoryStorage()
+    save("/root", storage)
+    resumed, ended = threading.Event(), threading.Event()
+
+    class Slow(FaultyStorage):
+        def _do(self, name: str, path: str, work: Any, torn: Any = None) -> Any:
+            if name == "read_into" and threading.current_thread().name.startswith("reshard-hand"):
+                assert resumed.wait(60)
+            return work()
+
+    class Interrupted(FaultyStorage):
+        def _do(self, name: str, path: str, work: Any, torn: Any = None) -> Any:
+            if name == "read_into" and threading.current_thread().name.startswith("reshard-hand"):
+                raise KeyboardInterrupt
+            return work()
+
+    def work(comm: Communicator) -> None:
+        state = part_of(comm.rank, 2, -1, blank=True)
+        if comm.rank == 0:
+            try:
+                reshard.load("/root", communicator=comm, storage=Slow(storage), model=named(state))
+            finally:
+                ended.set()
+        with pytest.raises(KeyboardInterrupt):
+            reshard.load("/root", communicator=comm, storage=Interrupted(storage), model=named(state))
+        left = [tensor.shards[0].memory.read().copy() for tensor in state.tensors.values()]
+        resumed.set()
+        assert ended.wait(60)
+        assert all(np.array_equal(old, tensor.shards[0].memory.read()) for old, tensor in zip(left, state.tensors.values(), strict=True))
+
+    results = run_ranks_settled(2, work)
+    assert isinstance(results[0], CommunicationError)
+    assert "rank 1: it has left the load" in str(results[0])
+    assert results[1] is None
 
 
 def test_nobody_writes_through_a_closed_door() -> None:
@@ -144,10 +222,46 @@ def test_memory_that_is_not_there_is_an_error() -> None:
     neighbour = Neighbour(1, door.notice)
     source = np.arange(4)
     here, there = Pieces.of(np.array([(source.ctypes.data, 32)], np.int64)), Pieces.of(np.array([(64, 32)], np.int64))
-    with pytest.raises(CommunicationError, match="rank 1: its memory can't be written"):
+    # The rank is there, so that it can be told.
+    with pytest.raises(ReshardError, match="rank 1: its memory can't be written") as raised:
         neighbour.write(here, there, 32)
+    assert not isinstance(raised.value, CommunicationError)
     neighbour.close()
     door.close()
+
+
+def test_a_rank_that_leaves_waits_for_who_is_writing() -> None:
+    door = Door.open(b"")
+    assert door is not None
+    with open(f"/proc/{os.getpid()}/fd/{door.notice.descriptor}", "rb") as written:
+        fcntl.flock(written, fcntl.LOCK_SH)
+        leaves = threading.Thread(target=door.close)
+        leaves.start()
+        leaves.join(0.2)
+        assert leaves.is_alive()
+        assert os.fstat(written.fileno()).st_size == 0  # nobody else begins
+        fcntl.flock(written, fcntl.LOCK_UN)
+        leaves.join(60)
+        assert not leaves.is_alive()
+
+
+def test_a_door_that_is_interrupted_while_it_closes_is_closed() -> None:
+    array = np.zeros(1, np.int64)
+    pieces = Pieces.of(np.array([(array.ctypes.data, 8)], np.int64))
+    for point in count(1):
+        door = Door.open(b"")
+        assert door is not None
+        neighbour = Neighbour(1, door.notice)
+        came = interrupted_at(point, door.close, [neighbours])
+        if point == 1:  # before anything was done
+            door.close()
+        with pytest.raises(CommunicationError, match="it has left the load"):
+            neighbour.write(pieces, pieces, 8)
+        neighbour.close()
+        door.close()
+        if not came:
+            break
+    assert point > 4
 
 
 def save_and_load(root: Path) -> tuple[bool, int]:

@@ -49,10 +49,15 @@ def values(number: int) -> np.ndarray:
 
 
 def held(rank: int, wanted: str) -> dict[int, Region]:
-    """Who wants what: everyone everything, half of the columns, or neighbours what they share: then not all ranks meet."""
+    """Who wants what: everyone everything, half of the columns, or neighbours what they share: then not all ranks meet.
+
+    "handed": columns, read by each for all.
+    """
     if wanted == "neighbours":
         return {number: Region.whole((ROWS, COLUMNS)) for number in range(TENSORS) if rank in (number % WORLD, (number + 1) % WORLD)}
-    columns = Region((0, rank % 2 * COLUMNS // 2), (ROWS, COLUMNS // 2)) if wanted == "columns" else Region.whole((ROWS, COLUMNS))
+    columns = (
+        Region((0, rank % 2 * COLUMNS // 2), (ROWS, COLUMNS // 2)) if wanted in ("columns", "handed") else Region.whole((ROWS, COLUMNS))
+    )
     return dict.fromkeys(range(TENSORS), columns)
 
 
@@ -65,6 +70,8 @@ def load(root: Path, wanted: str, balanced: bool, victim: int | None, after: int
     import torch.distributed as dist
 
     from reshard.frameworks.torch.communicator import TorchCommunicator
+    from reshard.loading import handing
+    from reshard.planning import columns
 
     rank = dist.get_rank()
     strikes: dict[str, Callable[[], Any]] = {
@@ -83,7 +90,12 @@ def load(root: Path, wanted: str, balanced: bool, victim: int | None, after: int
     error, text = "", ""
     comm = TorchCommunicator(limit)
     try:
-        reshard.load(root, model=model, storage=storage, balanced=balanced, memory_budget=1 << 20, communicator=comm)
+        with pytest.MonkeyPatch.context() as patch:
+            if wanted == "handed":  # however little it is
+                patch.setattr(handing, "_LEAST_BYTES", 1)
+                patch.setattr(columns, "_LEAST_BYTES", 1)
+            report = reshard.load(root, model=model, storage=storage, balanced=balanced, memory_budget=1 << 20, communicator=comm)
+        assert (report.bytes_sent > 0) == (balanced or wanted == "handed")
     except reshard.ReshardError as raised:
         error, text = type(raised).__name__, str(raised)
     finally:
@@ -107,8 +119,8 @@ FINE = [("", "", [])] * WORLD
 
 @pytest.mark.parametrize(
     ("balanced", "wanted", "victim", "after"),
-    [(True, "everything", 1, 12), (True, "columns", 2, 9), (True, "neighbours", 0, 8), (False, "columns", 1, 9)],
-    ids=["balanced-everything", "balanced-columns", "balanced-neighbours", "direct"],
+    [(True, "everything", 1, 12), (True, "columns", 2, 9), (True, "neighbours", 0, 8), (False, "columns", 1, 9), (False, "handed", 2, 4)],
+    ids=["balanced-everything", "balanced-columns", "balanced-neighbours", "direct", "direct-handed"],
 )
 def test_a_killed_rank_is_an_error_on_the_others(
     rank_pool: Callable[[int], RankPool], root: Path, balanced: bool, wanted: str, victim: int, after: int, tried: Tried
@@ -124,6 +136,9 @@ def test_a_killed_rank_is_an_error_on_the_others(
             assert not isinstance(outcome, Failure), outcome.text
             error, text, _ = outcome
             assert error == "CommunicationError"
+            if f"found:    rank {victim}: its process has ended" in text:  # whoever was about to write into its memory
+                assert wanted == "handed"
+                continue
             assert f"rank:     {rank}" in text
             # Rank 0 serves the store in which the others look for signs of life.
             assert f"gone:     rank {victim}: no sign of life" in text or (victim == 0 and "gone:     the job's store" in text)

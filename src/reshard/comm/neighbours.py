@@ -13,19 +13,31 @@ import os
 import secrets
 import select
 import threading
+import time
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import msgspec
 import numpy as np
 
-from reshard.errors import CommunicationError
+from reshard.errors import CommunicationError, ReshardError
 
 # Pieces of memory that the system takes in one call, on either side (IOV_MAX).
 MOST_PIECES = 1024
 
 # By it a neighbour sees that it has found the process and the memory that were meant.
 _TOKEN_BYTES = 16
+
+# What is written at a time takes milliseconds. Who still seems to write after this has been ended in the middle of it, with a child of its
+# process holding on to the door.
+_LONGEST_WRITE_S = 60.0
+
+# A process that ends loses its memory first, and only then is known to have ended.
+_ENDING_MS = 5_000
+
+# How often a rank that leaves looks whether it may.
+_LOOK_S = 0.001
 
 
 class Pieces(NamedTuple):
@@ -76,13 +88,14 @@ class Door:
     """
 
     def __init__(self, host: str, told: bytes) -> None:
-        self._file = os.fdopen(os.memfd_create("reshard-door", os.MFD_CLOEXEC), "r+b", buffering=0)
         token = secrets.token_bytes(_TOKEN_BYTES)
         self._token = ctypes.create_string_buffer(token, _TOKEN_BYTES)
-        for data in (token, told):
-            if self._file.write(data) != len(data):  # memory is short
-                self._file.close()
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        with ExitStack() as opened:
+            self._file = opened.enter_context(os.fdopen(os.memfd_create("reshard-door", os.MFD_CLOEXEC), "r+b", buffering=0))
+            for data in (token, told):
+                if self._file.write(data) != len(data):  # memory is short
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            opened.pop_all()
         self.notice = Notice(host, os.getpid(), self._file.fileno(), ctypes.addressof(self._token), token, len(told))
 
     @classmethod
@@ -98,13 +111,22 @@ class Door:
 
     def close(self) -> None:
         """Nobody writes any more, and nobody will. Waits for a write that is under way."""
-        if not self._file.closed:
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX)
-                # Who has the file open sees it, also when this end is gone.
-                self._file.truncate(0)
-            finally:
-                self._file.close()
+        if self._file.closed:
+            return
+        try:
+            self._shut()
+        except KeyboardInterrupt:
+            self._shut()  # all the same: whoever writes doesn't hear of it
+            raise
+        finally:
+            self._file.close()
+
+    def _shut(self) -> None:
+        # Who has the file open sees it, also when this end is gone; and who doesn't see it yet is waited for.
+        self._file.truncate(0)
+        latest = time.monotonic() + _LONGEST_WRITE_S
+        while _is_held(self._file) and time.monotonic() < latest:
+            time.sleep(_LOOK_S)
 
 
 class Neighbour:
@@ -137,19 +159,24 @@ class Neighbour:
             self._ends = select.poll()
             self._ends.register(self._alive, select.POLLIN)
             self._file = opened.enter_context(open(f"/proc/{notice.process}/fd/{notice.descriptor}", "rb", buffering=0))
-            token = ctypes.create_string_buffer(_TOKEN_BYTES)
-            places = (ctypes.addressof(token), notice.address)
-            here, there = (Pieces.of(np.array([(place, _TOKEN_BYTES)], np.int64)) for place in places)
-            moved = calls.process_vm_readv(notice.process, here.address, 1, there.address, 1, 0)
-            if moved != _TOKEN_BYTES:
-                raise _problem(moved)
-            content = self._file.read()
-            if token.raw != notice.token or content[:_TOKEN_BYTES] != notice.token or len(content) != _TOKEN_BYTES + notice.nbytes:
-                raise OSError(errno.ESRCH, "another process has its number")
-            # The same bytes to the same place: systems may let read but not write.
-            moved = calls.process_vm_writev(notice.process, here.address, 1, there.address, 1, 0)
-            if moved != _TOKEN_BYTES:
-                raise _problem(moved)
+            # Held from here on, since it may leave, and others may get its memory.
+            fcntl.flock(self._file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            try:
+                content = self._file.read()
+                if content[:_TOKEN_BYTES] != notice.token or len(content) != _TOKEN_BYTES + notice.nbytes:
+                    raise OSError(errno.ESRCH, "another process has its number, or it has left")
+                token = ctypes.create_string_buffer(_TOKEN_BYTES)
+                places = (ctypes.addressof(token), notice.address)
+                here, there = (Pieces.of(np.array([(place, _TOKEN_BYTES)], np.int64)) for place in places)
+                # The same bytes back to the same place: systems may let read but not write.
+                for call in (calls.process_vm_readv, calls.process_vm_writev):
+                    moved = call(notice.process, here.address, 1, there.address, 1, 0)
+                    if moved != _TOKEN_BYTES:
+                        raise _problem(moved)
+                    if token.raw != notice.token:
+                        raise OSError(errno.ESRCH, "another process has its number")
+            finally:
+                fcntl.flock(self._file, fcntl.LOCK_UN)
             self.told = content[_TOKEN_BYTES:]
             self._opened = opened.pop_all()
 
@@ -162,25 +189,28 @@ class Neighbour:
             nbytes: of either together, less than 2 GiB.
 
         Raises:
-            CommunicationError: the neighbour has gone, or its memory can't be written.
+            CommunicationError: the neighbour has gone.
+            ReshardError: it is there, but its memory can't be written.
         """
         with self._turn:
             try:
                 fcntl.flock(self._file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise self._gone("it has left the load") from None
+            except OSError as error:
+                raise self._failed(error) from error
             # While this is held the rank can't leave.
             try:
                 if os.fstat(self._file.fileno()).st_size == 0:
                     raise self._gone("it has left the load")
-                if self._ends.poll(0):
+                if self._ends.poll(0):  # another may have its number
                     raise self._gone("its process has ended")
                 moved = self._write(self._process, here.address, len(here.listed), there.address, len(there.listed), 0)
                 problem = None if moved == nbytes else _problem(moved)
             finally:
                 fcntl.flock(self._file, fcntl.LOCK_UN)
         if problem is not None:
-            raise self._gone(f"its memory can't be written: {problem}")
+            raise self._gone("its process has ended") if self._ends.poll(_ENDING_MS) else self._failed(problem)
 
     def close(self) -> None:
         """Let go of it."""
@@ -192,6 +222,46 @@ class Neighbour:
             found=f"rank {self.rank}: {found}",
             fix="look at the rank that failed first",
         )
+
+    def _failed(self, problem: OSError) -> ReshardError:
+        return ReshardError(
+            "a rank of this machine can't be handed what was read for it",
+            found=f"rank {self.rank}: its memory can't be written: {problem}",
+            fix="load with neighbours=False, so that every rank reads for itself",
+        )
+
+
+def _is_held(file: IO[bytes]) -> bool:
+    """Whether a neighbour is writing."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # without locks nobody writes: each tries one first
+        return False
+    return False
+
+
+def are_writable(places: Sequence[tuple[int, int]]) -> bool:
+    """Whether the system lets memory of this process be written as a neighbour would: not so for memory of devices, and for such as is
+    only to be read.
+
+    Args:
+        places: begin and bytes of each, more than none; nobody else may write there meanwhile, since the first and last byte of each are
+            written as they are.
+    """
+    calls = _calls()
+    if calls is None:
+        return False
+    ends = np.array([(place, 1) for begin, nbytes in places for place in (begin, begin + nbytes - 1)], np.int64).reshape(-1, 2)
+    kept = np.zeros(len(ends), np.uint8)
+    for first in range(0, len(ends), MOST_PIECES):
+        there = Pieces.of(ends[first : first + MOST_PIECES])
+        here = Pieces.of(np.array([(kept.ctypes.data + first, len(there.listed))], np.int64))
+        for call in (calls.process_vm_readv, calls.process_vm_writev):
+            if call(os.getpid(), here.address, 1, there.address, len(there.listed), 0) != len(there.listed):
+                return False
+    return True
 
 
 def _problem(moved: int) -> OSError:

@@ -16,8 +16,9 @@ import numpy as np
 
 from reshard.catalog import Catalog
 from reshard.comm import Communicator
-from reshard.comm.neighbours import Door, Neighbour, Notice
+from reshard.comm.neighbours import Door, Neighbour, Notice, are_writable
 from reshard.comm.together import attempt, settle
+from reshard.errors import CommunicationError, ReshardError
 from reshard.format.safetensors import TensorEntry
 from reshard.geometry import Region
 from reshard.loading.exchange import entries_of
@@ -76,6 +77,14 @@ def offer_columns(plan: ReadPlan, state: State, wanted: RankDescription) -> Offe
     description = of_tensors(wanted, reachable)
     listed = [place for tensor in description.tensors for place in addresses[tensor.key]]
     told = msgspec.msgpack.encode(_Told(encode(description), np.array(listed, "<i8").tobytes()))
+    places = [
+        (place, shard.memory.nbytes)
+        for key in reachable
+        for place, shard in zip(addresses[key], state.tensors[key].shards, strict=True)
+        if place
+    ]
+    if not are_writable(places):
+        return None
     door = Door.open(told)
     return None if door is None else Offer(told, door)
 
@@ -102,7 +111,7 @@ class Handing:
         entries: of each of these shares, each tensor's entry in the file.
         neighbours: those for whom it reads, by rank.
         addresses: of each neighbour and tensor, where each shard lies.
-        keys: the tensors that the ranks read for each other.
+        keys: of the tensors that the ranks read for each other, those of which this rank gets its part.
         received: the bytes that the neighbours read for it.
     """
 
@@ -180,18 +189,24 @@ def _prepare(offer: Offer, group: Mapping[int, Notice], catalog: Catalog, header
             return None
         texts = [offer.told if other == rank else neighbours[other].told for other in group]
         told = [msgspec.msgpack.decode(text, type=_Told) for text in texts]
-        descriptions = decode_all([one.description for one in told])
+        try:
+            descriptions = decode_all([one.description for one in told])
+        except CommunicationError as error:
+            # All can still be told of it, other than of a rank that is gone.
+            raise ReshardError(error.what, found=error.found, fix=error.fix) from error
         plan = plan_together(descriptions, catalog)
         if not plan.shares:
             return None
         mine = tuple(share for share in plan.shares if share.reader == rank)
+        addresses = {one.rank: _by_tensor(one, told.addresses) for one, told in zip(descriptions, told, strict=True)}
         handing = Handing(
             rank,
             mine,
             tuple(entries_of(share, headers) for share in mine),
             neighbours,
-            {one.rank: _by_tensor(one, told.addresses) for one, told in zip(descriptions, told, strict=True)},
-            frozenset(tensor.key for share in plan.shares for tensor in share.tensors),
+            addresses,
+            # What others need columns of it may itself need otherwise, and then it has not told of it.
+            frozenset(tensor.key for share in plan.shares for tensor in share.tensors if tensor.key in addresses[rank]),
             sum(_taken(share, rank) for share in plan.shares if share.reader != rank),
         )
         opened.pop_all()

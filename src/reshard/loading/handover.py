@@ -86,6 +86,7 @@ def hand_over(handing: Handing, state: State, storage: Storage, directory: str, 
     Raises:
         DamagedCheckpointError: a file is not what it promises, or its bytes are not as they were saved.
         StorageError: reading failed.
+        ReshardError: a neighbour's memory can't be written.
         CommunicationError: a neighbour is gone.
     """
     readers = count_readers()
@@ -137,6 +138,20 @@ class _Delivery(NamedTuple):
     calls: list[tuple[np.ndarray, np.ndarray, int]]
 
 
+class _Runs(NamedTuple):
+    """A box as runs of bytes.
+
+    Attributes:
+        nbytes: of each run.
+        places: int64: where each begins.
+        pieces: the same as pieces: where each begins, and its bytes.
+    """
+
+    nbytes: int
+    places: np.ndarray
+    pieces: np.ndarray
+
+
 class _Block(NamedTuple):
     """What is read at a time, and who gets what of it."""
 
@@ -157,8 +172,10 @@ class _Hands:
         self._directory = directory
         self._buffers = buffers
         self._verify = verify
-        # Of boxes in blocks, since many are cut alike: the bytes of each run, where each begins, and that as pieces.
-        self._runs: dict[tuple[Region, tuple[int, ...]], tuple[int, np.ndarray, np.ndarray]] = {}
+        # Of boxes in blocks, by what they are made of: many are cut alike.
+        self._runs: dict[tuple[Region, tuple[int, ...], int], _Runs] = {}
+        # The same of runs that are put side by side, by how many bytes they are together.
+        self._packed: dict[int, _Runs] = {}
 
     def works(self, block_bytes: int) -> Iterator[Callable[[], Traffic]]:
         """Independent pieces of work: a tensor's part of a share each."""
@@ -181,16 +198,17 @@ class _Hands:
     def _delivery(self, share: Share, part: Part, shape: tuple[int, ...]) -> _Delivery:
         itemsize = share.arrangement.dtype.itemsize
         strides = share.piece.strides(itemsize)
-        runs = self._runs.get((part.source, strides))
+        alike = part.source, strides, itemsize
+        runs = self._runs.get(alike)
         if runs is None:
             run, places = run_places(part.source, strides, itemsize)
-            runs = self._runs[part.source, strides] = run, places, _between(places, run, 0, part.nbytes)
+            runs = self._runs[alike] = _Runs(run, places, _between(places, run, 0, part.nbytes))
         run, places, pieces = runs
         is_packed = run < _SHORT_RUN_BYTES and len(places) > 1
         if is_packed:
-            run, places = part.nbytes, np.zeros(1, np.int64)
-            pieces = _between(places, run, 0, run)
+            run, places, pieces = self._packed.setdefault(part.nbytes, _one_run(part.nbytes))
         other, targets = run_places(part.target, strides_of(shape, itemsize), itemsize)
+        assert run * len(places) == other * len(targets) == part.nbytes  # else the system would write beside the shard
         if max(len(pieces), len(targets)) <= MOST_PIECES:
             return _Delivery(part, is_packed, [(pieces, _between(targets, other, 0, part.nbytes), part.nbytes)])
         # At either end of a call a run may be cut.
@@ -255,6 +273,11 @@ def sum_up(traffics: Sequence[Traffic]) -> Traffic:
     """All together."""
     rows = [(one.read, one.verified, one.pages, one.sent, one.received) for one in traffics]
     return Traffic(*map(sum, zip(*rows, strict=True)))
+
+
+def _one_run(nbytes: int) -> _Runs:
+    places = np.zeros(1, np.int64)
+    return _Runs(nbytes, places, _between(places, nbytes, 0, nbytes))
 
 
 def _between(places: np.ndarray, run: int, begin: int, end: int) -> np.ndarray:

@@ -224,14 +224,16 @@ def plan_load(
     filled = (GLOBAL_STEP,) if GLOBAL_STEP in plan.missing and common is not None and common.global_step is not None else ()
     unlisted = [] if balanced else unlisted_of(plan.files, headers, catalog)
     found = findings_of(plan, filled, list(chosen.tensors), has_random=has_random, installs=installs, unlisted=unlisted, kinds=kinds)
-    offer = offer_columns(plan, asked.state, wanted) if neighbours and not balanced else None
-    found.door = None if offer is None else offer.door.notice
     if scales is not None:
         found.scales = bits_of(list(chosen.tensors), [key for key in chosen.tensors if (told.stored[key] if told else key) in scales.keys])
     if not selection.is_all:
         mine = [tensor.key for tensor in description.tensors if tensor.key not in known]
         found.left_out = [key_out(key) for key in mine if not selection.takes(key)]
         found.idle = list(selection.idle([*known, *mine]))
+    spare = Spare.of(config, stored)
+    # Last: whoever has made one must close it.
+    offer = offer_columns(plan, asked.state, wanted) if neighbours and not balanced else None
+    found.door = None if offer is None else offer.door.notice
     seconds = {"open": opening, "plan": time.perf_counter() - started}
     return PlannedLoad(
         asked.state,
@@ -253,7 +255,7 @@ def plan_load(
         told,
         asked.fills,
         scales,
-        Spare.of(config, stored),
+        spare,
         offer,
     )
 

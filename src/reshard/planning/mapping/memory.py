@@ -57,7 +57,8 @@ class ViewMemory(NamedTuple):
         own = tuple(strides[d] * step for d, step in zip(face.dims, face.steps, strict=True))
         if any(n > 1 and a != b for n, a, b in zip(self.extents, own, strides_of(self.extents, self.dtype.itemsize), strict=True)):
             return None
-        address = self.memory.address
+        # A run may have given the shard other memory since it was described.
+        address = self.memory.address if self.memory.nbytes == self.dtype.itemsize * prod(face.shape) else None
         return None if address is None else address + sum(o * stride for o, stride in zip(face.offset, strides, strict=True))
 
     def read(self) -> np.ndarray:
