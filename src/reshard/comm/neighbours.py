@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
+from functools import cache
 from typing import IO, NamedTuple
 
 import msgspec
@@ -270,6 +271,7 @@ def _problem(moved: int) -> OSError:
     return OSError(code, os.strerror(code))
 
 
+@cache
 def _calls() -> ctypes.CDLL | None:
     """The system's calls; None where it hasn't them."""
     try:

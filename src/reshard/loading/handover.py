@@ -9,16 +9,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from reshard.comm.neighbours import MOST_PIECES, Pieces
+from reshard.comm.neighbours import Pieces
 from reshard.format.safetensors import BlockCheck, TensorEntry
-from reshard.geometry import Region
-from reshard.geometry.region import strides_of
+from reshard.loading.handed_blocks import PACKED, BlockCutter, Delivery, HandedBlock, Landing
 from reshard.loading.handing import Handing
 from reshard.loading.lanes import Traffic
 from reshard.loading.reader import read_plan
 from reshard.loading.workers import count_readers, run_all
-from reshard.planning.byte_runs import run_places
-from reshard.planning.exchange_plan import BlockPlan, Part, Share
+from reshard.planning.exchange_plan import Share
 from reshard.planning.read_plan import ReadPlan
 from reshard.state import State, TensorKey
 from reshard.storage import ReadableFile, Storage
@@ -29,12 +27,6 @@ _BLOCK_BYTES = 2 << 20
 
 # Tensors that are read by one thread, one after the other: to open a file costs what the copy of 100 KiB costs.
 _WORK_BYTES = 16 << 20
-
-# Gaps inside a box that nobody needs are read over up to a page, as in a balanced load.
-_GAP_BYTES = 4096
-
-# Shorter runs are put side by side before they are handed over: for the kernel a piece costs what the copy of some hundred bytes costs.
-_SHORT_RUN_BYTES = 512
 
 
 def read_direct(
@@ -103,17 +95,17 @@ class _Buffer:
 
     def __init__(self, nbytes: int) -> None:
         self.data = np.empty(nbytes, np.uint8)
-        self._begin = np.array((self.data.ctypes.data, 0), np.int64)
+        self.address = self.data.ctypes.data
         # Those that were asked for before, by their identity, with what keeps that theirs.
-        self._known: dict[int, tuple[np.ndarray, Pieces]] = {}
+        self._known: dict[tuple[int, int], tuple[np.ndarray, Pieces]] = {}
 
-    def pieces(self, listed: np.ndarray, *, again: bool) -> Pieces:
-        """Pieces of the buffer, counted from its begin, where they lie in memory; `again`: they will be asked for once more."""
-        known = self._known.get(id(listed))
+    def pieces(self, listed: np.ndarray, begin: int, *, again: bool) -> Pieces:
+        """Pieces of the buffer, counted from a place in it, where they lie in memory; `again`: they will be asked for once more."""
+        known = self._known.get((id(listed), begin))
         if known is None:
-            known = listed, Pieces.of(listed + self._begin)
+            known = listed, _moved(listed, self.address + begin)
             if again:
-                self._known[id(listed)] = known
+                self._known[id(listed), begin] = known
         return known[1]
 
 
@@ -122,42 +114,6 @@ class _Buffers(NamedTuple):
 
     read: _Buffer
     packed: _Buffer
-
-
-class _Delivery(NamedTuple):
-    """What a neighbour gets of a block; the same for all tensors of a share.
-
-    Attributes:
-        part: the part of the block.
-        is_packed: whether its runs are put side by side first.
-        calls: what is copied at a time: pieces in the buffer, pieces in the neighbour's shard, each counted from its begin; and the bytes.
-    """
-
-    part: Part
-    is_packed: bool
-    calls: list[tuple[np.ndarray, np.ndarray, int]]
-
-
-class _Runs(NamedTuple):
-    """A box as runs of bytes.
-
-    Attributes:
-        nbytes: of each run.
-        places: int64: where each begins.
-        pieces: the same as pieces: where each begins, and its bytes.
-    """
-
-    nbytes: int
-    places: np.ndarray
-    pieces: np.ndarray
-
-
-class _Block(NamedTuple):
-    """What is read at a time, and who gets what of it."""
-
-    plan: BlockPlan
-    own: list[Part]
-    deliveries: list[_Delivery]
 
 
 class _Hands:
@@ -172,55 +128,19 @@ class _Hands:
         self._directory = directory
         self._buffers = buffers
         self._verify = verify
-        # Of boxes in blocks, by what they are made of: many are cut alike.
-        self._runs: dict[tuple[Region, tuple[int, ...], int], _Runs] = {}
-        # The same of runs that are put side by side, by how many bytes they are together.
-        self._packed: dict[int, _Runs] = {}
 
     def works(self, block_bytes: int) -> Iterator[Callable[[], Traffic]]:
         """Independent pieces of work: a tensor's part of a share each."""
+        # What is verified has to lie as in the file.
+        cutter = BlockCutter(self._handing.rank, block_bytes, is_straight=not self._verify)
         for share, entries in zip(self._handing.shares, self._handing.entries, strict=True):
-            shapes = {(taker.rank, taker.shard): want.region.shape for want in share.wants for taker in want.takers}
-            blocks: list[_Block] = []
-            for plan in share.blocks(block_bytes, _GAP_BYTES):
-                block = _Block(plan, [], [])
-                for part in plan.parts:
-                    if part.rank == self._handing.rank:
-                        block.own.append(part)
-                    else:
-                        block.deliveries.append(self._delivery(share, part, shapes[part.rank, part.shard]))
-                blocks.append(block)
+            blocks = cutter.blocks(share)
             step = max(1, _WORK_BYTES * len(entries) // share.nbytes)
             for first in range(0, len(entries), step):
                 keys = [tensor.key for tensor in share.tensors[first : first + step]]
                 yield partial(self._read, share, keys, entries[first : first + step], blocks)
 
-    def _delivery(self, share: Share, part: Part, shape: tuple[int, ...]) -> _Delivery:
-        itemsize = share.arrangement.dtype.itemsize
-        strides = share.piece.strides(itemsize)
-        alike = part.source, strides, itemsize
-        runs = self._runs.get(alike)
-        if runs is None:
-            run, places = run_places(part.source, strides, itemsize)
-            runs = self._runs[alike] = _Runs(run, places, _between(places, run, 0, part.nbytes))
-        run, places, pieces = runs
-        is_packed = run < _SHORT_RUN_BYTES and len(places) > 1
-        if is_packed:
-            run, places, pieces = self._packed.setdefault(part.nbytes, _one_run(part.nbytes))
-        other, targets = run_places(part.target, strides_of(shape, itemsize), itemsize)
-        assert run * len(places) == other * len(targets) == part.nbytes  # else the system would write beside the shard
-        if max(len(pieces), len(targets)) <= MOST_PIECES:
-            return _Delivery(part, is_packed, [(pieces, _between(targets, other, 0, part.nbytes), part.nbytes)])
-        # At either end of a call a run may be cut.
-        step = (MOST_PIECES - 2) * min(run, other)
-        ends = [*range(step, part.nbytes, step), part.nbytes]
-        calls = [
-            (_between(places, run, begin, end), _between(targets, other, begin, end), end - begin)
-            for begin, end in zip([0, *ends], ends, strict=False)
-        ]
-        return _Delivery(part, is_packed, calls)
-
-    def _read(self, share: Share, keys: Sequence[TensorKey], entries: Sequence[TensorEntry], blocks: Sequence[_Block]) -> Traffic:
+    def _read(self, share: Share, keys: Sequence[TensorKey], entries: Sequence[TensorEntry], blocks: Sequence[HandedBlock]) -> Traffic:
         path, buffers = join(self._directory, share.site.file), self._buffers.get()
         try:
             with self._storage.open_read(path) as source:
@@ -231,61 +151,70 @@ class _Hands:
             self._buffers.put(buffers)
 
     def _read_tensor(
-        self, source: ReadableFile, share: Share, key: TensorKey, entry: TensorEntry, blocks: Sequence[_Block], buffers: _Buffers
+        self, source: ReadableFile, share: Share, key: TensorKey, entry: TensorEntry, blocks: Sequence[HandedBlock], buffers: _Buffers
     ) -> Traffic:
         check = BlockCheck(entry, source.path) if self._verify else None
         dtype = share.arrangement.dtype
         strides = share.piece.strides(dtype.itemsize)
-        # The host's, since their addresses were told to others, too. A rank may read a tensor of which it has nothing itself.
-        own = {index: self._tensors[key].shards[index].memory.host for index in {part.shard for block in blocks for part in block.own}}
         read = sent = 0
-        for plan, mine, deliveries in blocks:
-            data = memoryview(buffers.read.data)[: plan.nbytes]
-            source.read_into(entry.begin + plan.offset, data)
+        for plan, landing, own, deliveries in blocks:
+            begin = entry.begin + plan.offset
+            if landing is not None:
+                self._land(source, begin, key, landing, buffers.read)
+                box = None
+            else:
+                data = memoryview(buffers.read.data)[: plan.nbytes]
+                source.read_into(begin, data)
+                if check is not None:
+                    check.update(plan.offset, data)
+                    check.raise_if_wrong()
+                box = np.ndarray(plan.shape, dtype.numpy, data, strides=strides)
+                for part in own:
+                    # The host's, since its address was told to others, too.
+                    host = self._tensors[key].shards[part.shard].memory.host
+                    assert host is not None
+                    host[part.target.slices] = box[part.source.slices]
             read += plan.nbytes
-            if check is not None:
-                check.update(plan.offset, data)
-                check.raise_if_wrong()
-            box = np.ndarray(plan.shape, dtype.numpy, data, strides=strides)
-            for part in mine:
-                host = own[part.shard]
-                assert host is not None
-                host[part.target.slices] = box[part.source.slices]
             for delivery in deliveries:
-                self._deliver(key, delivery, box, buffers)
+                if delivery.origin == PACKED and box is not None:
+                    source_box = delivery.part.source
+                    np.ndarray(source_box.shape, box.dtype, buffers.packed.data.data)[...] = box[source_box.slices]
+                self._deliver(key, delivery, buffers)
                 sent += delivery.part.nbytes
         return Traffic(read, 0 if check is None else check.verified, sent=sent)
 
-    def _deliver(self, key: TensorKey, delivery: _Delivery, box: np.ndarray, buffers: _Buffers) -> None:
-        part, is_packed, calls = delivery
-        buffer = buffers.packed if is_packed else buffers.read
-        if is_packed:
-            np.ndarray(part.source.shape, box.dtype, buffer.data.data)[...] = box[part.source.slices]
-        address = self._handing.addresses[part.rank][key][part.shard]
+    def _land(self, source: ReadableFile, begin: int, key: TensorKey, landing: Landing, buffer: _Buffer) -> None:
+        """Read a block, all of it to where it belongs."""
+        bases = np.array([buffer.address, *(self._own(key, shard) + place for shard, place in landing.boxes)], np.int64)
+        for offset, pieces, base in landing.calls:
+            places = pieces.copy()
+            places[:, 0] += bases[base]
+            source.scatter(begin + offset, places)
+
+    def _deliver(self, key: TensorKey, delivery: Delivery, buffers: _Buffers) -> None:
+        part, origin, own, target, calls = delivery
+        target += self._handing.addresses[part.rank][key][part.shard]
         neighbour = self._handing.neighbours[part.rank]
         for pieces, places, nbytes in calls:
-            there = places.copy()
-            there[:, 0] += address
-            neighbour.write(buffer.pieces(pieces, again=len(calls) == 1), Pieces.of(there), nbytes)
+            if origin >= 0:
+                here = _moved(pieces, self._own(key, origin) + own)
+            else:
+                here = (buffers.packed if origin == PACKED else buffers.read).pieces(pieces, own, again=len(calls) == 1)
+            neighbour.write(here, _moved(places, target), nbytes)
+
+    def _own(self, key: TensorKey, shard: int) -> int:
+        """Where a shard of the rank lies."""
+        return self._handing.addresses[self._handing.rank][key][shard]
+
+
+def _moved(listed: np.ndarray, address: int) -> Pieces:
+    """Pieces that are counted from an address, as the system takes them."""
+    moved = listed.copy()
+    moved[:, 0] += address
+    return Pieces.of(moved)
 
 
 def sum_up(traffics: Sequence[Traffic]) -> Traffic:
     """All together."""
     rows = [(one.read, one.verified, one.pages, one.sent, one.received) for one in traffics]
     return Traffic(*map(sum, zip(*rows, strict=True)))
-
-
-def _one_run(nbytes: int) -> _Runs:
-    places = np.zeros(1, np.int64)
-    return _Runs(nbytes, places, _between(places, nbytes, 0, nbytes))
-
-
-def _between(places: np.ndarray, run: int, begin: int, end: int) -> np.ndarray:
-    """Of equally long runs, one after the other, the pieces that are the bytes from one number to another: each one's begin and size."""
-    first, last = begin // run, -(-end // run)
-    pieces = np.empty((last - first, 2), np.int64)
-    pieces[:, 0], pieces[:, 1] = places[first:last], run
-    skipped = begin - first * run
-    pieces[0] += (skipped, -skipped)
-    pieces[-1, 1] -= last * run - end
-    return pieces

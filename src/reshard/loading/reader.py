@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter, itemgetter
 from queue import SimpleQueue
-from threading import Lock
 from typing import NamedTuple
 
 import numpy as np
@@ -18,10 +17,11 @@ from reshard.format.row_blocks import row_blocks_of
 from reshard.format.safetensors import BlockCheck, TensorEntry, check_bytes, count_whole
 from reshard.geometry import Region
 from reshard.loading.budget import MEMORY_BUDGET
-from reshard.loading.scattered import PART_BYTES, Amount, Runs, cut_runs, scatter
+from reshard.loading.scattered import PART_BYTES, Amount, RowCall, Runs, cut_rows, cut_runs, scatter
+from reshard.loading.used_file import UsedFile
 from reshard.loading.verified_reads import PIECE_BYTES, Part, Reading, check_after, parts_of, read_straight, rows_of
 from reshard.loading.workers import count_readers, run_all
-from reshard.planning.byte_runs import Block, bytes_of_pages, cut_box, row_places
+from reshard.planning.byte_runs import Block, bytes_of_pages, cut_box, is_one_run, row_places
 from reshard.planning.read_plan import Batch, Movement, ReadPlan, Transfer
 from reshard.sources.stored import Headers
 from reshard.state import Memory, State
@@ -107,7 +107,7 @@ def read_plan(
     def works(files: ExitStack) -> Iterator[Callable[[], Amount]]:
         for file, group in groupby(located, key=lambda pair: pair[0].movement.site.file):
             source = files.enter_context(storage.open_read(join(directory, file)))
-            used = _Used(source)
+            used = UsedFile(source)
             for work in _FileReader(source, state, sizes, stages).plan(group, verify=verify):
                 yield used.during(work)
             used.let_go()
@@ -117,39 +117,6 @@ def read_plan(
     return Amount(*map(sum, zip(*amounts, strict=True))) if amounts else Amount(0, 0)
 
 
-class _Used:
-    """A file that is closed when the last of the work with it is done: of a checkpoint of thousands of files only a few are open at a time.
-
-    It is used once more until `let_go` says that there is no further work.
-    """
-
-    def __init__(self, source: ReadableFile) -> None:
-        self._source = source
-        self._users = 1
-        self._turn = Lock()
-
-    def during(self, work: Callable[[], Amount]) -> Callable[[], Amount]:
-        """The same work, that uses the file until it is done."""
-        with self._turn:
-            self._users += 1
-
-        def using() -> Amount:
-            try:
-                return work()
-            finally:
-                self.let_go()
-
-        return using
-
-    def let_go(self) -> None:
-        """One use less."""
-        with self._turn:
-            self._users -= 1
-            is_last = not self._users
-        if is_last:
-            self._source.close()
-
-
 class _Run(NamedTuple):
     """A transfer's box as one run of bytes of a file; `entry` where any of it can be verified."""
 
@@ -157,6 +124,22 @@ class _Run(NamedTuple):
     nbytes: int
     transfer: Transfer
     entry: TensorEntry | None
+
+
+class _PlacedBlock(NamedTuple):
+    """A part of a box that is copied at a time.
+
+    Attributes:
+        block: what it is in the file.
+        place: where it belongs in the shard.
+        needed: its bytes, without what lies between them in the file.
+        is_run: whether it is one run there and in the shard.
+    """
+
+    block: Block
+    place: Region
+    needed: int
+    is_run: bool
 
 
 _FIRST_BYTE_OF: Callable[[TensorEntry], int] = attrgetter("begin")
@@ -205,7 +188,6 @@ class _FileReader:
         checks: list[TensorEntry | None] = []
         # Long ones of these that are verified.
         parts: list[Part] = []
-        rows: list[Runs] = []
         # Small runs that are none there, or that the host can't address.
         staged: list[_Run] = []
         # All others, by where the tensor begins.
@@ -226,7 +208,7 @@ class _FileReader:
                 runs.append(Runs(begins, np.full(len(begins), nbytes), np.array(addresses, np.int64)))
                 checks += entries if is_checked else [None] * len(entries)
                 continue
-            placed = None if is_checked or movement.target_offset is not None else _rows(movement)
+            rows = None if is_checked or movement.target_offset is not None else _rows(movement)
             for transfer, entry, begin, address in zip(batch.transfers(), entries, begins.tolist(), addresses, strict=True):
                 check = entry if is_checked else None
                 if address is not None and check is not None and nbytes > PIECE_BYTES:
@@ -234,8 +216,8 @@ class _FileReader:
                 elif address is not None:
                     runs.append(Runs.of([begin], [nbytes], [address]))
                     checks.append(check)
-                elif placed is not None and (shard := self._memory(transfer).address) is not None:
-                    rows.append(placed.moved(begin, shard))
+                elif rows is not None and (shard := self._memory(transfer).address) is not None:
+                    apart.append((entry.begin, self._by_rows(begin, shard, rows)))
                 elif nbytes <= self._sizes.block // 2:
                     staged.append(_Run(begin, nbytes, transfer, check))
                 elif check is not None:
@@ -246,9 +228,8 @@ class _FileReader:
             yield from works
         yield from self._batched(sorted(staged, key=_begin_of))
         yield from self._direct(sorted(parts, key=_begin_of))
-        ordered, which = cut_runs([*runs, *rows])
+        ordered, which = cut_runs(runs)
         if any(check is not None for check in checks):
-            checks += [None] * sum(len(found.begins) for found in rows)
             verifying = [checks[index] for index in which.tolist()]
             listed = list(zip(*(array.tolist() for array in ordered), verifying, strict=True))
             scattered = scatter(self._source, ordered, PIECE_BYTES, self._sizes.gap)
@@ -265,6 +246,18 @@ class _FileReader:
         tensors = self._tensors
         begins = [tensors[key].shards[shard].memory.address for key in batch.keys]
         return [None if begin is None else begin + offset for begin in begins] if offset else begins
+
+    def _by_rows(self, begin: int, shard: int, rows: Sequence[RowCall]) -> Iterator[Callable[[], Amount]]:
+        """A run of the file goes straight to its rows in a shard."""
+        for offset, pieces, nbytes in rows:
+
+            def work(offset: int = offset, pieces: np.ndarray = pieces, nbytes: int = nbytes) -> Amount:
+                placed = pieces.copy()
+                placed[:, 0] += shard
+                self._source.scatter(begin + offset, placed)
+                return Amount(nbytes, 0)
+
+            yield work
 
     def _direct(self, parts: Sequence[Part]) -> Iterator[Callable[[], Amount]]:
         """Long runs go straight to their places; in one piece of work as much as one part may have."""
@@ -339,25 +332,29 @@ class _FileReader:
     def _memory(self, transfer: Transfer) -> Memory:
         return self._tensors[transfer.key].shards[transfer.movement.shard].memory
 
-    def _blocks(self, movement: Movement) -> Sequence[tuple[Block, Region]]:
+    def _blocks(self, movement: Movement) -> Sequence[_PlacedBlock]:
         """A box of a stored tensor in parts that are copied at a time, and where each belongs: the same for all tensors that move alike."""
         longest = self._sizes.block if movement.is_run else self._sizes.window
-        cut = cut_box(movement.source, movement.strides, movement.dtype.itemsize, block_bytes=longest, gap_bytes=GAP_BYTES)
-        return [(block, movement.place_of(block.region)) for block in cut]
+        itemsize = movement.dtype.itemsize
+        cut = cut_box(movement.source, movement.strides, itemsize, block_bytes=longest, gap_bytes=GAP_BYTES)
+        blocks: list[_PlacedBlock] = []
+        for block in cut:
+            place, needed = movement.place_of(block.region), block.region.size * itemsize
+            blocks.append(_PlacedBlock(block, place, needed, needed == block.nbytes and is_one_run(place.shape, movement.shard_shape)))
+        return blocks
 
-    def _strided(self, transfer: Transfer, begin: int, blocks: Sequence[tuple[Block, Region]]) -> Iterator[Callable[[], Amount]]:
+    def _strided(self, transfer: Transfer, begin: int, blocks: Sequence[_PlacedBlock]) -> Iterator[Callable[[], Amount]]:
         movement = transfer.movement
         itemsize = movement.dtype.itemsize
         strides = movement.strides
         begin += movement.begin
         memory = self._memory(transfer)
-        for block, place in blocks:
+        for one in blocks:
 
-            def work(
-                region: Region = block.region, offset: int = block.offset, nbytes: int = block.nbytes, place: Region = place
-            ) -> Amount:
-                needed = region.size * itemsize
-                if needed == nbytes and (target := _contiguous_box(memory, place)) is not None:
+            def work(one: _PlacedBlock = one) -> Amount:
+                block, place, needed, is_run = one
+                region, offset, nbytes = block.region, block.offset, block.nbytes
+                if is_run and (target := _contiguous_box(memory, place)) is not None:
                     self._source.read_into(begin + offset, target)
                     return Amount(nbytes, 0)
                 window = None if needed == nbytes else self._source.map(begin + offset, nbytes)
@@ -382,10 +379,10 @@ class _FileReader:
         return stage if stage.nbytes >= nbytes else np.empty(max(nbytes, self._sizes.block), np.uint8)
 
 
-def _rows(movement: Movement) -> Runs | None:
-    """A run of the file as the rows of a box of a shard, counted from where each begins; None when they are short."""
+def _rows(movement: Movement) -> Sequence[RowCall] | None:
+    """A run of the file as the rows of a box of a shard; None when they are short."""
     nbytes, places = row_places(movement.target, movement.shard_shape, movement.dtype.itemsize)
-    return None if nbytes < ROW_BYTES else Runs(nbytes * np.arange(len(places)), np.full(len(places), nbytes), places)
+    return None if nbytes < ROW_BYTES else cut_rows(nbytes, places, PART_BYTES)
 
 
 def _contiguous_box(memory: Memory, box: Region) -> memoryview | None:

@@ -50,9 +50,34 @@ class Runs(NamedTuple):
         """Runs of plain numbers."""
         return cls(np.array(begins, np.int64), np.array(sizes, np.int64), np.array(addresses, np.int64))
 
-    def moved(self, begin: int, address: int) -> Runs:
-        """The same runs that far on, in the file and in memory."""
-        return Runs(self.begins + begin, self.sizes, self.addresses + address)
+
+class RowCall(NamedTuple):
+    """Some rows of a shard that are read by one call.
+
+    Attributes:
+        offset: where the first begins, from the first byte that is read of the file.
+        pieces: (rows, 2) of int64: where each row begins in the shard, and its bytes.
+        nbytes: of all of them.
+    """
+
+    offset: int
+    pieces: np.ndarray
+    nbytes: int
+
+
+def cut_rows(nbytes: int, places: np.ndarray, most: int) -> list[RowCall]:
+    """A run of a file that is rows of a shard, as calls.
+
+    Args:
+        nbytes: of a row.
+        places: where each begins in the shard, in bytes.
+        most: the bytes of a call (or one row).
+    """
+    pieces = np.empty((len(places), 2), np.int64)
+    pieces[:, 0], pieces[:, 1] = places, nbytes
+    step = min(MOST_PIECES, max(1, most // nbytes))
+    parts = ((first, pieces[first : first + step]) for first in range(0, len(places), step))
+    return [RowCall(first * nbytes, part, len(part) * nbytes) for first, part in parts]
 
 
 class Scatter(NamedTuple):
