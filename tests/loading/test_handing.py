@@ -23,7 +23,7 @@ from reshard.comm import Communicator, neighbours
 from reshard.comm.neighbours import MOST_PIECES, Door, Neighbour, Pieces, are_writable
 from reshard.errors import CommunicationError, DataFileError, ReshardError
 from reshard.geometry import Mesh
-from reshard.loading import handing
+from reshard.loading import handing, handover
 from reshard.planning import columns
 from reshard.state import model_key
 from reshard.storage import MemoryStorage, Storage
@@ -68,13 +68,15 @@ def load(comm: Communicator, root: str | Path, storage: Storage | None = None, *
 
 @pytest.mark.parametrize("world", [2, 3, 4])
 @pytest.mark.parametrize("budget", [1 << 20, 256 << 20])
-def test_every_row_is_read_once_and_verified(world: int, budget: int) -> None:
+@pytest.mark.parametrize("verify", [True, False])
+def test_every_row_is_read_once_and_verified(world: int, budget: int, verify: bool) -> None:
     storage = MemoryStorage()
     save("/root", storage)
-    results = run_ranks(world, lambda comm: load(comm, "/root", storage, memory_budget=budget))
+    results = run_ranks(world, lambda comm: load(comm, "/root", storage, memory_budget=budget, verify=verify))
     assert [wrong for wrong, _ in results] == [[]] * world
     report = results[0][1]
-    assert report.bytes_needed == report.bytes_read == report.bytes_verified == NBYTES
+    assert report.bytes_needed == report.bytes_read == NBYTES
+    assert report.bytes_verified == NBYTES * verify
     assert report.bytes_sent == sum(rank.bytes_received for rank in report.ranks) == NBYTES * (world - 1) // world
     assert report.bytes_of_pages == 0
 
@@ -86,19 +88,32 @@ def test_without_it_the_result_is_the_same(tmp_path: Path) -> None:
     assert results[0][1].bytes_sent == 0
 
 
-def test_a_rank_that_cannot_reach_another_reads_for_itself_as_do_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("missed", [{(0, 2)}, {(2, 0)}, {(0, 1), (1, 0)}, {(0, 1), (1, 2), (2, 0)}])
+def test_what_a_rank_cannot_hand_over_its_neighbours_read_themselves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missed: set[tuple[int, int]]
+) -> None:
+    """`missed`: which rank doesn't reach which."""
     save(tmp_path)
+    here = threading.local()
 
     class Unreachable(Neighbour):
         def __init__(self, rank: int, notice: Any) -> None:
-            if rank == 2:
+            if (here.rank, rank) in missed:
                 raise PermissionError(1, "not allowed")
             super().__init__(rank, notice)
 
+    def work(comm: Communicator) -> tuple[list[str], reshard.RestoreReport]:
+        here.rank = comm.rank
+        return load(comm, tmp_path)
+
     monkeypatch.setattr(handing, "Neighbour", Unreachable)
-    results = run_ranks(3, lambda comm: load(comm, tmp_path))
+    results = run_ranks(3, work)
     assert [wrong for wrong, _ in results] == [[]] * 3
-    assert results[0][1].bytes_sent == 0
+    alone = {rank for rank, _ in missed}
+    report = results[0][1]
+    assert [rank.bytes_sent > 0 for rank in report.ranks] == [rank not in alone for rank in range(3)]
+    # Who read a part for all has read the rest, too.
+    assert all(rank.bytes_read >= NBYTES // 3 for rank in report.ranks)
 
 
 def test_a_rank_may_read_a_tensor_of_which_it_has_nothing() -> None:
@@ -161,21 +176,29 @@ def test_a_flipped_bit_is_everyones_error(tmp_path: Path) -> None:
     assert [type(result) for result in results] == [DataFileError] * 3
 
 
-def test_a_rank_that_was_interrupted_gets_nothing_any_more() -> None:
+def test_a_rank_that_was_interrupted_gets_nothing_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its caller goes on, and only then another rank has read something for it."""
     storage = MemoryStorage()
     save("/root", storage)
-    resumed, ended = threading.Event(), threading.Event()
+    resumed, ended, inside = threading.Event(), threading.Event(), threading.local()
+    hands = handover._Hands._read
+
+    def handing_over(*arguments: Any) -> Any:
+        inside.it = True
+        try:
+            return hands(*arguments)
+        finally:
+            inside.it = False
 
     class Slow(FaultyStorage):
         def _do(self, name: str, path: str, work: Any, torn: Any = None) -> Any:
-            if name == "read_into" and threading.current_thread().name.startswith("reshard-hand"):
+            if name == "read_into" and getattr(inside, "it", False):
                 assert resumed.wait(60)
             return work()
 
     class Interrupted(FaultyStorage):
         def _do(self, name: str, path: str, work: Any, torn: Any = None) -> Any:
-            if name == "read_into" and threading.current_thread().name.startswith("reshard-hand"):
+            if name == "read_into" and getattr(inside, "it", False):
                 raise KeyboardInterrupt
             return work()
 
@@ -193,6 +216,7 @@ def test_a_rank_that_was_interrupted_gets_nothing_any_more() -> None:
         assert ended.wait(60)
         assert all(np.array_equal(old, tensor.shards[0].memory.read()) for old, tensor in zip(left, state.tensors.values(), strict=True))
 
+    monkeypatch.setattr(handover._Hands, "_read", handing_over)
     results = run_ranks_settled(2, work)
     assert isinstance(results[0], CommunicationError)
     assert "rank 1: it has left the load" in str(results[0])

@@ -27,6 +27,8 @@ from reshard.errors import CommunicationError, ReshardError
 # Pieces of memory that the system takes in one call, on either side (IOV_MAX).
 MOST_PIECES = 1024
 
+_ONE_PIECE = ctypes.c_int64 * 2
+
 # By it a neighbour sees that it has found the process and the memory that were meant.
 _TOKEN_BYTES = 16
 
@@ -45,17 +47,25 @@ class Pieces(NamedTuple):
     """Pieces of memory, as the system takes them.
 
     Attributes:
-        listed: int64, (pieces, 2), C-ordered: where each begins, and its bytes.
-        address: where this list lies itself.
+        address: where their list lies: where each begins, and its bytes, in int64.
+        number: of pieces.
+        held: what keeps the list alive.
     """
 
-    listed: np.ndarray
     address: int
+    number: int
+    held: object
 
     @classmethod
-    def of(cls, listed: np.ndarray) -> Pieces:
-        """Pieces by their list."""
-        return cls(listed, listed.ctypes.data)
+    def of(cls, listed: np.ndarray, begin: int = 0) -> Pieces:
+        """Pieces by a list, (pieces, 2) of int64, in which their places are counted from an address."""
+        if len(listed) == 1:  # most are; numpy takes longer for one than the system for a copy of some KiB
+            place, nbytes = listed[0].tolist()
+            one = _ONE_PIECE(begin + place, nbytes)
+            return cls(ctypes.addressof(one), 1, one)
+        moved = listed.copy()
+        moved[:, 0] += begin
+        return cls(moved.ctypes.data, len(moved), moved)
 
 
 class Notice(msgspec.Struct, array_like=True, frozen=True):
@@ -206,7 +216,7 @@ class Neighbour:
                     raise self._gone("it has left the load")
                 if self._ends.poll(0):  # another may have its number
                     raise self._gone("its process has ended")
-                moved = self._write(self._process, here.address, len(here.listed), there.address, len(there.listed), 0)
+                moved = self._write(self._process, here.address, here.number, there.address, there.number, 0)
                 problem = None if moved == nbytes else _problem(moved)
             finally:
                 fcntl.flock(self._file, fcntl.LOCK_UN)
@@ -258,9 +268,9 @@ def are_writable(places: Sequence[tuple[int, int]]) -> bool:
     kept = np.zeros(len(ends), np.uint8)
     for first in range(0, len(ends), MOST_PIECES):
         there = Pieces.of(ends[first : first + MOST_PIECES])
-        here = Pieces.of(np.array([(kept.ctypes.data + first, len(there.listed))], np.int64))
+        here = Pieces.of(np.array([(first, there.number)], np.int64), kept.ctypes.data)
         for call in (calls.process_vm_readv, calls.process_vm_writev):
-            if call(os.getpid(), here.address, 1, there.address, len(there.listed), 0) != len(there.listed):
+            if call(os.getpid(), here.address, 1, there.address, there.number, 0) != there.number:
                 return False
     return True
 

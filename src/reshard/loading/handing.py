@@ -1,7 +1,7 @@
 """Ranks of one machine read rows for each other, where each needs columns of them: every page of a file is read once, not once by each.
 
 What a rank has read it writes straight into the memory of those who need it. The ranks tell each other where that is before anything is
-read. Where one of them can't reach another, all of the machine read for themselves.
+read. What one that can't reach all others doesn't hand over, these read for themselves in the end.
 """
 
 from __future__ import annotations
@@ -15,9 +15,7 @@ import msgspec
 import numpy as np
 
 from reshard.catalog import Catalog
-from reshard.comm import Communicator
 from reshard.comm.neighbours import Door, Neighbour, Notice, are_writable
-from reshard.comm.together import attempt, settle
 from reshard.errors import CommunicationError, ReshardError
 from reshard.format.safetensors import TensorEntry
 from reshard.geometry import Region
@@ -128,57 +126,49 @@ class Handing:
         for neighbour in self.neighbours.values():
             neighbour.close()
 
-    def rest(self, plan: ReadPlan, entries: Sequence[Sequence[TensorEntry]]) -> tuple[ReadPlan, list[list[TensorEntry]]]:
-        """What the rank still reads for itself, of a plan and of where that lies."""
+    def part_of(
+        self, plan: ReadPlan, entries: Sequence[Sequence[TensorEntry]], *, together: bool
+    ) -> tuple[ReadPlan, list[list[TensorEntry]]]:
+        """What of a plan (and of where that lies) the ranks read for each other, or what the rank reads for itself."""
         batches: list[Batch] = []
         left: list[list[TensorEntry]] = []
         for (movement, keys, names), held in zip(plan.batches, entries, strict=True):
-            kept = [index for index, key in enumerate(keys) if key not in self.keys]
+            kept = [index for index, key in enumerate(keys) if (key in self.keys) == together]
             if kept:
                 batches.append(Batch(movement, [keys[index] for index in kept], [names[index] for index in kept]))
                 left.append([held[index] for index in kept])
         return replace(plan, batches=tuple(batches)), left
 
 
-def agree_on_handing(
-    offer: Offer | None, notices: Sequence[Notice | None], catalog: Catalog, headers: Headers, comm: Communicator
-) -> Handing | None:
-    """Collective, where on any machine several ranks have made an offer: who reads what for whom.
-
-    Args:
-        offer: this rank's.
-        notices: of all ranks' doors.
-        catalog: what the checkpoint holds, the same on every rank.
-        headers: of its files.
-        comm: the ranks.
-
-    Returns:
-        This rank's part, to be closed; None when it reads for itself alone.
-
-    Raises:
-        DataFileError: a file is missing, damaged, or doesn't hold what metadata promises.
-        CommunicationError: a rank is gone.
-    """
+def machines(notices: Sequence[Notice | None]) -> list[dict[int, Notice]]:
+    """The ranks that have made an offer, by machine: of those on which there are several."""
     hosts: defaultdict[str, dict[int, Notice]] = defaultdict(dict)
     for rank, notice in enumerate(notices):
         if notice is not None:
             hosts[notice.host][rank] = notice
-    if all(len(group) == 1 for group in hosts.values()):
-        return None
-    group = next((group for group in hosts.values() if comm.rank in group), {})
-    made, error = attempt(lambda: None if offer is None or len(group) == 1 else _prepare(offer, group, catalog, headers, comm.rank))
-    with ExitStack() as opened:
-        if made is not None:
-            opened.enter_context(closing(made))
-        told = settle(comm, error, b"" if made is None else b"ready", what="the load failed; nothing was changed")
-        if made is None or not all(told[rank] for rank in group):
-            return None
-        opened.pop_all()
-    return made
+    return [group for group in hosts.values() if len(group) > 1]
 
 
-def _prepare(offer: Offer, group: Mapping[int, Notice], catalog: Catalog, headers: Headers, rank: int) -> Handing | None:
-    """This rank's part; None when it doesn't reach all others, or when there is nothing to be read together."""
+def prepare_handing(offer: Offer, group: Mapping[int, Notice], catalog: Catalog, headers: Headers, rank: int) -> Handing | None:
+    """What a rank reads for the others of its machine, and they for it.
+
+    No rank waits to hear whether all others can do their part: it begins, and what those who can't would have read for it, it reads itself
+    when all have told each other how it went.
+
+    Args:
+        offer: the rank's own.
+        group: the doors of all ranks of the machine that have made one, its own included.
+        catalog: what the checkpoint holds, the same on every rank.
+        headers: of its files.
+        rank: the rank.
+
+    Returns:
+        The rank's part, to be closed; None when it doesn't reach all others, or when there is nothing to be read together.
+
+    Raises:
+        DataFileError: a file is missing, damaged, or doesn't hold what metadata promises.
+        ReshardError: what another rank tells can't be understood.
+    """
     neighbours: dict[int, Neighbour] = {}
     with ExitStack() as opened:
         try:

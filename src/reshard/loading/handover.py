@@ -59,7 +59,7 @@ def read_direct(
         return Traffic(*read_plan(plan, entries, state, storage, directory, memory_budget=memory_budget, verify=verify))
     # First what others wait for.
     together = hand_over(handing, state, storage, directory, memory_budget=memory_budget, verify=verify)
-    rest, left = handing.rest(plan, entries)
+    rest, left = handing.part_of(plan, entries, together=False)
     alone = Traffic(*read_plan(rest, left, state, storage, directory, memory_budget=memory_budget, verify=verify))
     return sum_up([together, alone])
 
@@ -103,7 +103,7 @@ class _Buffer:
         """Pieces of the buffer, counted from a place in it, where they lie in memory; `again`: they will be asked for once more."""
         known = self._known.get((id(listed), begin))
         if known is None:
-            known = listed, _moved(listed, self.address + begin)
+            known = listed, Pieces.of(listed, self.address + begin)
             if again:
                 self._known[id(listed), begin] = known
         return known[1]
@@ -197,21 +197,14 @@ class _Hands:
         neighbour = self._handing.neighbours[part.rank]
         for pieces, places, nbytes in calls:
             if origin >= 0:
-                here = _moved(pieces, self._own(key, origin) + own)
+                here = Pieces.of(pieces, self._own(key, origin) + own)
             else:
                 here = (buffers.packed if origin == PACKED else buffers.read).pieces(pieces, own, again=len(calls) == 1)
-            neighbour.write(here, _moved(places, target), nbytes)
+            neighbour.write(here, Pieces.of(places, target), nbytes)
 
     def _own(self, key: TensorKey, shard: int) -> int:
         """Where a shard of the rank lies."""
         return self._handing.addresses[self._handing.rank][key][shard]
-
-
-def _moved(listed: np.ndarray, address: int) -> Pieces:
-    """Pieces that are counted from an address, as the system takes them."""
-    moved = listed.copy()
-    moved[:, 0] += address
-    return Pieces.of(moved)
 
 
 def sum_up(traffics: Sequence[Traffic]) -> Traffic:

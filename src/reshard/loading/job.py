@@ -22,10 +22,11 @@ from reshard.format.names import tensor_name
 from reshard.frameworks.adapter import Adapter, Prepared
 from reshard.frameworks.select import select_adapter
 from reshard.loading.choice import Choice, PassedOver, Rules, choose, words_of_refuge
-from reshard.loading.loader import PlannedLoad, load_tensors, plan_load
+from reshard.loading.loader import load_tensors
 from reshard.loading.mapped import agree
 from reshard.loading.opened import Opened, open_checkpoint, report_of, restore_parts
 from reshard.loading.options import tell_options
+from reshard.loading.planned import PlannedLoad, plan_load
 from reshard.loading.report import RestoreReport
 from reshard.loading.selection import Selection
 from reshard.loading.strictness import Strictness

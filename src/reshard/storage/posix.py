@@ -14,8 +14,8 @@ import shutil
 import stat as modes
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from types import TracebackType
 
 import numpy as np
@@ -50,12 +50,19 @@ def storage_error(error: OSError, what: str, path: str) -> ReshardError:
     return kind(what, file=path, found=error.strerror or str(error), fix=fix)
 
 
-@contextmanager
-def _saying(what: str, path: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise storage_error(error, what, path) from error
+class _saying:  # noqa: N801 - read as a verb: with saying what can't be done
+    """Errors of the system become errors of the storage. Around each read, for which a generator would cost more than the read may."""
+
+    __slots__ = ("_path", "_what")
+
+    def __init__(self, what: str, path: str) -> None:
+        self._what, self._path = what, path
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if isinstance(error, OSError):
+            raise storage_error(error, self._what, self._path) from error
 
 
 def _rest_of(pieces: np.ndarray, done: int) -> np.ndarray:

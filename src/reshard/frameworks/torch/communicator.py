@@ -21,6 +21,9 @@ T = TypeVar("T")
 _INLINE = 4096
 _LENGTH = 8
 
+# The same of a broadcast, of which there is one for all ranks: what is told of a checkpoint of some hundred tensors fits.
+_INLINE_OF_ALL = 32 << 10
+
 # Longer data goes in blocks, so that the copies in flight stay small.
 _BLOCK = 16 * 2**20
 
@@ -79,17 +82,17 @@ class TorchCommunicator:
         else:
             # Few ranks have much to say: each in turn, instead of all as much as the longest.
             for rank in range(self.world_size):
-                self._broadcast_rest(data, parts[rank], rest[rank], rank)
+                self._broadcast_rest(data, parts[rank], inline, rest[rank], rank)
         return [bytes(part) for part in parts]
 
     def broadcast(self, data: bytes, source: int = 0) -> bytes:
-        head = _head(data if self.rank == source else b"")
+        head = _head(data if self.rank == source else b"", _INLINE_OF_ALL)
         self._try("broadcast", lambda: torch.distributed.broadcast(head, source, group=self._group))
         array = head.numpy()
         length = _length(array)
-        inline = _INLINE - _LENGTH
+        inline = _INLINE_OF_ALL - _LENGTH
         result = bytearray(array[_LENGTH : _LENGTH + min(length, inline)])
-        self._broadcast_rest(data, result, max(length - inline, 0), source)
+        self._broadcast_rest(data, result, inline, max(length - inline, 0), source)
         return bytes(result)
 
     def barrier(self) -> None:
@@ -144,9 +147,8 @@ class TorchCommunicator:
             for part, length, row in zip(parts, rest, rows, strict=True):
                 part += row[: max(min(length - begin, size), 0)].numpy().tobytes()
 
-    def _broadcast_rest(self, data: bytes, part: bytearray, rest: int, source: int) -> None:
+    def _broadcast_rest(self, data: bytes, part: bytearray, inline: int, rest: int, source: int) -> None:
         """Broadcast what didn't fit inline, and append it."""
-        inline = _INLINE - _LENGTH
         for begin, end in _blocks(inline, inline + rest):
             block = _tensor(data, begin, end) if self.rank == source else _buffer(end - begin)
             self._try("broadcast", lambda block=block: torch.distributed.broadcast(block, source, group=self._group))
@@ -239,11 +241,11 @@ def _blocks(begin: int, end: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + _BLOCK, end)
 
 
-def _head(data: bytes | memoryview) -> torch.Tensor:
+def _head(data: bytes | memoryview, nbytes: int = _INLINE) -> torch.Tensor:
     """The first message: the length, and as much of the data as fits."""
-    head = np.zeros(_INLINE, np.uint8)
+    head = np.zeros(nbytes, np.uint8)
     head[:_LENGTH] = np.frombuffer(_nbytes(data).to_bytes(_LENGTH, "little"), np.uint8)
-    piece = np.frombuffer(data, np.uint8)[: _INLINE - _LENGTH]
+    piece = np.frombuffer(data, np.uint8)[: nbytes - _LENGTH]
     head[_LENGTH : _LENGTH + len(piece)] = piece
     return torch.from_numpy(head)
 
