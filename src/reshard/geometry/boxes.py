@@ -12,6 +12,9 @@ from reshard.geometry.region import Region
 # Pairs that are looked at together: a few arrays of so many numbers.
 _PAIRS = 1 << 18
 
+# So few are compared each with each: it takes less time than to find the candidates.
+_FEW_PAIRS = 1 << 10
+
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Boxes:
@@ -61,6 +64,11 @@ class Boxes:
         if dimensions == 0 or not len(others):
             every = np.indices((len(self), len(others))).reshape(2, -1)
             return every[0], every[1]
+        if len(self) * len(others) <= _FEW_PAIRS:
+            begins = np.maximum(self.offsets[:, :, None], others.offsets[:, None, :])
+            ends = np.minimum((self.offsets + self.shapes)[:, :, None], (others.offsets + others.shapes)[:, None, :])
+            mine, theirs = np.nonzero((begins < ends).all(axis=0))
+            return mine, theirs
         # Along the dimension with the most beginnings few of the others are candidates for each of these.
         d = max(range(dimensions), key=lambda d: len(np.unique(others.offsets[d])))
         order = np.argsort(others.offsets[d], kind="stable")

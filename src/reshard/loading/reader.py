@@ -39,9 +39,9 @@ WINDOW_BYTES = 4 << 20
 # Reading over a gap of this size costs what another call costs: some 10 µs, in which a page cache or a fast disk gives 64 KiB.
 GAP_BYTES = 64 << 10
 
-# The shortest rows of a shard that are read each into its own place. For the kernel a place costs what the copy of some KiB costs: shorter
-# rows are read together and copied on.
-ROW_BYTES = 4096
+# The shortest rows of a shard that are read each into its own place. For the kernel a place costs what the copy of about a KiB costs:
+# shorter rows are read together and copied on.
+ROW_BYTES = 2048
 
 
 def locate(plan: ReadPlan, headers: Headers) -> list[list[TensorEntry]]:

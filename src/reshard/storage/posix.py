@@ -133,7 +133,7 @@ class _PosixReadable(_Descriptor):
         if call is None:
             scatter_by_reading(self, offset, pieces)
             return
-        left = int(pieces[:, 1].sum())
+        left = int(np.add.reduce(pieces[:, 1]))  # not by `sum`, which takes longer than some reads
         with _saying("can't read the file", self.path):
             while left:
                 done = call(self._descriptor, pieces, offset)

@@ -87,13 +87,13 @@ def parse_header(start: bytes, file_size: int, file: str, *, digests: bool = Tru
 
 
 class _Digests:
-    """The digests of a header, of which each tensor takes its own; they are counted, too, where nobody is to have them."""
+    """The digests of a header, of which each tensor takes its own; where nobody is to have them, they are only counted."""
 
     def __init__(self, text: str | None, file: str, *, are_given: bool) -> None:
         self._file = file
         self._are_given = are_given
         self._text = text
-        found = b"" if text is None else parse_digests(text)
+        found = parse_digests(text) if text is not None and are_given else b""
         if found is None:
             raise self._wrong("so many times 32 hexadecimal digits")
         self._all = found
@@ -113,7 +113,7 @@ class _Digests:
 
     def check_end(self, tensors: int) -> None:
         """See that there were as many as the tensors took."""
-        if self._text is not None and self._taken != len(self._all):
+        if self._text is not None and 2 * self._taken != len(self._text):
             raise self._wrong(f"{2 * self._taken} hexadecimal digits for the row blocks of {tensors} tensors")
 
     def _wrong(self, expected: str) -> DataFileError:
