@@ -14,7 +14,7 @@ import pytest
 import reshard
 from reshard.comm import Communicator
 from reshard.errors import CaptureError
-from reshard.loading import loader
+from reshard.loading import filling, planned
 from reshard.loading.report import RestoreReport
 from reshard.testing import run_ranks
 from tests.counted import Counted
@@ -76,8 +76,8 @@ def test_the_report_says_how_long_the_whole_load_took(tmp_path: Path, monkeypatc
 
         return later
 
-    monkeypatch.setattr(loader, "locate", delayed(loader.locate, 0))
-    monkeypatch.setattr(loader, "read_direct", delayed(loader.read_direct, 1))
+    monkeypatch.setattr(planned, "locate", delayed(planned.locate, 0))
+    monkeypatch.setattr(filling, "read_direct", delayed(filling.read_direct, 1))
 
     def work(comm: Communicator) -> RestoreReport:
         slow.rank = comm.rank
