@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import gc
 import mmap
 import os
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -112,6 +114,7 @@ def test_what_a_rank_cannot_hand_over_its_neighbours_read_themselves(
     alone = {rank for rank, _ in missed}
     report = results[0][1]
     assert [rank.bytes_sent > 0 for rank in report.ranks] == [rank not in alone for rank in range(3)]
+    assert report.bytes_sent == sum(rank.bytes_received for rank in report.ranks)
     # Who read a part for all has read the rest, too.
     assert all(rank.bytes_read >= NBYTES // 3 for rank in report.ranks)
 
@@ -252,6 +255,33 @@ def test_memory_that_is_not_there_is_an_error() -> None:
     assert not isinstance(raised.value, CommunicationError)
     neighbour.close()
     door.close()
+
+
+def test_threads_that_fail_together_all_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(neighbours, "_ENDING_MS", 200)
+    door = Door.open(b"")
+    assert door is not None
+    neighbour = Neighbour(1, door.notice)
+    source = np.arange(4)
+    here, there = Pieces.of(np.array([(source.ctypes.data, 32)], np.int64)), Pieces.of(np.array([(64, 32)], np.int64))
+    with ThreadPoolExecutor(4) as pool:
+        errors = [future.exception() for future in [pool.submit(neighbour.write, here, there, 32) for _ in range(8)]]
+    assert all("its memory can't be written" in str(error) for error in errors)
+    neighbour.close()
+    door.close()
+
+
+def test_a_door_that_is_forgotten_is_closed() -> None:
+    door = Door.open(b"")
+    assert door is not None
+    neighbour = Neighbour(1, door.notice)
+    array = np.zeros(1, np.int64)
+    pieces = Pieces.of(np.array([(array.ctypes.data, 8)], np.int64))
+    del door
+    gc.collect()
+    with pytest.raises(CommunicationError, match="it has left the load"):
+        neighbour.write(pieces, pieces, 8)
+    neighbour.close()
 
 
 def test_a_rank_that_leaves_waits_for_who_is_writing() -> None:

@@ -33,7 +33,7 @@ _ONE_PIECE = ctypes.c_int64 * 2
 _TOKEN_BYTES = 16
 
 # What is written at a time takes milliseconds. Who still seems to write after this has been ended in the middle of it, with a child of its
-# process holding on to the door.
+# process holding on to the door; or has been stopped there, and writes when it goes on.
 _LONGEST_WRITE_S = 60.0
 
 # A process that ends loses its memory first, and only then is known to have ended.
@@ -132,6 +132,11 @@ class Door:
         finally:
             self._file.close()
 
+    def __del__(self) -> None:
+        # The last resort, for whoever was interrupted on the way to `close`.
+        with suppress(Exception):
+            self.close()
+
     def _shut(self) -> None:
         # Who has the file open sees it, also when this end is gone; and who doesn't see it yet is waited for.
         self._file.truncate(0)
@@ -221,7 +226,10 @@ class Neighbour:
             finally:
                 fcntl.flock(self._file, fcntl.LOCK_UN)
         if problem is not None:
-            raise self._gone("its process has ended") if self._ends.poll(_ENDING_MS) else self._failed(problem)
+            # Asked by an object of its own: others use the common one meanwhile, and no two may at once.
+            ends = select.poll()
+            ends.register(self._alive, select.POLLIN)
+            raise self._gone("its process has ended") if ends.poll(_ENDING_MS) else self._failed(problem)
 
     def close(self) -> None:
         """Let go of it."""

@@ -29,12 +29,24 @@ _BROKE_OFF = "the load broke off; tensors of the run are partly overwritten"
 
 
 class _Outcome(msgspec.Struct, array_like=True):
-    """What a rank tells the others after it has read."""
+    """What a rank tells the others after it has read.
+
+    Attributes:
+        bytes_needed: as in `RankReport`, and so is `seconds`.
+        seconds: see there.
+        whole: the seconds from the begin of the load on.
+        given: what it has handed to the other ranks of its machine, in bytes; None when it hasn't handed over anything.
+        read: as in `Traffic`, and so are the others.
+        verified: see there.
+        pages: see there.
+        sent: see there.
+        received: see there.
+    """
 
     bytes_needed: int
     seconds: dict[str, float]
     whole: float
-    handed: bool
+    given: dict[int, int] | None
     read: int
     verified: int
     pages: int
@@ -84,7 +96,8 @@ def fill_together(
         def tell() -> list[_Outcome]:
             seconds = {"open": planned.seconds["open"], "plan": planning, "read": time.perf_counter() - entered}
             needed = planned.plan.nbytes + (planned.scales.plan.nbytes if planned.scales is not None else 0)
-            outcome = _Outcome(needed, seconds, time.perf_counter() - started, handing is not None, *astuple(traffic))
+            given = None if handing is None else dict(handing.given)
+            outcome = _Outcome(needed, seconds, time.perf_counter() - started, given, *astuple(traffic))
             payloads = settle(comm, error, msgspec.msgpack.encode(outcome), what=_BROKE_OFF)
             return [msgspec.msgpack.decode(data, type=_Outcome) for data in payloads]
 
@@ -93,14 +106,18 @@ def fill_together(
             traffic = sum_up([traffic, moved or Traffic()])
         outcomes = tell()
         # On some machine some hand over and others don't: then nobody there has all that it counted on.
-        if any(len({outcomes[rank].handed for rank in group}) > 1 for group in groups):
-            if handing is not None and not all(outcomes[rank].handed for rank in group or ()):
+        if any(len({outcomes[rank].given is None for rank in group}) > 1 for group in groups):
+            if handing is not None and any(outcomes[rank].given is None for rank in group or ()):
                 left = handing
                 moved, error = attempt(lambda: _read_alone(planned, left, storage))
                 traffic = sum_up([traffic, moved or Traffic()])
             outcomes = tell()
+    received = [one.received for one in outcomes]
+    for one in outcomes:
+        for rank, nbytes in (one.given or {}).items():
+            received[rank] += nbytes
     reports = tuple(
-        RankReport(rank, one.bytes_needed, one.read, one.seconds, one.sent, one.received, one.verified, one.pages)
+        RankReport(rank, one.bytes_needed, one.read, one.seconds, one.sent, received[rank], one.verified, one.pages)
         for rank, one in enumerate(outcomes)
     )
     return reports, max(one.whole for one in outcomes), unlisted

@@ -121,7 +121,7 @@ class BlockCutter:
         # Blocks are alike but for where they begin, and so are tensors; what they have in common is made once, and lives on with this.
         self._runs: dict[tuple[tuple[int, ...], tuple[int, ...], int], _Runs] = {}
         self._calls: dict[tuple[int, int], Sequence[tuple[np.ndarray, np.ndarray, int]]] = {}
-        self._landings: dict[tuple[tuple[int, int, int, int], ...], Sequence[tuple[int, np.ndarray, np.ndarray]] | None] = {}
+        self._landings: dict[tuple[int, tuple[tuple[int, int, int, int], ...]], Sequence[tuple[int, np.ndarray, np.ndarray]] | None] = {}
 
     def blocks(self, share: Share) -> list[HandedBlock]:
         """The blocks of a share, in file order."""
@@ -169,16 +169,17 @@ class BlockCutter:
         alike = tuple(
             (id(placed.runs), placed.begin, id(target.runs), target.begin if target.origin == READ else -1) for placed, target in pairs
         )
-        if alike not in self._landings:
-            self._landings[alike] = _scatter(pairs, plan.nbytes)
-        calls = self._landings[alike]
+        known = plan.nbytes, alike
+        if known not in self._landings:
+            self._landings[known] = _scatter(pairs, plan.nbytes)
+        calls = self._landings[known]
         boxes = tuple((target.origin, target.begin) for _, target in pairs if target.origin != READ)
         return None if calls is None else Landing(boxes, calls)
 
     def _calls_of(self, runs: _Runs, target: _Runs, nbytes: int) -> Sequence[tuple[np.ndarray, np.ndarray, int]]:
         """How runs are copied onto others, in as few calls as the system takes."""
-        # Else the system would write beside the shard.
-        assert runs.total == target.total == nbytes
+        if not runs.total == target.total == nbytes:
+            raise ValueError(f"{runs.total} bytes don't fill {target.total}, of {nbytes}")  # the system would write beside the shard
         calls = self._calls.get((id(runs), id(target)))
         if calls is None:
             if max(len(runs.places), len(target.places)) <= MOST_PIECES:

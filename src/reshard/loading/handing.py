@@ -28,7 +28,7 @@ from reshard.planning.telling import decode_all, encode
 from reshard.sources.stored import Headers
 from reshard.state import Memory, State, TensorKey
 
-# With fewer bytes of columns a rank reads for itself: they take less time than the ranks need to agree.
+# With fewer bytes of columns a rank reads for itself: they take less time than to find the neighbours and to plan with them.
 _LEAST_BYTES = 32 << 20
 
 
@@ -110,7 +110,7 @@ class Handing:
         neighbours: those for whom it reads, by rank.
         addresses: of each neighbour and tensor, where each shard lies.
         keys: of the tensors that the ranks read for each other, those of which this rank gets its part.
-        received: the bytes that the neighbours read for it.
+        given: of each neighbour, the bytes that it gets.
     """
 
     rank: int
@@ -119,7 +119,7 @@ class Handing:
     neighbours: Mapping[int, Neighbour]
     addresses: Mapping[int, Mapping[TensorKey, Sequence[int]]]
     keys: frozenset[TensorKey]
-    received: int
+    given: Mapping[int, int]
 
     def close(self) -> None:
         """Let go of the neighbours."""
@@ -153,7 +153,7 @@ def prepare_handing(offer: Offer, group: Mapping[int, Notice], catalog: Catalog,
     """What a rank reads for the others of its machine, and they for it.
 
     No rank waits to hear whether all others can do their part: it begins, and what those who can't would have read for it, it reads itself
-    when all have told each other how it went.
+    when all have told each other how it went. So a rank's memory may be written before it has come so far itself.
 
     Args:
         offer: the rank's own.
@@ -197,7 +197,7 @@ def prepare_handing(offer: Offer, group: Mapping[int, Notice], catalog: Catalog,
             addresses,
             # What others need columns of it may itself need otherwise, and then it has not told of it.
             frozenset(tensor.key for share in plan.shares for tensor in share.tensors if tensor.key in addresses[rank]),
-            sum(_taken(share, rank) for share in plan.shares if share.reader != rank),
+            {other: sum(_taken(share, other) for share in mine) for other in neighbours},
         )
         opened.pop_all()
     return handing

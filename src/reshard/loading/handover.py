@@ -87,7 +87,7 @@ def hand_over(handing: Handing, state: State, storage: Storage, directory: str, 
     for _ in range(readers):
         buffers.put(_Buffers(_Buffer(block_bytes), _Buffer(block_bytes)))
     hands = _Hands(handing, state, storage, directory, buffers, verify)
-    return sum_up([Traffic(received=handing.received), *run_all(hands.works(block_bytes), readers, "reshard-hand")])
+    return sum_up(run_all(hands.works(block_bytes), readers, "reshard-hand"))
 
 
 class _Buffer:
@@ -210,4 +210,4 @@ class _Hands:
 def sum_up(traffics: Sequence[Traffic]) -> Traffic:
     """All together."""
     rows = [(one.read, one.verified, one.pages, one.sent, one.received) for one in traffics]
-    return Traffic(*map(sum, zip(*rows, strict=True)))
+    return Traffic(*map(sum, zip(*rows, strict=True))) if rows else Traffic()
