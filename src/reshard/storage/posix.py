@@ -50,7 +50,7 @@ def storage_error(error: OSError, what: str, path: str) -> ReshardError:
     return kind(what, file=path, found=error.strerror or str(error), fix=fix)
 
 
-class _saying:  # noqa: N801 - read as a verb: with saying what can't be done
+class _Saying:
     """Errors of the system become errors of the storage. Around each read, for which a generator would cost more than the read may."""
 
     __slots__ = ("_path", "_what")
@@ -86,7 +86,7 @@ class _Descriptor:
     def close(self) -> None:
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
-            with _saying("can't close the file", self.path):
+            with _Saying("can't close the file", self.path):
                 os.close(descriptor)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -116,7 +116,7 @@ class _PosixReadable(_Descriptor):
     def read_into(self, offset: int, buffer: memoryview) -> None:
         rest = buffer.cast("B") if buffer.nbytes else buffer
         done = 0
-        with _saying("can't read the file", self.path):
+        with _Saying("can't read the file", self.path):
             while done < buffer.nbytes:
                 count = os.preadv(self._descriptor, [rest[done:]], offset + done)
                 if count == 0:
@@ -134,7 +134,7 @@ class _PosixReadable(_Descriptor):
             scatter_by_reading(self, offset, pieces)
             return
         left = int(np.add.reduce(pieces[:, 1]))  # not by `sum`, which takes longer than some reads
-        with _saying("can't read the file", self.path):
+        with _Saying("can't read the file", self.path):
             while left:
                 done = call(self._descriptor, pieces, offset)
                 if done == 0:
@@ -153,7 +153,7 @@ class _PosixReadable(_Descriptor):
         if not nbytes:
             return None
         begin = offset - offset % mmap.ALLOCATIONGRANULARITY
-        with _saying("can't map the file", self.path):
+        with _Saying("can't map the file", self.path):
             # Before its size is looked at: what is cut off while it is copied would kill the process.
             if not self._cannot_shrink():
                 return None
@@ -183,12 +183,12 @@ class _PosixWritable(_Descriptor):
     def write_at(self, offset: int, data: memoryview) -> None:
         rest = memoryview(data).cast("B") if data.nbytes else data
         done = 0
-        with _saying("can't write the file", self.path):
+        with _Saying("can't write the file", self.path):
             while done < data.nbytes:
                 done += os.pwrite(self._descriptor, rest[done:], offset + done)
 
     def sync(self) -> None:
-        with _saying("can't make the file durable", self.path):
+        with _Saying("can't make the file durable", self.path):
             os.fsync(self._descriptor)
 
     def __enter__(self) -> _PosixWritable:
@@ -222,7 +222,7 @@ class _PosixLock:
     def is_held(self) -> bool:
         if self._descriptor < 0:
             return False
-        with _saying("can't look at the lock file", self._path):
+        with _Saying("can't look at the lock file", self._path):
             return _is_still(self._path, self._descriptor)
 
     def release(self) -> None:
@@ -254,20 +254,20 @@ class PosixStorage:
 
     def list(self, path: str) -> Sequence[Entry]:
         entries = []
-        with _saying("can't list the directory", path), os.scandir(path) as scan:
+        with _Saying("can't list the directory", path), os.scandir(path) as scan:
             for item in scan:
                 with suppress(*_NOT_THERE):  # removed since, or a symbolic link that leads nowhere
                     entries.append(_entry(item.name, _status(item)))
         return sorted(entries, key=lambda entry: entry.name)
 
     def links_out(self, path: str) -> Sequence[str]:
-        with _saying("can't list the directory", path), os.scandir(path) as scan:
+        with _Saying("can't list the directory", path), os.scandir(path) as scan:
             links = sorted(item.name for item in scan if item.is_symlink())
         inside = os.path.join(os.path.realpath(path), "") if links else ""
         return [name for name in links if not os.path.realpath(os.path.join(path, name)).startswith(inside)]
 
     def open_read(self, path: str) -> ReadableFile:
-        with _saying("can't open the file", path):
+        with _Saying("can't open the file", path):
             # Without waiting: a named pipe in the place of a file would hold the process for ever.
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
             status = os.fstat(descriptor)
@@ -283,7 +283,7 @@ class PosixStorage:
         return bytes(data)
 
     def create(self, path: str, size: int) -> WritableFile:
-        with _saying("can't create the file", path):
+        with _Saying("can't create the file", path):
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
             try:
                 # Only the size: `posix_fallocate` would write zeros over the whole file where the file system can't reserve.
@@ -299,11 +299,11 @@ class PosixStorage:
             file.sync()
 
     def make_directory(self, path: str) -> None:
-        with _saying("can't make the directory", path):
+        with _Saying("can't make the directory", path):
             os.makedirs(path, exist_ok=True)
 
     def sync_directory(self, path: str) -> None:
-        with _saying("can't make the directory durable", path):
+        with _Saying("can't make the directory durable", path):
             descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
                 os.fsync(descriptor)
@@ -315,7 +315,7 @@ class PosixStorage:
                 os.close(descriptor)
 
     def rename(self, source: str, target: str) -> None:
-        with _saying(f"can't rename to {target}", source):
+        with _Saying(f"can't rename to {target}", source):
             if rename2(source, target, RENAME_NOREPLACE):
                 return
             if os.path.lexists(target):
@@ -323,19 +323,19 @@ class PosixStorage:
             os.rename(source, target)
 
     def replace(self, source: str, target: str) -> None:
-        with _saying(f"can't put the file in the place of {target}", source):
+        with _Saying(f"can't put the file in the place of {target}", source):
             os.replace(source, target)
 
     def exchange(self, first: str, second: str) -> bool:
-        with _saying(f"can't exchange with {second}", first):
+        with _Saying(f"can't exchange with {second}", first):
             return rename2(first, second, RENAME_EXCHANGE)
 
     def remove(self, path: str) -> None:
-        with _saying("can't remove the file", path):
+        with _Saying("can't remove the file", path):
             os.unlink(path)
 
     def remove_tree(self, path: str) -> None:
-        with _saying("can't remove the directory", path):
+        with _Saying("can't remove the directory", path):
             try:
                 if os.path.islink(path):
                     # What it leads to lies elsewhere, and was put there by someone else.
@@ -347,14 +347,14 @@ class PosixStorage:
                     raise
 
     def free_bytes(self, path: str) -> int | None:
-        with _saying("can't ask for free space", path):
+        with _Saying("can't ask for free space", path):
             status = os.statvfs(path)
         # Some network file systems don't know their size and say 0 for everything.
         return status.f_bavail * status.f_frsize if status.f_blocks else None
 
     def lock(self, path: str, owner: str) -> Lock | str:
         while True:
-            with _saying("can't open the lock file", path):
+            with _Saying("can't open the lock file", path):
                 descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
