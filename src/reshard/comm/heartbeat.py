@@ -103,8 +103,7 @@ class _Heartbeat:
     def _beat(self) -> None:
         count = 0
         with suppress(CommunicationError):
-            while self._until is None or time.monotonic() < self._until:
+            # The first sign only after a while, too: most work is done before. Who looks for signs waits longer than that for the next one.
+            while not self._ends.wait(_INTERVAL) and (self._until is None or time.monotonic() < self._until):
                 count += 1
                 self._board.post(_ALIVE, f"{time.time()} {count}".encode())
-                if self._ends.wait(_INTERVAL):
-                    return

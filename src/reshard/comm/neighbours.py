@@ -59,10 +59,6 @@ class Pieces(NamedTuple):
     @classmethod
     def of(cls, listed: np.ndarray, begin: int = 0) -> Pieces:
         """Pieces by a list, (pieces, 2) of int64, in which their places are counted from an address."""
-        if len(listed) == 1:  # most are; numpy takes longer for one than the system for a copy of some KiB
-            place, nbytes = listed[0].tolist()
-            one = _ONE_PIECE(begin + place, nbytes)
-            return cls(ctypes.addressof(one), 1, one)
         moved = listed.copy()
         moved[:, 0] += begin
         return cls(moved.ctypes.data, len(moved), moved)
@@ -194,6 +190,10 @@ class Neighbour:
             finally:
                 fcntl.flock(self._file, fcntl.LOCK_UN)
             self.told = content[_TOKEN_BYTES:]
+            self._descriptor = self._file.fileno()
+            # The lists of a copy of one run.
+            self._here, self._there = _ONE_PIECE(), _ONE_PIECE()
+            self._here_at, self._there_at = ctypes.addressof(self._here), ctypes.addressof(self._there)
             self._opened = opened.pop_all()
 
     def write(self, here: Pieces, there: Pieces, nbytes: int) -> None:
@@ -209,27 +209,44 @@ class Neighbour:
             ReshardError: it is there, but its memory can't be written.
         """
         with self._turn:
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise self._gone("it has left the load") from None
-            except OSError as error:
-                raise self._failed(error) from error
-            # While this is held the rank can't leave.
-            try:
-                if os.fstat(self._file.fileno()).st_size == 0:
-                    raise self._gone("it has left the load")
-                if self._ends.poll(0):  # another may have its number
-                    raise self._gone("its process has ended")
-                moved = self._write(self._process, here.address, here.number, there.address, there.number, 0)
-                problem = None if moved == nbytes else _problem(moved)
-            finally:
-                fcntl.flock(self._file, fcntl.LOCK_UN)
+            problem = self._copy(here.address, here.number, there.address, there.number, nbytes)
         if problem is not None:
-            # Asked by an object of its own: others use the common one meanwhile, and no two may at once.
-            ends = select.poll()
-            ends.register(self._alive, select.POLLIN)
-            raise self._gone("its process has ended") if ends.poll(_ENDING_MS) else self._failed(problem)
+            raise self._explained(problem)
+
+    def write_run(self, here: int, there: int, nbytes: int) -> None:
+        """The same of one run from an address of this process to one of the neighbour's: most are, and numpy takes longer for one piece
+        than the system for a copy of some KiB.
+        """
+        with self._turn:
+            self._here[:], self._there[:] = (here, nbytes), (there, nbytes)
+            problem = self._copy(self._here_at, 1, self._there_at, 1, nbytes)
+        if problem is not None:
+            raise self._explained(problem)
+
+    def _copy(self, here: int, pieces: int, there: int, places: int, nbytes: int) -> OSError | None:
+        """One call, while the door is held open. Why it moved less, if it did; what is raised otherwise tells that nothing was moved."""
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise self._gone("it has left the load") from None
+        except OSError as error:
+            raise self._failed(error) from error
+        # While this is held the rank can't leave.
+        try:
+            if os.fstat(self._descriptor).st_size == 0:
+                raise self._gone("it has left the load")
+            if self._ends.poll(0):  # another may have its number
+                raise self._gone("its process has ended")
+            moved = self._write(self._process, here, pieces, there, places, 0)
+            return None if moved == nbytes else _problem(moved)
+        finally:
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+
+    def _explained(self, problem: OSError) -> ReshardError:
+        # Asked by an object of its own: others use the common one meanwhile, and no two may at once.
+        ends = select.poll()
+        ends.register(self._alive, select.POLLIN)
+        return self._gone("its process has ended") if ends.poll(_ENDING_MS) else self._failed(problem)
 
     def close(self) -> None:
         """Let go of it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -29,18 +29,39 @@ class Delivery(NamedTuple):
     """What a neighbour gets of a block; the same for all tensors of a share.
 
     Attributes:
-        part: the part of the block.
+        rank: whose shard it is.
+        shard: its index in the tensor on that rank.
+        source: the box in the block's own coordinates.
+        nbytes: its bytes.
         origin: what `own` is counted from.
         own: where the own pieces begin.
         target: where those in the neighbour's shard begin.
-        calls: what is copied at a time: own pieces, pieces of the neighbour's shard, each counted from there; and the bytes.
+        calls: what is copied at a time: own pieces, pieces of the neighbour's shard, each counted from there; and the bytes. None where
+            all is one run on either side.
     """
 
-    part: Part
+    rank: int
+    shard: int
+    source: Region
+    nbytes: int
     origin: int
     own: int
     target: int
-    calls: Sequence[tuple[np.ndarray, np.ndarray, int]]
+    calls: Sequence[tuple[np.ndarray, np.ndarray, int]] | None
+
+
+class LandingCall(NamedTuple):
+    """What is read at a time, to where it belongs.
+
+    Attributes:
+        offset: where it begins in the block.
+        pieces: (pieces, 2) of int64: the place of each, counted from where the buffer or its box begins; and its bytes.
+        which: which pieces are the buffer's, and which each box's.
+    """
+
+    offset: int
+    pieces: np.ndarray
+    which: tuple[slice | np.ndarray, ...]
 
 
 class Landing(NamedTuple):
@@ -48,25 +69,28 @@ class Landing(NamedTuple):
 
     Attributes:
         boxes: the own ones: the shard of each, and where the box begins in it.
-        calls: what is read at a time: where it begins in the block; its pieces; and of each piece what its place is counted from: 0 is the
-            buffer, and the boxes come next.
+        calls: what is read at a time.
     """
 
     boxes: tuple[tuple[int, int], ...]
-    calls: Sequence[tuple[int, np.ndarray, np.ndarray]]
+    calls: Sequence[LandingCall]
 
 
 class HandedBlock(NamedTuple):
     """What is read at a time, and who gets what of it.
 
     Attributes:
-        plan: what is read.
+        shape: of the box that is read.
+        offset: where its run begins, in bytes from the first byte of the tensor in the file.
+        nbytes: the length of the run.
         landing: where it goes; None when all of it goes into the buffer, as it is in the file.
         own: what the rank copies out of the buffer for itself.
         deliveries: what the others get.
     """
 
-    plan: BlockPlan
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
     landing: Landing | None
     own: list[Part]
     deliveries: list[Delivery]
@@ -121,30 +145,49 @@ class BlockCutter:
         # Blocks are alike but for where they begin, and so are tensors; what they have in common is made once, and lives on with this.
         self._runs: dict[tuple[tuple[int, ...], tuple[int, ...], int], _Runs] = {}
         self._calls: dict[tuple[int, int], Sequence[tuple[np.ndarray, np.ndarray, int]]] = {}
-        self._landings: dict[tuple[int, tuple[tuple[int, int, int, int], ...]], Sequence[tuple[int, np.ndarray, np.ndarray]] | None] = {}
+        self._landings: dict[tuple[int, tuple[tuple[int, int, int, int], ...]], Sequence[LandingCall] | None] = {}
 
     def blocks(self, share: Share) -> list[HandedBlock]:
         """The blocks of a share, in file order."""
         itemsize = share.arrangement.dtype.itemsize
-        strides = share.piece.strides(itemsize)
+        strides, dimension = share.piece.strides(itemsize), share.outermost
         in_shard = {(taker.rank, taker.shard): strides_of(want.region.shape, itemsize) for want in share.wants for taker in want.takers}
+        steps = {taker: of_shard[dimension] for taker, of_shard in in_shard.items()}
         blocks: list[HandedBlock] = []
-        for plan in share.blocks(self._block_bytes, _GAP_BYTES):
-            read = {part.source: self._place(READ, part.source, strides, itemsize) for part in plan.parts}
-            targets = [self._place(part.shard, part.target, in_shard[part.rank, part.shard], itemsize) for part in plan.parts]
-            landed = self._landed(plan, read, targets) if self._is_straight else None
-            landing = None if landed is None else self._landing(plan, read, landed)
-            held = read if landed is None or landing is None else landed
-            deliveries: list[Delivery] = []
-            for part, target in zip(plan.parts, targets, strict=True):
-                if part.rank != self._rank:
-                    origin, begin, runs = held[part.source]
-                    if runs.nbytes < _SHORT_RUN_BYTES and len(runs.places) > 1:
-                        origin, begin, runs = PACKED, 0, self._one(part.nbytes)
-                    deliveries.append(Delivery(part, origin, begin, target.begin, self._calls_of(runs, target.runs, part.nbytes)))
-            own = [part for part in plan.parts if part.rank == self._rank and landing is None]
-            blocks.append(HandedBlock(plan, landing, own, deliveries))
+        for plan, indices in share.series(self._block_bytes, _GAP_BYTES):
+            first = self._block(plan, strides, in_shard, itemsize)
+            blocks += [self._further_on(first, index, dimension, strides[dimension], steps) if index else first for index in indices]
         return blocks
+
+    def _block(
+        self, plan: BlockPlan, strides: tuple[int, ...], in_shard: Mapping[tuple[int, int], tuple[int, ...]], itemsize: int
+    ) -> HandedBlock:
+        read = {part.source: self._place(READ, part.source, strides, itemsize) for part in plan.parts}
+        targets = [self._place(part.shard, part.target, in_shard[part.rank, part.shard], itemsize) for part in plan.parts]
+        landed = self._landed(plan, read, targets) if self._is_straight else None
+        landing = None if landed is None else self._landing(plan, read, landed)
+        held = read if landed is None or landing is None else landed
+        deliveries: list[Delivery] = []
+        for (rank, shard, source, _, nbytes), target in zip(plan.parts, targets, strict=True):
+            if rank != self._rank:
+                origin, begin, runs = held[source]
+                if runs.nbytes < _SHORT_RUN_BYTES and len(runs.places) > 1:
+                    origin, begin, runs = PACKED, 0, self._one(nbytes)
+                calls = self._calls_of(runs, target.runs, nbytes)
+                deliveries.append(Delivery(rank, shard, source, nbytes, origin, begin, target.begin, calls))
+        own = [part for part in plan.parts if part.rank == self._rank and landing is None]
+        return HandedBlock(plan.shape, plan.offset, plan.nbytes, landing, own, deliveries)
+
+    def _further_on(self, block: HandedBlock, index: int, dimension: int, stride: int, steps: Mapping[tuple[int, int], int]) -> HandedBlock:
+        """A block that lies so many indices further on in the file (`stride`) and in all shards (`steps`), and is the same otherwise."""
+        shape, offset, nbytes, landing, own, deliveries = block
+        if landing is not None:
+            landing = Landing(tuple((shard, begin + index * steps[self._rank, shard]) for shard, begin in landing.boxes), landing.calls)
+        moved: list[Delivery] = []
+        for rank, shard, source, size, origin, begin, target, calls in deliveries:
+            begin += index * steps[self._rank, origin] if origin >= 0 else 0
+            moved.append(Delivery(rank, shard, source, size, origin, begin, target + index * steps[rank, shard], calls))
+        return HandedBlock(shape, offset + index * stride, nbytes, landing, [_moved(part, dimension, index) for part in own], moved)
 
     def _landed(self, plan: BlockPlan, read: dict[Region, _Placed], targets: list[_Placed]) -> dict[Region, _Placed] | None:
         """Where each box of a block lies when the rank's own are in their places and the others side by side; None where the rank has one
@@ -176,10 +219,12 @@ class BlockCutter:
         boxes = tuple((target.origin, target.begin) for _, target in pairs if target.origin != READ)
         return None if calls is None else Landing(boxes, calls)
 
-    def _calls_of(self, runs: _Runs, target: _Runs, nbytes: int) -> Sequence[tuple[np.ndarray, np.ndarray, int]]:
-        """How runs are copied onto others, in as few calls as the system takes."""
+    def _calls_of(self, runs: _Runs, target: _Runs, nbytes: int) -> Sequence[tuple[np.ndarray, np.ndarray, int]] | None:
+        """How runs are copied onto others, in as few calls as the system takes; None where it is one run onto another."""
         if not runs.total == target.total == nbytes:
             raise ValueError(f"{runs.total} bytes don't fill {target.total}, of {nbytes}")  # the system would write beside the shard
+        if len(runs.places) == len(target.places) == 1:
+            return None
         calls = self._calls.get((id(runs), id(target)))
         if calls is None:
             if max(len(runs.places), len(target.places)) <= MOST_PIECES:
@@ -206,7 +251,13 @@ class BlockCutter:
         return self._place(READ, Region.whole((nbytes,)), (1,), 1).runs
 
 
-def _scatter(pairs: Sequence[tuple[_Placed, _Placed]], nbytes: int) -> Sequence[tuple[int, np.ndarray, np.ndarray]] | None:
+def _moved(part: Part, dimension: int, index: int) -> Part:
+    """The same part of a block that lies so many indices further on."""
+    offset, shape = part.target.offset, part.target.shape
+    return part._replace(target=Region((*offset[:dimension], offset[dimension] + index, *offset[dimension + 1 :]), shape))
+
+
+def _scatter(pairs: Sequence[tuple[_Placed, _Placed]], nbytes: int) -> Sequence[LandingCall] | None:
     """The calls of a landing of boxes of a block: each one's place in the block, and where it goes."""
     begins, pieces, bases = [], [], []
     number = 0
@@ -228,7 +279,21 @@ def _scatter(pairs: Sequence[tuple[_Placed, _Placed]], nbytes: int) -> Sequence[
     begin, piece, base = begin[order], piece[order], base[order]
     if begin[0] or (begin[1:] != begin[:-1] + piece[:-1, 1]).any() or begin[-1] + piece[-1, 1] != nbytes:
         return None
-    return [(int(begin[n]), piece[n : n + MOST_PIECES], base[n : n + MOST_PIECES]) for n in range(0, len(begin), MOST_PIECES)]
+    calls: list[LandingCall] = []
+    for n in range(0, len(begin), MOST_PIECES):
+        of_call = base[n : n + MOST_PIECES]
+        which = tuple(_regular(np.flatnonzero(of_call == one)) for one in range(number + 1))
+        calls.append(LandingCall(int(begin[n]), piece[n : n + MOST_PIECES], which))
+    return calls
+
+
+def _regular(indices: np.ndarray) -> slice | np.ndarray:
+    """Ascending indices as a slice, which numpy takes much faster, where they are one."""
+    if not len(indices):
+        return slice(0, 0)
+    step = int(indices[1] - indices[0]) if len(indices) > 1 else 1
+    first, last = int(indices[0]), int(indices[-1])
+    return slice(first, last + 1, step) if (np.diff(indices) == step).all() else indices
 
 
 def _at(runs: _Runs, number: np.ndarray) -> np.ndarray:

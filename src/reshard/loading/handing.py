@@ -7,7 +7,7 @@ read. What one that can't reach all others doesn't hand over, these read for the
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 
@@ -108,7 +108,7 @@ class Handing:
         shares: what it reads.
         entries: of each of these shares, each tensor's entry in the file.
         neighbours: those for whom it reads, by rank.
-        addresses: of each neighbour and tensor, where each shard lies.
+        addresses: of each rank, itself included, and each tensor of these shares, where each shard lies.
         keys: of the tensors that the ranks read for each other, those of which this rank gets its part.
         given: of each neighbour, the bytes that it gets.
     """
@@ -188,7 +188,9 @@ def prepare_handing(offer: Offer, group: Mapping[int, Notice], catalog: Catalog,
         if not plan.shares:
             return None
         mine = tuple(share for share in plan.shares if share.reader == rank)
-        addresses = {one.rank: _by_tensor(one, told.addresses) for one, told in zip(descriptions, told, strict=True)}
+        concerned = {tensor.key for share in mine for tensor in share.tensors}
+        addresses = {one.rank: _by_tensor(one, told.addresses, concerned) for one, told in zip(descriptions, told, strict=True)}
+        offered = {tensor.key for tensor in next(one for one in descriptions if one.rank == rank).tensors}
         handing = Handing(
             rank,
             mine,
@@ -196,16 +198,23 @@ def prepare_handing(offer: Offer, group: Mapping[int, Notice], catalog: Catalog,
             neighbours,
             addresses,
             # What others need columns of it may itself need otherwise, and then it has not told of it.
-            frozenset(tensor.key for share in plan.shares for tensor in share.tensors if tensor.key in addresses[rank]),
+            frozenset(tensor.key for share in plan.shares for tensor in share.tensors if tensor.key in offered),
             {other: sum(_taken(share, other) for share in mine) for other in neighbours},
         )
         opened.pop_all()
     return handing
 
 
-def _by_tensor(description: RankDescription, addresses: bytes) -> dict[TensorKey, list[int]]:
-    places = iter(np.frombuffer(addresses, "<i8").tolist())
-    return {key: [next(places) for _ in holding.regions] for key, holding in description.tensors}
+def _by_tensor(description: RankDescription, addresses: bytes, concerned: Collection[TensorKey]) -> dict[TensorKey, list[int]]:
+    places = np.frombuffer(addresses, "<i8").tolist()
+    found: dict[TensorKey, list[int]] = {}
+    first = 0
+    for key, holding in description.tensors:
+        end = first + len(holding.regions)
+        if key in concerned:
+            found[key] = places[first:end]
+        first = end
+    return found
 
 
 def _taken(share: Share, rank: int) -> int:

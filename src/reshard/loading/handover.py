@@ -11,7 +11,7 @@ import numpy as np
 
 from reshard.comm.neighbours import Pieces
 from reshard.format.safetensors import BlockCheck, TensorEntry
-from reshard.loading.handed_blocks import PACKED, BlockCutter, Delivery, HandedBlock, Landing
+from reshard.loading.handed_blocks import PACKED, BlockCutter, Delivery, HandedBlock, Landing, LandingCall
 from reshard.loading.handing import Handing
 from reshard.loading.lanes import Traffic
 from reshard.loading.reader import read_plan
@@ -98,6 +98,7 @@ class _Buffer:
         self.address = self.data.ctypes.data
         # Those that were asked for before, by their identity, with what keeps that theirs.
         self._known: dict[tuple[int, int], tuple[np.ndarray, Pieces]] = {}
+        self._placed: dict[int, tuple[LandingCall, np.ndarray, list[int]]] = {}
 
     def pieces(self, listed: np.ndarray, begin: int, *, again: bool) -> Pieces:
         """Pieces of the buffer, counted from a place in it, where they lie in memory; `again`: they will be asked for once more."""
@@ -107,6 +108,19 @@ class _Buffer:
             if again:
                 self._known[id(listed), begin] = known
         return known[1]
+
+    def placed(self, call: LandingCall, bases: Sequence[int]) -> np.ndarray:
+        """The pieces of a call in memory, where the buffer and the boxes begin there. They are so until it is asked again."""
+        known = self._placed.get(id(call))
+        if known is None:
+            known = self._placed[id(call)] = call, call.pieces.copy(), [0] * len(bases)
+        _, placed, before = known
+        # From the last tensor's places on to this one's; the buffer stays where it is.
+        for number, (which, base) in enumerate(zip(call.which, bases, strict=True)):
+            if base != before[number]:
+                placed[which, 0] += base - before[number]
+                before[number] = base
+        return placed
 
 
 class _Buffers(NamedTuple):
@@ -157,50 +171,50 @@ class _Hands:
         dtype = share.arrangement.dtype
         strides = share.piece.strides(dtype.itemsize)
         read = sent = 0
-        for plan, landing, own, deliveries in blocks:
-            begin = entry.begin + plan.offset
+        for shape, offset, nbytes, landing, own, deliveries in blocks:
+            begin = entry.begin + offset
             if landing is not None:
                 self._land(source, begin, key, landing, buffers.read)
                 box = None
             else:
-                data = memoryview(buffers.read.data)[: plan.nbytes]
+                data = memoryview(buffers.read.data)[:nbytes]
                 source.read_into(begin, data)
                 if check is not None:
-                    check.update(plan.offset, data)
+                    check.update(offset, data)
                     check.raise_if_wrong()
-                box = np.ndarray(plan.shape, dtype.numpy, data, strides=strides)
+                box = np.ndarray(shape, dtype.numpy, data, strides=strides)
                 for part in own:
                     # The host's, since its address was told to others, too.
                     host = self._tensors[key].shards[part.shard].memory.host
                     assert host is not None
                     host[part.target.slices] = box[part.source.slices]
-            read += plan.nbytes
+            read += nbytes
             for delivery in deliveries:
                 if delivery.origin == PACKED and box is not None:
-                    source_box = delivery.part.source
-                    np.ndarray(source_box.shape, box.dtype, buffers.packed.data.data)[...] = box[source_box.slices]
+                    packed = np.ndarray(delivery.source.shape, box.dtype, buffers.packed.data.data)
+                    packed[...] = box[delivery.source.slices]
                 self._deliver(key, delivery, buffers)
-                sent += delivery.part.nbytes
+                sent += delivery.nbytes
         return Traffic(read, 0 if check is None else check.verified, sent=sent)
 
     def _land(self, source: ReadableFile, begin: int, key: TensorKey, landing: Landing, buffer: _Buffer) -> None:
         """Read a block, all of it to where it belongs."""
-        bases = np.array([buffer.address, *(self._own(key, shard) + place for shard, place in landing.boxes)], np.int64)
-        for offset, pieces, base in landing.calls:
-            places = pieces.copy()
-            places[:, 0] += bases[base]
-            source.scatter(begin + offset, places)
+        bases = [buffer.address, *(self._own(key, shard) + place for shard, place in landing.boxes)]
+        for call in landing.calls:
+            source.scatter(begin + call.offset, buffer.placed(call, bases))
 
     def _deliver(self, key: TensorKey, delivery: Delivery, buffers: _Buffers) -> None:
-        part, origin, own, target, calls = delivery
-        target += self._handing.addresses[part.rank][key][part.shard]
-        neighbour = self._handing.neighbours[part.rank]
-        for pieces, places, nbytes in calls:
-            if origin >= 0:
-                here = Pieces.of(pieces, self._own(key, origin) + own)
-            else:
-                here = (buffers.packed if origin == PACKED else buffers.read).pieces(pieces, own, again=len(calls) == 1)
-            neighbour.write(here, Pieces.of(places, target), nbytes)
+        rank, shard, _, nbytes, origin, own, target, calls = delivery
+        target += self._handing.addresses[rank][key][shard]
+        neighbour = self._handing.neighbours[rank]
+        buffer = buffers.packed if origin == PACKED else buffers.read
+        if calls is None:
+            neighbour.write_run(own + (self._own(key, origin) if origin >= 0 else buffer.address), target, nbytes)
+            return
+        for pieces, places, size in calls:
+            is_own = origin >= 0
+            here = Pieces.of(pieces, own + self._own(key, origin)) if is_own else buffer.pieces(pieces, own, again=len(calls) == 1)
+            neighbour.write(here, Pieces.of(places, target), size)
 
     def _own(self, key: TensorKey, shard: int) -> int:
         """Where a shard of the rank lies."""

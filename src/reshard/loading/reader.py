@@ -17,7 +17,7 @@ from reshard.format.row_blocks import row_blocks_of
 from reshard.format.safetensors import BlockCheck, TensorEntry, check_bytes, count_whole
 from reshard.geometry import Region
 from reshard.loading.budget import MEMORY_BUDGET
-from reshard.loading.scattered import PART_BYTES, Amount, RowCall, Runs, cut_rows, cut_runs, scatter
+from reshard.loading.scattered import PART_BYTES, Amount, RowCall, RowRun, Runs, cut_rows, cut_runs, scatter, scatter_rows
 from reshard.loading.used_file import UsedFile
 from reshard.loading.verified_reads import PIECE_BYTES, Part, Reading, check_after, parts_of, read_straight, rows_of
 from reshard.loading.workers import count_readers, run_all
@@ -145,7 +145,7 @@ class _PlacedBlock(NamedTuple):
 _FIRST_BYTE_OF: Callable[[TensorEntry], int] = attrgetter("begin")
 
 
-def _begin_of(run: _Run | Part) -> int:
+def _begin_of(run: _Run | Part | RowRun) -> int:
     return run.begin
 
 
@@ -188,7 +188,9 @@ class _FileReader:
         checks: list[TensorEntry | None] = []
         # Long ones of these that are verified.
         parts: list[Part] = []
-        # Small runs that are none there, or that the host can't address.
+        # Runs that are rows there.
+        in_rows: list[RowRun] = []
+        # Small ones, or such as the host can't address.
         staged: list[_Run] = []
         # All others, by where the tensor begins.
         apart: list[tuple[int, Iterator[Callable[[], Amount]]]] = []
@@ -217,7 +219,7 @@ class _FileReader:
                     runs.append(Runs.of([begin], [nbytes], [address]))
                     checks.append(check)
                 elif rows is not None and (shard := self._memory(transfer).address) is not None:
-                    apart.append((entry.begin, self._by_rows(begin, shard, rows)))
+                    in_rows.append(RowRun(begin, shard, rows))
                 elif nbytes <= self._sizes.block // 2:
                     staged.append(_Run(begin, nbytes, transfer, check))
                 elif check is not None:
@@ -226,6 +228,7 @@ class _FileReader:
                     apart.append((entry.begin, self._strided(transfer, entry.begin, self._blocks(movement))))
         for _, works in sorted(apart, key=itemgetter(0)):
             yield from works
+        yield from scatter_rows(self._source, sorted(in_rows, key=_begin_of))
         yield from self._batched(sorted(staged, key=_begin_of))
         yield from self._direct(sorted(parts, key=_begin_of))
         ordered, which = cut_runs(runs)
@@ -246,18 +249,6 @@ class _FileReader:
         tensors = self._tensors
         begins = [tensors[key].shards[shard].memory.address for key in batch.keys]
         return [None if begin is None else begin + offset for begin in begins] if offset else begins
-
-    def _by_rows(self, begin: int, shard: int, rows: Sequence[RowCall]) -> Iterator[Callable[[], Amount]]:
-        """A run of the file goes straight to its rows in a shard."""
-        for offset, pieces, nbytes in rows:
-
-            def work(offset: int = offset, pieces: np.ndarray = pieces, nbytes: int = nbytes) -> Amount:
-                placed = pieces.copy()
-                placed[:, 0] += shard
-                self._source.scatter(begin + offset, placed)
-                return Amount(nbytes, 0)
-
-            yield work
 
     def _direct(self, parts: Sequence[Part]) -> Iterator[Callable[[], Amount]]:
         """Long runs go straight to their places; in one piece of work as much as one part may have."""

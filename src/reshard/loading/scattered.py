@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -78,6 +79,48 @@ def cut_rows(nbytes: int, places: np.ndarray, most: int) -> list[RowCall]:
     step = min(MOST_PIECES, max(1, most // nbytes))
     parts = ((first, pieces[first : first + step]) for first in range(0, len(places), step))
     return [RowCall(first * nbytes, part, len(part) * nbytes) for first, part in parts]
+
+
+class RowRun(NamedTuple):
+    """A run of a file that is rows of a shard.
+
+    Attributes:
+        begin: where it begins in the file.
+        shard: where the shard begins in memory.
+        calls: how its rows are read.
+    """
+
+    begin: int
+    shard: int
+    calls: Sequence[RowCall]
+
+
+def scatter_rows(source: ReadableFile, runs: Sequence[RowRun]) -> Iterator[Callable[[], Amount]]:
+    """Runs that go straight to their rows, as pieces of work.
+
+    Args:
+        source: the file.
+        runs: in the order of the file.
+    """
+    calls: list[tuple[int, int, RowCall]] = []
+    nbytes = 0
+    for begin, shard, of_run in runs:
+        for call in of_run:
+            if calls and nbytes + call.nbytes > PART_BYTES:
+                yield partial(_read_rows, source, calls, nbytes)
+                calls, nbytes = [], 0
+            calls.append((begin + call.offset, shard, call))
+            nbytes += call.nbytes
+    if calls:
+        yield partial(_read_rows, source, calls, nbytes)
+
+
+def _read_rows(source: ReadableFile, calls: Sequence[tuple[int, int, RowCall]], nbytes: int) -> Amount:
+    for begin, shard, call in calls:
+        moved = call.pieces.copy()
+        moved[:, 0] += shard
+        source.scatter(begin, moved)
+    return Amount(nbytes, 0)
 
 
 class Scatter(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import NamedTuple
 
 from reshard.catalog import Arrangement, Catalog, Piece, Site, StoredTensor
@@ -13,7 +14,7 @@ from reshard.geometry import Region
 from reshard.geometry.boxes import Boxes
 from reshard.planning.agreement import RankDescription
 from reshard.planning.balance import Job, spread
-from reshard.planning.byte_runs import cut_box, is_dense, run_offset
+from reshard.planning.byte_runs import Block, cut_box, is_dense, run_offset
 from reshard.planning.cuts import Cut, cut_chunks
 from reshard.planning.holders import Holders, find_holders
 from reshard.planning.read_plan import Batch, Movement
@@ -159,19 +160,49 @@ class Share:
             gap_bytes: the widest gap that is read over.
             only: the rank whose parts are asked for; None for everyone's.
         """
-        itemsize = self.arrangement.dtype.itemsize
         wants = self.wants if only is None else [want for want in (_only(want, only) for want in self.wants) if want.takers]
-        strides, begin = self.piece.strides(itemsize), self.piece.begin(itemsize)
-        for block in cut_box(self.box, strides, itemsize, block_bytes=block_bytes, gap_bytes=gap_bytes):
-            region = _moved(block.region, self.piece.region.offset)
-            parts = []
-            for want in wants:
-                common = region.intersect(want.region)
-                if common is not None:
-                    source, target = common.relative_to(region), common.relative_to(want.region)
-                    nbytes = itemsize * common.size
-                    parts += [Part(rank, shard, source, target, nbytes) for rank, shard in want.takers]
-            yield BlockPlan(region.shape, begin + block.offset, block.nbytes, tuple(parts))
+        for block in self._cut(block_bytes, gap_bytes):
+            yield self._planned(block, wants)
+
+    def series(self, block_bytes: int, gap_bytes: int) -> Iterator[tuple[BlockPlan, Sequence[int]]]:
+        """The same blocks; such as follow each other and differ in nothing but their place along `outermost` together.
+
+        Args:
+            block_bytes: as in `blocks`, and so is the next one.
+            gap_bytes: see there.
+
+        Returns:
+            The first block of each series; and of every block of it, the first one included, by how many indices it lies further on: in
+            the tensor, in the file and in all shards alike.
+        """
+        d = self.outermost
+        begin, extent = self.box.offset[d] + self.piece.region.offset[d], self.box.shape[d]
+        # Whoever wants only some of the indices wants different parts of different blocks.
+        spans = all(w.region.offset[d] <= begin and begin + extent <= w.region.offset[d] + w.region.shape[d] for w in self.wants)
+        for _, found in groupby(self._cut(block_bytes, gap_bytes), lambda block: _alike(block, d) if spans else block):
+            alike = list(found)
+            yield self._planned(alike[0], self.wants), [block.region.offset[d] - alike[0].region.offset[d] for block in alike]
+
+    @property
+    def outermost(self) -> int:
+        """The first dimension along which the box has several indices; the tensor has at least one dimension."""
+        return next((d for d, extent in enumerate(self.box.shape) if extent > 1), 0)
+
+    def _cut(self, block_bytes: int, gap_bytes: int) -> Iterator[Block]:
+        itemsize = self.arrangement.dtype.itemsize
+        return cut_box(self.box, self.piece.strides(itemsize), itemsize, block_bytes=block_bytes, gap_bytes=gap_bytes)
+
+    def _planned(self, block: Block, wants: Sequence[Want]) -> BlockPlan:
+        itemsize = self.arrangement.dtype.itemsize
+        region = _moved(block.region, self.piece.region.offset)
+        parts = []
+        for want in wants:
+            common = region.intersect(want.region)
+            if common is not None:
+                source, target = common.relative_to(region), common.relative_to(want.region)
+                nbytes = itemsize * common.size
+                parts += [Part(rank, shard, source, target, nbytes) for rank, shard in want.takers]
+        return BlockPlan(region.shape, self.piece.begin(itemsize) + block.offset, block.nbytes, tuple(parts))
 
 
 @dataclass(frozen=True)
@@ -343,6 +374,12 @@ def _only(want: Want, rank: int) -> Want:
     first = bisect_left(want.takers, (rank,))
     last = bisect_left(want.takers, (rank + 1,))
     return Want(want.region, want.takers[first:last])
+
+
+def _alike(block: Block, dimension: int) -> tuple[int, tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """What blocks have in common that differ only in their place along a dimension."""
+    offset = block.region.offset
+    return block.nbytes, block.region.shape, offset[:dimension], offset[dimension + 1 :]
 
 
 def _moved(box: Region, by: tuple[int, ...]) -> Region:

@@ -24,6 +24,13 @@ _LENGTH = 8
 # The same of a broadcast, of which there is one for all ranks: what is told of a checkpoint of some hundred tensors fits.
 _INLINE_OF_ALL = 32 << 10
 
+# To so many ranks a rank sends a message itself: torch has a thread of its own for collectives, and to wake it at either end takes longer
+# than the message. With more ranks the steps of a broadcast, of which each tells twice as many, are fewer than the messages of one rank.
+_MOST_TOLD = 16
+
+# Apart from what ranks send to each other.
+_TOLD = 1
+
 # Longer data goes in blocks, so that the copies in flight stay small.
 _BLOCK = 16 * 2**20
 
@@ -70,8 +77,11 @@ class TorchCommunicator:
         # To rank 0 and back: gloo's own gathering to all goes around a ring, with as many steps one after the other as there are ranks.
         first = _buffer(self.world_size, _INLINE)
         rows = list(first.unbind()) if self.rank == 0 else None
-        self._try("gather", lambda: torch.distributed.gather(_head(data), rows, 0, group=self._group))
-        self._try("gather", lambda: torch.distributed.broadcast(first, 0, group=self._group))
+        mine = _head(data)
+        under_way = self._try("gather", lambda: torch.distributed.gather(mine, rows, 0, group=self._group, async_op=self.rank != 0))
+        self._try("gather", lambda: self._tell_all(first, 0))
+        if under_way is not None:
+            self._try("gather", under_way.wait)
         heads = [row.numpy() for row in first]
         lengths = [_length(head) for head in heads]
         inline = _INLINE - _LENGTH
@@ -87,7 +97,7 @@ class TorchCommunicator:
 
     def broadcast(self, data: bytes, source: int = 0) -> bytes:
         head = _head(data if self.rank == source else b"", _INLINE_OF_ALL)
-        self._try("broadcast", lambda: torch.distributed.broadcast(head, source, group=self._group))
+        self._try("broadcast", lambda: self._tell_all(head, source))
         array = head.numpy()
         length = _length(array)
         inline = _INLINE_OF_ALL - _LENGTH
@@ -132,6 +142,19 @@ class TorchCommunicator:
         group, self._group = self._group, None
         if group is not None and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group(group)
+
+    def _tell_all(self, message: torch.Tensor, source: int) -> None:
+        """One rank's short message for all."""
+        if self.world_size > _MOST_TOLD:
+            torch.distributed.broadcast(message, source, group=self._group)
+        elif self.rank == source:
+            others = [rank for rank in range(self.world_size) if rank != source]
+            sent = [torch.distributed.isend(message, rank, group=self._group, tag=_TOLD) for rank in others]
+            for one in sent:
+                assert one is not None  # of a group that this rank belongs to
+                one.wait()
+        else:
+            torch.distributed.recv(message, source, group=self._group, tag=_TOLD)
 
     def _gather_rest(self, data: bytes, parts: list[bytearray], rest: list[int]) -> None:
         """Gather what didn't fit inline: as many bytes of each rank at a time as the longest has left, at most a block for all."""
