@@ -71,10 +71,10 @@ class CountingFile:
                 self._storage.data[self.path] += buffer.nbytes
         self._inner.read_into(offset, buffer)
 
-    def scatter(self, offset: int, pieces: np.ndarray) -> None:
+    def scatter(self, offset: int, pieces: np.ndarray, nbytes: int) -> None:
         with self._storage._guard:
-            self._storage.data[self.path] += int(pieces[:, 1].sum())
-        self._inner.scatter(offset, pieces)
+            self._storage.data[self.path] += nbytes
+        self._inner.scatter(offset, pieces, nbytes)
 
     def map(self, offset: int, nbytes: int) -> memoryview | None:
         return None  # so that nothing escapes the count

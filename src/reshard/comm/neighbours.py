@@ -233,7 +233,8 @@ class Neighbour:
             raise self._failed(error) from error
         # While this is held the rank can't leave.
         try:
-            if os.fstat(self._descriptor).st_size == 0:
+            # Its size, as the place of its end: for `fstat` an object is made of all there is to know of a file.
+            if os.lseek(self._descriptor, 0, os.SEEK_END) == 0:
                 raise self._gone("it has left the load")
             if self._ends.poll(0):  # another may have its number
                 raise self._gone("its process has ended")

@@ -56,11 +56,13 @@ class LandingCall(NamedTuple):
     Attributes:
         offset: where it begins in the block.
         pieces: (pieces, 2) of int64: the place of each, counted from where the buffer or its box begins; and its bytes.
+        nbytes: of all of them.
         which: which pieces are the buffer's, and which each box's.
     """
 
     offset: int
     pieces: np.ndarray
+    nbytes: int
     which: tuple[slice | np.ndarray, ...]
 
 
@@ -281,9 +283,9 @@ def _scatter(pairs: Sequence[tuple[_Placed, _Placed]], nbytes: int) -> Sequence[
         return None
     calls: list[LandingCall] = []
     for n in range(0, len(begin), MOST_PIECES):
-        of_call = base[n : n + MOST_PIECES]
+        pieces, of_call = piece[n : n + MOST_PIECES], base[n : n + MOST_PIECES]
         which = tuple(_regular(np.flatnonzero(of_call == one)) for one in range(number + 1))
-        calls.append(LandingCall(int(begin[n]), piece[n : n + MOST_PIECES], which))
+        calls.append(LandingCall(int(begin[n]), pieces, int(pieces[:, 1].sum()), which))
     return calls
 
 

@@ -98,7 +98,7 @@ class _Buffer:
         self.address = self.data.ctypes.data
         # Those that were asked for before, by their identity, with what keeps that theirs.
         self._known: dict[tuple[int, int], tuple[np.ndarray, Pieces]] = {}
-        self._placed: dict[int, tuple[LandingCall, np.ndarray, list[int]]] = {}
+        self._placed: dict[int, _Placed] = {}
 
     def pieces(self, listed: np.ndarray, begin: int, *, again: bool) -> Pieces:
         """Pieces of the buffer, counted from a place in it, where they lie in memory; `again`: they will be asked for once more."""
@@ -113,14 +113,32 @@ class _Buffer:
         """The pieces of a call in memory, where the buffer and the boxes begin there. They are so until it is asked again."""
         known = self._placed.get(id(call))
         if known is None:
-            known = self._placed[id(call)] = call, call.pieces.copy(), [0] * len(bases)
-        _, placed, before = known
-        # From the last tensor's places on to this one's; the buffer stays where it is.
-        for number, (which, base) in enumerate(zip(call.which, bases, strict=True)):
+            known = self._placed[id(call)] = _Placed(call)
+        return known.at(bases)
+
+
+class _Placed:
+    """The pieces of a call, moved from one tensor's places to the next one's."""
+
+    def __init__(self, call: LandingCall) -> None:
+        self._call = call
+        self._pieces = call.pieces.copy()
+        self._before = [0] * len(call.which)
+        # Those that are a slice, which numpy moves where they are.
+        places = self._pieces[:, 0]
+        self._views = [places[which] if isinstance(which, slice) else None for which in call.which]
+
+    def at(self, bases: Sequence[int]) -> np.ndarray:
+        before = self._before
+        for number, base in enumerate(bases):
             if base != before[number]:
-                placed[which, 0] += base - before[number]
+                view = self._views[number]
+                if view is not None:
+                    view += base - before[number]
+                else:
+                    self._pieces[self._call.which[number], 0] += base - before[number]
                 before[number] = base
-        return placed
+        return self._pieces
 
 
 class _Buffers(NamedTuple):
@@ -137,6 +155,8 @@ class _Hands:
         self, handing: Handing, state: State, storage: Storage, directory: str, buffers: SimpleQueue[_Buffers], verify: bool
     ) -> None:
         self._handing = handing
+        self._addresses = handing.addresses
+        self._own = handing.addresses[handing.rank]
         self._tensors = state.tensors
         self._storage = storage
         self._directory = directory
@@ -199,26 +219,23 @@ class _Hands:
 
     def _land(self, source: ReadableFile, begin: int, key: TensorKey, landing: Landing, buffer: _Buffer) -> None:
         """Read a block, all of it to where it belongs."""
-        bases = [buffer.address, *(self._own(key, shard) + place for shard, place in landing.boxes)]
+        own = self._own[key]
+        bases = [buffer.address, *[own[shard] + place for shard, place in landing.boxes]]
         for call in landing.calls:
-            source.scatter(begin + call.offset, buffer.placed(call, bases))
+            source.scatter(begin + call.offset, buffer.placed(call, bases), call.nbytes)
 
     def _deliver(self, key: TensorKey, delivery: Delivery, buffers: _Buffers) -> None:
         rank, shard, _, nbytes, origin, own, target, calls = delivery
-        target += self._handing.addresses[rank][key][shard]
+        target += self._addresses[rank][key][shard]
         neighbour = self._handing.neighbours[rank]
         buffer = buffers.packed if origin == PACKED else buffers.read
         if calls is None:
-            neighbour.write_run(own + (self._own(key, origin) if origin >= 0 else buffer.address), target, nbytes)
+            neighbour.write_run(own + (self._own[key][origin] if origin >= 0 else buffer.address), target, nbytes)
             return
         for pieces, places, size in calls:
             is_own = origin >= 0
-            here = Pieces.of(pieces, own + self._own(key, origin)) if is_own else buffer.pieces(pieces, own, again=len(calls) == 1)
+            here = Pieces.of(pieces, own + self._own[key][origin]) if is_own else buffer.pieces(pieces, own, again=len(calls) == 1)
             neighbour.write(here, Pieces.of(places, target), size)
-
-    def _own(self, key: TensorKey, shard: int) -> int:
-        """Where a shard of the rank lies."""
-        return self._handing.addresses[self._handing.rank][key][shard]
 
 
 def sum_up(traffics: Sequence[Traffic]) -> Traffic:

@@ -119,7 +119,7 @@ def _read_rows(source: ReadableFile, calls: Sequence[tuple[int, int, RowCall]], 
     for begin, shard, call in calls:
         moved = call.pieces.copy()
         moved[:, 0] += shard
-        source.scatter(begin, moved)
+        source.scatter(begin, moved, call.nbytes)
     return Amount(nbytes, 0)
 
 
@@ -188,8 +188,9 @@ def scatter(source: ReadableFile, runs: Runs, most: int, gap_bytes: int) -> Iter
 
 def _scattering(source: ReadableFile, begin: int, pieces: np.ndarray, waste: np.ndarray) -> Callable[[], Amount]:
     def work() -> Amount:
-        source.scatter(begin, pieces)
+        nbytes = int(pieces[:, 1].sum())
+        source.scatter(begin, pieces, nbytes)
         _ = waste  # it lives as long as something may be written into it
-        return Amount(int(pieces[:, 1].sum()), 0)
+        return Amount(nbytes, 0)
 
     return work

@@ -57,7 +57,7 @@ class _MemoryReadable:
             )
         target[:] = found
 
-    def scatter(self, offset: int, pieces: np.ndarray) -> None:
+    def scatter(self, offset: int, pieces: np.ndarray, nbytes: int) -> None:
         scatter_by_reading(self, offset, pieces)
 
     def map(self, offset: int, nbytes: int) -> memoryview | None:

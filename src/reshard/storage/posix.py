@@ -128,26 +128,28 @@ class _PosixReadable(_Descriptor):
                     )
                 done += count
 
-    def scatter(self, offset: int, pieces: np.ndarray) -> None:
+    def scatter(self, offset: int, pieces: np.ndarray, nbytes: int) -> None:
         call = preadv()
         if call is None:
             scatter_by_reading(self, offset, pieces)
             return
-        left = int(np.add.reduce(pieces[:, 1]))  # not by `sum`, which takes longer than some reads
-        with _Saying("can't read the file", self.path):
-            while left:
-                done = call(self._descriptor, pieces, offset)
-                if done == 0:
-                    raise ShortFileError(
-                        "the file ends before the bytes that should be in it",
-                        file=self.path,
-                        found=f"{offset} bytes at most",
-                        expected=f"{left} bytes from offset {offset}",
-                    )
+        # Not in `_Saying`, since there may be thousands of short reads.
+        try:
+            done = call(self._descriptor, pieces, offset)
+            while 0 < done < nbytes:
+                pieces = _rest_of(pieces, done)
                 offset += done
-                left -= done
-                if left:
-                    pieces = _rest_of(pieces, done)
+                nbytes -= done
+                done = call(self._descriptor, pieces, offset)
+        except OSError as error:
+            raise storage_error(error, "can't read the file", self.path) from error
+        if done < nbytes:
+            raise ShortFileError(
+                "the file ends before the bytes that should be in it",
+                file=self.path,
+                found=f"{offset} bytes at most",
+                expected=f"{nbytes} bytes from offset {offset}",
+            )
 
     def map(self, offset: int, nbytes: int) -> memoryview | None:
         if not nbytes:

@@ -45,7 +45,7 @@ class ReadableFile(Protocol):
         """Fill a buffer (contiguous bytes) from an offset. Raises ShortFileError when the file ends before it is full."""
         ...
 
-    def scatter(self, offset: int, pieces: np.ndarray) -> None:
+    def scatter(self, offset: int, pieces: np.ndarray, nbytes: int) -> None:
         """Fill several pieces of this process's memory with consecutive bytes, from an offset.
 
         For states of many small tensors, for which an object per piece costs more than the bytes.
@@ -54,6 +54,7 @@ class ReadableFile(Protocol):
             offset: where the first piece's bytes begin in the file.
             pieces: (n, 2) of int64, n at most 1,024: the address of each piece and its bytes, more than none. Whoever calls vouches for
                 them: they are written, whatever lies there.
+            nbytes: of all pieces together: whoever calls knows it, and to sum it up takes longer than some reads.
 
         Raises:
             ShortFileError: the file ends before all are full.

@@ -182,8 +182,8 @@ class _FaultyReadable:
     def read_into(self, offset: int, buffer: memoryview) -> None:
         self._storage._do("read_into", self.path, lambda: self._inner.read_into(offset, buffer))
 
-    def scatter(self, offset: int, pieces: np.ndarray) -> None:
-        self._storage._do("scatter", self.path, lambda: self._inner.scatter(offset, pieces))
+    def scatter(self, offset: int, pieces: np.ndarray, nbytes: int) -> None:
+        self._storage._do("scatter", self.path, lambda: self._inner.scatter(offset, pieces, nbytes))
 
     def map(self, offset: int, nbytes: int) -> memoryview | None:
         return self._storage._do("map", self.path, lambda: self._inner.map(offset, nbytes))
