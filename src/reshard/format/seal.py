@@ -66,7 +66,7 @@ class SealedFile:
             what = "the file is truncated" if size < self.size else "the file is longer than when it was saved"
             raise _error_of(path)(what, file=path, found=f"{size} bytes", expected=f"{self.size} bytes, as the seal says", fix=_RESTORE)
 
-    def check(self, data: bytes, path: str) -> None:
+    def check(self, data: bytes | bytearray, path: str) -> None:
         """See that the bytes that the digest covers are those that were sealed.
 
         Args:

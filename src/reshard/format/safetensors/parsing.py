@@ -48,6 +48,9 @@ class _FreeText(msgspec.Struct):
     metadata: msgspec.Raw | msgspec.UnsetType = msgspec.field(default=msgspec.UNSET, name=METADATA)
 
 
+# What a header begins with whose free text comes first.
+_FREE_TEXT_FIRST = f'{{"{METADATA}":{{'.encode()
+
 _FREE_TEXT_DECODER = msgspec.json.Decoder(_FreeText)
 _METADATA_DECODER = msgspec.json.Decoder(dict[str, str])
 _ENTRIES_DECODER = msgspec.json.Decoder(dict[str, _AnyEntry])
@@ -55,7 +58,7 @@ _TEXT_DECODER = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _ENTRY_DECODER = msgspec.json.Decoder(_Entry)
 
 
-def parse_header(start: bytes, file_size: int, file: str, *, digests: bool = True) -> Header:
+def parse_header(start: bytes | bytearray, file_size: int, file: str, *, digests: bool = True) -> Header:
     """The header that a file begins with.
 
     Args:
@@ -67,23 +70,49 @@ def parse_header(start: bytes, file_size: int, file: str, *, digests: bool = Tru
     Raises:
         DataFileError: it is not a header, or doesn't fit the file: truncated, gaps, overlaps, sizes that contradict shapes.
     """
-    text, nbytes = start[8:], len(start)
-    if int.from_bytes(start[:8], "little") != len(text):
-        raise DataFileError("the header has not the length that it says", file=file, found=f"{len(text)} bytes", fix=DAMAGED)
-    free = json_text.decode(text, _FREE_TEXT_DECODER, file, error=DataFileError).metadata
-    metadata: dict[str, str] = {}
-    colons = 0
-    if free is not msgspec.UNSET:
-        metadata = json_text.decode(bytes(free), _METADATA_DECODER, file, error=DataFileError)
-        colons = 1 + len(metadata)
+    nbytes = len(start)
+    if int.from_bytes(start[:8], "little") != nbytes - 8:
+        raise DataFileError("the header has not the length that it says", file=file, found=f"{nbytes - 8} bytes", fix=DAMAGED)
+    metadata, rest = _halves(start) or (_free_text(bytes(start[8:]), file), bytes(start[8:]))
+    colons = 0 if metadata is None else 1 + len(metadata)
+    metadata = metadata or {}
     supply = _Digests(metadata.pop(DIGEST_NAME, None), file, are_given=digests)
-    at_once = _entries_at_once(text, nbytes, file_size, supply)
-    entries = at_once if at_once is not None else _entries_one_by_one(text, nbytes, file, supply)
+    at_once = _entries_at_once(rest, nbytes, file_size, supply)
+    entries = at_once if at_once is not None else _entries_one_by_one(bytes(start[8:]), nbytes, file, supply)
     supply.check_end(len(entries))
-    json_text.check_duplicate_keys(text, colons + 4 * len(entries), file, error=DataFileError)
+    json_text.check_duplicate_keys(memoryview(start)[8:], colons + 4 * len(entries), file, error=DataFileError)
     if at_once is None:
         entries = _in_order(entries, nbytes, file_size, file)
     return Header(entries, metadata, nbytes, file_size, digest_of(start))
+
+
+def _free_text(text: bytes, file: str) -> dict[str, str] | None:
+    """The free text of any header; None when it has none.
+
+    Raises:
+        DataFileError: that isn't what it is, or the header is no JSON.
+    """
+    free = json_text.decode(text, _FREE_TEXT_DECODER, file, error=DataFileError).metadata
+    return None if free is msgspec.UNSET else json_text.decode(bytes(free), _METADATA_DECODER, file, error=DataFileError)
+
+
+def _halves(start: bytes | bytearray) -> tuple[dict[str, str], bytes] | None:
+    """The free text of a header that begins with it, as nearly all do, and all other entries as an object of their own.
+
+    None of any other header, and of one that can't be understood. Digests are most of a header of ours, some MB of a large file's: so they
+    are gone over only once, where they are.
+    """
+    begin = 8 + len(_FREE_TEXT_FIRST) - 1
+    end = start.find(b"}", begin) + 1
+    is_first = start.startswith(_FREE_TEXT_FIRST, 8) and start[end : end + 2] == b',"'
+    if not is_first or np.frombuffer(start, np.uint8, offset=8).max() > 127:
+        return None
+    try:
+        # A brace in a string doesn't close the object: then this is none.
+        metadata = _METADATA_DECODER.decode(memoryview(start)[begin:end])
+    except (msgspec.MsgspecError, RecursionError):
+        return None
+    return metadata, b"{" + start[end + 1 :]
 
 
 class _Digests:

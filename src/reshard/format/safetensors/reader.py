@@ -34,7 +34,7 @@ def read_header(storage: Storage, path: str, sealed: SealedFile | None = None, *
         return parse_header(start, file.size, path, digests=digests)
 
 
-def read_start(file: ReadableFile, path: str) -> bytes:
+def read_start(file: ReadableFile, path: str) -> bytearray:
     """The bytes in front of the data, as many as a file that nobody vouches for says: for `parse_header`.
 
     Raises:
@@ -69,4 +69,4 @@ def read_start(file: ReadableFile, path: str) -> bytes:
         )
     start = bytearray(8 + promised)
     file.read_into(0, memoryview(start))
-    return bytes(start)
+    return start
