@@ -266,6 +266,48 @@ def test_names_that_no_file_can_hold():
         plan_header([("\ud800", F32, (1,))], {})
 
 
+ENTRIES = {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "b": {"dtype": "U8", "shape": [3], "data_offsets": [8, 11]}}
+
+
+@pytest.mark.parametrize(
+    "free",
+    [{}, {"format": "pt"}, {"format": "}"}, {"}": "x"}, {"format": '},"c":{'}, {"format": "é"}, {"format": '"}', "digits": "0" * 300_000}],
+    ids=lambda free: str(free)[:30],
+)
+@pytest.mark.parametrize("separators", [(",", ":"), (", ", ": ")], ids=["compact", "wide"])
+@pytest.mark.parametrize("is_first", [True, False], ids=["first", "last"])
+def test_a_header_says_the_same_wherever_its_free_text_is(free, separators, is_first):
+    told = {"__metadata__": free, **ENTRIES} if is_first else {**ENTRIES, "__metadata__": free}
+    for escaped in (True, False):
+        start = file_of(json.dumps(told, separators=separators, ensure_ascii=escaped) + "  ")
+        header = parse_header(start, len(start) + 11, "f")
+        assert header.metadata == free
+        entries = [(e.name, e.shape, e.begin - len(start), e.end - len(start)) for e in header.entries.values()]
+        assert entries == [("a", (2,), 0, 8), ("b", (3,), 8, 11)]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"__metadata__":{"x":"1"},"__metadata__":{"x":"2"},%s}', "same key twice"),
+        ('{"__metadata__":{"x":"1"},%s,"__metadata__":{"x":"2"}}', "same key twice"),
+        ('{"__metadata__":{"x":"1","x":"2"},%s}', "same key twice"),
+        ('{"__metadata__":{"x":"1"},%s,"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}', "same key twice"),
+        ('{"__metadata__":{"x":1},%s}', "unexpected value"),
+        ('{"__metadata__":{"x":"1"},%s', "not JSON"),
+        ('{"__metadata__":{"x":"1"},%s}}', "not JSON"),
+        ('{"__metadata__":{"x":"1"},%s} x', "not JSON"),
+        ('{"__metadata__":{"x":"1",},%s}', "not JSON"),
+        ('{"__metadata__":{"x":"1"},,%s}', "not JSON"),
+        ('{"__metadata__":{"x":"1}","y":{},%s}', "unexpected value|not JSON"),
+    ],
+)
+def test_a_header_that_begins_with_its_free_text_may_be_wrong(text, said):
+    start = file_of(text % json.dumps(ENTRIES, separators=(",", ":"))[1:-1])
+    with pytest.raises(DataFileError, match=said):
+        parse_header(start, len(start) + 11, "f")
+
+
 @pytest.mark.parametrize("text", ["", '"xxh3_128":"', '\\"xxh3_128":"', '","xxh3_128":"', "xxh3_128"])
 def test_digests_have_a_place_of_their_own_whatever_the_other_text_says(text):
     tensors = {"w": np.zeros(3), "xxh3_128": np.ones(2)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import pairwise
 from unittest import mock
 
@@ -91,6 +92,25 @@ def cases(draw: st.DrawFn) -> tuple[list[RankDescription], Catalog]:
             for rank in range(world):
                 held[rank][f"tensor.{number}.{copy}"] = shape, wanted[rank]
     return [described(rank, tensors) for rank, tensors in enumerate(held)], stored(pieces)
+
+
+@given(cases(), BLOCK_BYTES, st.integers(0, 40))
+def test_series_are_the_same_blocks(case: tuple[list[RankDescription], Catalog], block_bytes: int, gap_bytes: int) -> None:
+    for share in plan_exchange(*case).shares:
+        if not share.box.shape:
+            continue
+        d, stride = share.outermost, share.piece.strides(4)[share.outermost]
+        found = []
+        for first, indices in share.series(block_bytes, gap_bytes):
+            for index in indices:
+                targets = [replace(part.target, offset=moved(part.target.offset, d, index)) for part in first.parts]
+                parts = tuple(part._replace(target=target) for part, target in zip(first.parts, targets, strict=True))
+                found.append(replace(first, offset=first.offset + index * stride, parts=parts))
+        assert found == list(share.blocks(block_bytes, gap_bytes))
+
+
+def moved(offset: tuple[int, ...], dimension: int, by: int) -> tuple[int, ...]:
+    return (*offset[:dimension], offset[dimension] + by, *offset[dimension + 1 :])
 
 
 def reads(plan: ExchangePlan, catalog: Catalog) -> dict[str, np.ndarray]:
