@@ -25,7 +25,7 @@ from reshard.comm import Communicator, neighbours
 from reshard.comm.neighbours import MOST_PIECES, Door, Neighbour, Pieces, are_writable
 from reshard.errors import CommunicationError, DataFileError, ReshardError
 from reshard.geometry import Mesh
-from reshard.loading import handing, handover
+from reshard.loading import filling, handing, handover
 from reshard.planning import columns
 from reshard.state import model_key
 from reshard.storage import MemoryStorage, Storage
@@ -117,6 +117,53 @@ def test_what_a_rank_cannot_hand_over_its_neighbours_read_themselves(
     assert report.bytes_sent == sum(rank.bytes_received for rank in report.ranks)
     # Who read a part for all has read the rest, too.
     assert all(rank.bytes_read >= NBYTES // 3 for rank in report.ranks)
+
+
+@pytest.mark.parametrize("missed", [set(), {(0, 1)}, {(3, 2)}, {(1, 0), (2, 3)}], ids=str)
+@pytest.mark.parametrize("verify", [True, False])
+def test_machines_hand_over_each_by_itself(monkeypatch: pytest.MonkeyPatch, missed: set[tuple[int, int]], verify: bool) -> None:
+    """Two of two ranks, which together have whole tensors, and one of one; `missed`: which rank doesn't reach which."""
+    storage = MemoryStorage()
+    save("/root", storage)
+    here = threading.local()
+
+    class Unreachable(Neighbour):
+        def __init__(self, rank: int, notice: Any) -> None:
+            assert here.rank // 2 == rank // 2
+            if (here.rank, rank) in missed:
+                raise PermissionError(1, "not allowed")
+            super().__init__(rank, notice)
+
+    def work(comm: Communicator) -> tuple[list[str], reshard.RestoreReport]:
+        here.rank = comm.rank
+        state = part_of(comm.rank % 2, 2, -1, blank=True)
+        report = reshard.load("/root", communicator=comm, storage=storage, model=named(state), verify=verify)
+        return differences(WHOLE, state), report
+
+    monkeypatch.setattr(handing, "Neighbour", Unreachable)
+    monkeypatch.setattr(neighbours, "_host", lambda: f"machine {here.rank // 2}")
+    results = run_ranks(5, work)
+    assert [wrong for wrong, _ in results] == [[]] * 5
+    report = results[0][1]
+    hand_over = {0, 1, 2, 3} - {rank for rank, _ in missed}
+    assert {rank.rank for rank in report.ranks if rank.bytes_sent} == hand_over
+    assert report.bytes_sent == sum(rank.bytes_received for rank in report.ranks)
+
+
+def test_what_one_rank_cannot_prepare_is_everyones_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = MemoryStorage()
+    save("/root", storage)
+    prepare = filling.prepare_handing
+
+    def fail(*arguments: Any) -> Any:
+        if arguments[-1] == 1:
+            raise DataFileError("the file is gone", file="x")
+        return prepare(*arguments)
+
+    monkeypatch.setattr(filling, "prepare_handing", fail)
+    results = run_ranks_settled(3, lambda comm: load(comm, "/root", storage))
+    assert [type(result) for result in results] == [DataFileError] * 3
+    assert all("the file is gone" in str(result) and "partly overwritten" in str(result) for result in results)
 
 
 def test_a_rank_may_read_a_tensor_of_which_it_has_nothing() -> None:
