@@ -16,7 +16,7 @@ from hypothesis.extra import numpy as hnp
 from reshard.errors import CaptureError, DataFileError, StorageError
 from reshard.format.digest import digest_of
 from reshard.format.row_blocks import row_blocks_of
-from reshard.format.safetensors import Header, parse_header, plan_columns, plan_header, read_header, write_tensors
+from reshard.format.safetensors import Header, parse_header, parsing, plan_columns, plan_header, read_header, write_tensors
 from reshard.geometry.dtypes import ALL, by_name, by_numpy
 from reshard.state import HostMemory
 from reshard.storage import MemoryStorage, PosixStorage
@@ -284,6 +284,16 @@ def test_a_header_says_the_same_wherever_its_free_text_is(free, separators, is_f
         assert header.metadata == free
         entries = [(e.name, e.shape, e.begin - len(start), e.end - len(start)) for e in header.entries.values()]
         assert entries == [("a", (2,), 0, 8), ("b", (3,), 8, 11)]
+
+
+def test_a_header_of_ours_is_gone_over_once(monkeypatch):
+    tensors = {"w": values(F32, (900, 100)), "v": values(F32, (3,))}
+    header = plan(tensors)
+    monkeypatch.delattr(parsing, "_free_text")
+    assert (
+        parse_header(header.encode([digests_of(array) for array in tensors.values()]), header.file_size, "f").entries.keys()
+        == tensors.keys()
+    )
 
 
 @pytest.mark.parametrize(

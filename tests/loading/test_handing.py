@@ -83,6 +83,18 @@ def test_every_row_is_read_once_and_verified(world: int, budget: int, verify: bo
     assert report.bytes_of_pages == 0
 
 
+@pytest.mark.parametrize("block_bytes", [3000, 20_000, 65_536])
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("world", [2, 3])
+def test_tensors_of_many_blocks(monkeypatch: pytest.MonkeyPatch, block_bytes: int, verify: bool, world: int) -> None:
+    monkeypatch.setattr(handover, "_BLOCK_BYTES", block_bytes)
+    storage = MemoryStorage()
+    save("/root", storage)
+    results = run_ranks(world, lambda comm: load(comm, "/root", storage, verify=verify))
+    assert [wrong for wrong, _ in results] == [[]] * world
+    assert results[0][1].bytes_read == NBYTES
+
+
 def test_without_it_the_result_is_the_same(tmp_path: Path) -> None:
     save(tmp_path)
     results = run_ranks(3, lambda comm: load(comm, tmp_path, neighbours=False))
@@ -166,7 +178,8 @@ def test_what_one_rank_cannot_prepare_is_everyones_error(monkeypatch: pytest.Mon
     assert all("the file is gone" in str(result) and "partly overwritten" in str(result) for result in results)
 
 
-def test_a_rank_may_read_a_tensor_of_which_it_has_nothing() -> None:
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_rank_may_read_a_tensor_of_which_it_has_nothing(verify: bool) -> None:
     """As with stages of a pipeline: two ranks have one half of the tensors, two the other."""
     storage = MemoryStorage()
     save("/root", storage)
@@ -175,7 +188,7 @@ def test_a_rank_may_read_a_tensor_of_which_it_has_nothing() -> None:
         state = part_of(comm.rank % 2, 2, -1, blank=True)
         mine = {key: state.tensors[key] for key in list(WHOLE)[:1] if comm.rank < 2} or {key: state.tensors[key] for key in list(WHOLE)[1:]}
         held = replace(state, tensors=mine)
-        report = reshard.load("/root", communicator=comm, storage=storage, model=named(held))
+        report = reshard.load("/root", communicator=comm, storage=storage, model=named(held), verify=verify)
         return differences({key: WHOLE[key] for key in mine}, held), report.ranks[comm.rank].bytes_read
 
     results = run_ranks(4, work)
@@ -183,7 +196,8 @@ def test_a_rank_may_read_a_tensor_of_which_it_has_nothing() -> None:
     assert max(read for _, read in results) <= 1.3 * NBYTES / 4
 
 
-def test_who_needs_a_tensor_whole_gets_it_while_others_hand_each_other_columns() -> None:
+@pytest.mark.parametrize("verify", [True, False])
+def test_who_needs_a_tensor_whole_gets_it_while_others_hand_each_other_columns(verify: bool) -> None:
     """The third rank is one of those that read together, for another tensor's sake."""
     storage = MemoryStorage()
     save("/root", storage)
@@ -195,7 +209,7 @@ def test_who_needs_a_tensor_whole_gets_it_while_others_hand_each_other_columns()
         key = model_key("long")
         own = state_on_rank({key: whole}, {key: split(mesh, None, None)}, 2, blank=True) if comm.rank == 2 else halves
         held = replace(state, tensors={**state.tensors, key: own.tensors[key]})
-        reshard.load("/root", communicator=comm, storage=storage, model=named(held))
+        reshard.load("/root", communicator=comm, storage=storage, model=named(held), verify=verify)
         return differences(WHOLE, held)
 
     assert run_ranks(3, work) == [[]] * 3
@@ -273,46 +287,56 @@ def test_a_rank_that_was_interrupted_gets_nothing_any_more(monkeypatch: pytest.M
     assert results[1] is None
 
 
-def test_nobody_writes_through_a_closed_door() -> None:
+def write_pieces(neighbour: Neighbour, source: int, target: int, nbytes: int) -> None:
+    neighbour.write(*(Pieces.of(np.array([(0, nbytes)], np.int64), begin) for begin in (source, target)), nbytes)
+
+
+WAYS = pytest.mark.parametrize("write", [write_pieces, Neighbour.write_run], ids=["pieces", "run"])
+
+
+@WAYS
+def test_nobody_writes_through_a_closed_door(write: Callable[[Neighbour, int, int, int], None]) -> None:
     target, source = np.zeros(4, np.int64), np.arange(4)
     door = Door.open(b"told")
     assert door is not None
     neighbour = Neighbour(5, door.notice)
     assert neighbour.told == b"told"
-    here, there = (Pieces.of(np.array([(array.ctypes.data, array.nbytes)], np.int64)) for array in (source, target))
-    neighbour.write(here, there, source.nbytes)
+    write(neighbour, source.ctypes.data, target.ctypes.data, source.nbytes)
     assert (target == source).all()
     target[:] = 0
     door.close()
     with pytest.raises(CommunicationError, match="rank 5: it has left the load"):
-        neighbour.write(here, there, source.nbytes)
-    assert not target.any()
+        write(neighbour, source.ctypes.data, target.ctypes.data, source.nbytes)
     neighbour.close()
+    # Whoever comes too late meets no other file either, which has the number of the door now.
+    with open(os.devnull, "rb"), pytest.raises(ValueError, match="negative"):
+        write(neighbour, source.ctypes.data, target.ctypes.data, source.nbytes)
+    assert not target.any()
 
 
-def test_memory_that_is_not_there_is_an_error() -> None:
+@WAYS
+def test_memory_that_is_not_there_is_an_error(write: Callable[[Neighbour, int, int, int], None]) -> None:
     door = Door.open(b"")
     assert door is not None
     neighbour = Neighbour(1, door.notice)
     source = np.arange(4)
-    here, there = Pieces.of(np.array([(source.ctypes.data, 32)], np.int64)), Pieces.of(np.array([(64, 32)], np.int64))
     # The rank is there, so that it can be told.
     with pytest.raises(ReshardError, match="rank 1: its memory can't be written") as raised:
-        neighbour.write(here, there, 32)
+        write(neighbour, source.ctypes.data, 64, 32)
     assert not isinstance(raised.value, CommunicationError)
     neighbour.close()
     door.close()
 
 
-def test_threads_that_fail_together_all_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
+@WAYS
+def test_threads_that_fail_together_all_say_why(monkeypatch: pytest.MonkeyPatch, write: Callable[[Neighbour, int, int, int], None]) -> None:
     monkeypatch.setattr(neighbours, "_ENDING_MS", 200)
     door = Door.open(b"")
     assert door is not None
     neighbour = Neighbour(1, door.notice)
     source = np.arange(4)
-    here, there = Pieces.of(np.array([(source.ctypes.data, 32)], np.int64)), Pieces.of(np.array([(64, 32)], np.int64))
     with ThreadPoolExecutor(4) as pool:
-        errors = [future.exception() for future in [pool.submit(neighbour.write, here, there, 32) for _ in range(8)]]
+        errors = [future.exception() for future in [pool.submit(write, neighbour, source.ctypes.data, 64, 32) for _ in range(8)]]
     assert all("its memory can't be written" in str(error) for error in errors)
     neighbour.close()
     door.close()

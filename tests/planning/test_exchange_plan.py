@@ -109,6 +109,14 @@ def test_series_are_the_same_blocks(case: tuple[list[RankDescription], Catalog],
         assert found == list(share.blocks(block_bytes, gap_bytes))
 
 
+def test_blocks_that_are_alike_are_one_series() -> None:
+    held = [{"w": ((10, 6), [Region((0, 3 * rank), (10, 3))])} for rank in range(2)]
+    plan = plan_exchange([described(rank, tensors) for rank, tensors in enumerate(held)], stored({"w": ((10, 6), [Region.whole((10, 6))])}))
+    (share,) = plan.shares
+    assert [indices for _, indices in share.series(24, 0)] == [list(range(10))]
+    assert [indices for _, indices in share.series(3 * 24, 0)] == [[0, 3, 6], [0]]
+
+
 def moved(offset: tuple[int, ...], dimension: int, by: int) -> tuple[int, ...]:
     return (*offset[:dimension], offset[dimension] + by, *offset[dimension + 1 :])
 

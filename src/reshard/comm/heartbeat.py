@@ -22,6 +22,10 @@ _FRESH = 120.0
 # Seconds between two signs. A rank that is busy gives them too: they come from a thread of its own.
 _INTERVAL = 1.0
 
+# The first sign comes after so long (seconds): most work is done before. Only who begins so shortly before another stops to look for signs
+# seems to give none.
+_FIRST = 0.5
+
 # Who gives no sign for so long (seconds) is taken for gone.
 _PATIENCE = 3 * _INTERVAL
 
@@ -103,7 +107,8 @@ class _Heartbeat:
     def _beat(self) -> None:
         count = 0
         with suppress(CommunicationError):
-            # The first sign only after a while, too: most work is done before. Who looks for signs waits longer than that for the next one.
-            while not self._ends.wait(_INTERVAL) and (self._until is None or time.monotonic() < self._until):
+            wait = _FIRST
+            while not self._ends.wait(wait) and (self._until is None or time.monotonic() < self._until):
                 count += 1
                 self._board.post(_ALIVE, f"{time.time()} {count}".encode())
+                wait = _INTERVAL

@@ -251,7 +251,9 @@ class Neighbour:
 
     def close(self) -> None:
         """Let go of it."""
-        self._opened.close()
+        with self._turn:
+            self._descriptor = -1  # whoever comes too late must not meet another file of this number
+            self._opened.close()
 
     def _gone(self, found: str) -> CommunicationError:
         return CommunicationError(

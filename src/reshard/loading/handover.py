@@ -219,8 +219,8 @@ class _Hands:
 
     def _land(self, source: ReadableFile, begin: int, key: TensorKey, landing: Landing, buffer: _Buffer) -> None:
         """Read a block, all of it to where it belongs."""
-        own = self._own[key]
-        bases = [buffer.address, *[own[shard] + place for shard, place in landing.boxes]]
+        # A rank may read a tensor of which it has nothing.
+        bases = [buffer.address, *[self._own[key][shard] + place for shard, place in landing.boxes]]
         for call in landing.calls:
             source.scatter(begin + call.offset, buffer.placed(call, bases), call.nbytes)
 

@@ -182,3 +182,25 @@ def be_gone() -> str:
     dist.barrier()
     comm.close()
     return words
+
+
+def be_interrupted() -> str:
+    """One rank doesn't take an answer, and goes on: nothing that it hears then may be what it didn't take."""
+    comm = TorchCommunicator(timeout=2)
+    answer = comm._tell_all
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    said = ""
+    for number in range(3):
+        comm._tell_all = interrupt if comm.rank == 1 and number == 0 else answer  # type: ignore[method-assign]
+        try:
+            assert comm.all_gather(bytes([number])) == [bytes([number])] * 4
+        except KeyboardInterrupt:
+            continue
+        except CommunicationError as error:
+            said = str(error)
+            break
+    comm.close()
+    return said

@@ -27,6 +27,11 @@ def test_communicator(rank_pool) -> None:
     rank_pool(4).run(ranks.talk)
 
 
+def test_who_was_interrupted_never_hears_what_was_told_before(rank_pool) -> None:
+    words = rank_pool(4).run(ranks.be_interrupted)
+    assert "ranks could not gather" in words[1]
+
+
 def test_a_rank_that_is_gone_is_missed(rank_pool) -> None:
     words = rank_pool(4).run(ranks.be_gone)
     assert words[3] == ""

@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -28,8 +29,9 @@ _INLINE_OF_ALL = 32 << 10
 # than the message. With more ranks the steps of a broadcast, of which each tells twice as many, are fewer than the messages of one rank.
 _MOST_TOLD = 16
 
-# Apart from what ranks send to each other.
-_TOLD = 1
+# Answers of collectives are numbered by their tags, up to this one: a rank that was interrupted in one must not take for what the next one
+# tells what it didn't take then. What ranks send to each other has the tag 0.
+_LAST_TAG = 2**31 - 1
 
 # Longer data goes in blocks, so that the copies in flight stay small.
 _BLOCK = 16 * 2**20
@@ -66,6 +68,7 @@ class TorchCommunicator:
     def __init__(self, timeout: float = DEFAULT_TIMEOUT) -> None:
         self._timeout = timeout
         self._board: StoreBoard | None = None
+        self._told = 0
         self.rank: int = torch.distributed.get_rank()
         self.world_size: int = torch.distributed.get_world_size()
         self._group: Any = None
@@ -75,6 +78,7 @@ class TorchCommunicator:
 
     def all_gather(self, data: bytes) -> list[bytes]:
         # To rank 0 and back: gloo's own gathering to all goes around a ring, with as many steps one after the other as there are ranks.
+        self._told = self._told % _LAST_TAG + 1  # before anything that may be interrupted
         first = _buffer(self.world_size, _INLINE)
         rows = list(first.unbind()) if self.rank == 0 else None
         mine = _head(data)
@@ -96,6 +100,7 @@ class TorchCommunicator:
         return [bytes(part) for part in parts]
 
     def broadcast(self, data: bytes, source: int = 0) -> bytes:
+        self._told = self._told % _LAST_TAG + 1
         head = _head(data if self.rank == source else b"", _INLINE_OF_ALL)
         self._try("broadcast", lambda: self._tell_all(head, source))
         array = head.numpy()
@@ -148,13 +153,19 @@ class TorchCommunicator:
         if self.world_size > _MOST_TOLD:
             torch.distributed.broadcast(message, source, group=self._group)
         elif self.rank == source:
-            others = [rank for rank in range(self.world_size) if rank != source]
-            sent = [torch.distributed.isend(message, rank, group=self._group, tag=_TOLD) for rank in others]
-            for one in sent:
-                assert one is not None  # of a group that this rank belongs to
-                one.wait()
+            sent: list[Any] = []
+
+            def send(rank: int) -> None:
+                sent.append(torch.distributed.isend(message, rank, group=self._group, tag=self._told))
+
+            # Where one is gone, the others must hear it all the same.
+            failed = [_failure_of(partial(send, rank)) for rank in range(self.world_size) if rank != source]
+            failed += [_failure_of(one.wait) for one in sent]
+            first = next((error for error in failed if error is not None), None)
+            if first is not None:
+                raise first
         else:
-            torch.distributed.recv(message, source, group=self._group, tag=_TOLD)
+            torch.distributed.recv(message, source, group=self._group, tag=self._told)
 
     def _gather_rest(self, data: bytes, parts: list[bytearray], rest: list[int]) -> None:
         """Gather what didn't fit inline: as many bytes of each rank at a time as the longest has left, at most a block for all."""
@@ -249,6 +260,14 @@ def _words_of(error: Exception) -> str:
     """What gloo says, without the place in its source and its guesses."""
     first = str(error).strip().partition("\n")[0]
     return re.sub(r"^\[\S*\.(cc|cpp|h):\d+\]\s*", "", first).partition(". This is typically")[0] or type(error).__name__
+
+
+def _failure_of(action: Callable[[], object]) -> RuntimeError | None:
+    try:
+        action()
+    except RuntimeError as error:
+        return error
+    return None
 
 
 def _nbytes(data: bytes | memoryview) -> int:
