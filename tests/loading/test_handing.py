@@ -108,16 +108,14 @@ def test_what_a_rank_cannot_hand_over_its_neighbours_read_themselves(
 ) -> None:
     """`missed`: which rank doesn't reach which."""
     save(tmp_path)
-    here = threading.local()
 
     class Unreachable(Neighbour):
-        def __init__(self, rank: int, notice: Any) -> None:
-            if (here.rank, rank) in missed:
+        def __init__(self, rank: int, notice: Any, own: int) -> None:
+            if (own, rank) in missed:
                 raise PermissionError(1, "not allowed")
-            super().__init__(rank, notice)
+            super().__init__(rank, notice, own)
 
     def work(comm: Communicator) -> tuple[list[str], reshard.RestoreReport]:
-        here.rank = comm.rank
         return load(comm, tmp_path)
 
     monkeypatch.setattr(handing, "Neighbour", Unreachable)
@@ -140,11 +138,11 @@ def test_machines_hand_over_each_by_itself(monkeypatch: pytest.MonkeyPatch, miss
     here = threading.local()
 
     class Unreachable(Neighbour):
-        def __init__(self, rank: int, notice: Any) -> None:
-            assert here.rank // 2 == rank // 2
-            if (here.rank, rank) in missed:
+        def __init__(self, rank: int, notice: Any, own: int) -> None:
+            assert own // 2 == rank // 2
+            if (own, rank) in missed:
                 raise PermissionError(1, "not allowed")
-            super().__init__(rank, notice)
+            super().__init__(rank, notice, own)
 
     def work(comm: Communicator) -> tuple[list[str], reshard.RestoreReport]:
         here.rank = comm.rank
@@ -299,13 +297,13 @@ def test_nobody_writes_through_a_closed_door(write: Callable[[Neighbour, int, in
     target, source = np.zeros(4, np.int64), np.arange(4)
     door = Door.open(b"told")
     assert door is not None
-    neighbour = Neighbour(5, door.notice)
+    neighbour = Neighbour(5, door.notice, 0)
     assert neighbour.told == b"told"
     write(neighbour, source.ctypes.data, target.ctypes.data, source.nbytes)
     assert (target == source).all()
     target[:] = 0
     door.close()
-    with pytest.raises(CommunicationError, match="rank 5: it has left the load"):
+    with pytest.raises(CommunicationError, match=r"rank: +0\n.*rank 5: it has left the load"):
         write(neighbour, source.ctypes.data, target.ctypes.data, source.nbytes)
     neighbour.close()
     # Whoever comes too late meets no other file either, which has the number of the door now.
@@ -318,7 +316,7 @@ def test_nobody_writes_through_a_closed_door(write: Callable[[Neighbour, int, in
 def test_memory_that_is_not_there_is_an_error(write: Callable[[Neighbour, int, int, int], None]) -> None:
     door = Door.open(b"")
     assert door is not None
-    neighbour = Neighbour(1, door.notice)
+    neighbour = Neighbour(1, door.notice, 0)
     source = np.arange(4)
     # The rank is there, so that it can be told.
     with pytest.raises(ReshardError, match="rank 1: its memory can't be written") as raised:
@@ -333,7 +331,7 @@ def test_threads_that_fail_together_all_say_why(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(neighbours, "_ENDING_MS", 200)
     door = Door.open(b"")
     assert door is not None
-    neighbour = Neighbour(1, door.notice)
+    neighbour = Neighbour(1, door.notice, 0)
     source = np.arange(4)
     with ThreadPoolExecutor(4) as pool:
         errors = [future.exception() for future in [pool.submit(write, neighbour, source.ctypes.data, 64, 32) for _ in range(8)]]
@@ -345,7 +343,7 @@ def test_threads_that_fail_together_all_say_why(monkeypatch: pytest.MonkeyPatch,
 def test_a_door_that_is_forgotten_is_closed() -> None:
     door = Door.open(b"")
     assert door is not None
-    neighbour = Neighbour(1, door.notice)
+    neighbour = Neighbour(1, door.notice, 0)
     array = np.zeros(1, np.int64)
     pieces = Pieces.of(np.array([(array.ctypes.data, 8)], np.int64))
     del door
@@ -376,7 +374,7 @@ def test_a_door_that_is_interrupted_while_it_closes_is_closed() -> None:
     for point in count(1):
         door = Door.open(b"")
         assert door is not None
-        neighbour = Neighbour(1, door.notice)
+        neighbour = Neighbour(1, door.notice, 0)
         came = interrupted_at(point, door.close, [neighbours])
         if point == 1:  # before anything was done
             door.close()

@@ -147,6 +147,7 @@ class Neighbour:
     Args:
         rank: which.
         notice: its notice.
+        own: the rank that writes, for what goes wrong.
 
     Attributes:
         told: what it tells its neighbours.
@@ -155,8 +156,9 @@ class Neighbour:
         OSError: it can't be reached.
     """
 
-    def __init__(self, rank: int, notice: Notice) -> None:
+    def __init__(self, rank: int, notice: Notice, own: int) -> None:
         self.rank = rank
+        self._own = own
         self._process = notice.process
         # The door is held open by the file, whichever thread asks: one must not let it fall shut under another.
         self._turn = threading.Lock()
@@ -258,6 +260,7 @@ class Neighbour:
     def _gone(self, found: str) -> CommunicationError:
         return CommunicationError(
             "a rank of this machine can't be handed what was read for it",
+            rank=self._own,
             found=f"rank {self.rank}: {found}",
             fix="look at the rank that failed first",
         )
@@ -265,6 +268,7 @@ class Neighbour:
     def _failed(self, problem: OSError) -> ReshardError:
         return ReshardError(
             "a rank of this machine can't be handed what was read for it",
+            rank=self._own,
             found=f"rank {self.rank}: its memory can't be written: {problem}",
             fix="load with neighbours=False, so that every rank reads for itself",
         )

@@ -174,7 +174,7 @@ def prepare_handing(offer: Offer, group: Mapping[int, Notice], catalog: Catalog,
         try:
             for other, notice in group.items():
                 if other != rank:
-                    neighbours[other] = opened.enter_context(closing(Neighbour(other, notice)))
+                    neighbours[other] = opened.enter_context(closing(Neighbour(other, notice, rank)))
         except OSError:
             return None
         texts = [offer.told if other == rank else neighbours[other].told for other in group]
