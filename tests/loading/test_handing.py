@@ -151,7 +151,7 @@ def test_machines_hand_over_each_by_itself(monkeypatch: pytest.MonkeyPatch, miss
         return differences(WHOLE, state), report
 
     monkeypatch.setattr(handing, "Neighbour", Unreachable)
-    monkeypatch.setattr(neighbours, "_host", lambda: f"machine {here.rank // 2}")
+    monkeypatch.setattr(neighbours, "find_host", lambda _: f"machine {here.rank // 2}")
     results = run_ranks(5, work)
     assert [wrong for wrong, _ in results] == [[]] * 5
     report = results[0][1]

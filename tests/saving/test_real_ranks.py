@@ -122,6 +122,6 @@ def test_who_ends_torch_distributed_before_the_manager_is_told_so() -> None:
     from reshard.frameworks.torch.communicator import TorchCommunicator
 
     left: Any = TorchCommunicator.__new__(TorchCommunicator)
-    left.rank, left.world_size, left._group, left._told = 0, 2, object(), 0
+    left.rank, left.world_size, left._group, left._star, left._told = 0, 2, object(), None, 0
     with pytest.raises(CommunicationError, match=r"destroy_process_group[\s\S]*close the manager first"):
         left.broadcast(b"")

@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from functools import cache
-from typing import IO, NamedTuple
+from typing import IO, Literal, NamedTuple
 
 import msgspec
 import numpy as np
@@ -108,7 +108,7 @@ class Door:
     @classmethod
     def open(cls, told: bytes) -> Door | None:
         """A door; None where there is no such thing, or no memory for it."""
-        host = _host()
+        host = find_host("pid")
         if host is None or not hasattr(os, "memfd_create") or _calls() is None:
             return None
         try:
@@ -326,8 +326,8 @@ def _calls() -> ctypes.CDLL | None:
     return calls if hasattr(os, "pidfd_open") and ctypes.sizeof(ctypes.c_void_p) == 8 else None  # as `Pieces` has it
 
 
-def _host() -> str | None:
-    """This machine since it was started, and the numbers of processes that can be seen; None where nothing tells."""
+def find_host(seen: Literal["pid", "net"]) -> str | None:
+    """This machine since it was started, and what of it the process can see: its processes, or its network; None where nothing tells."""
     with suppress(OSError), open("/proc/sys/kernel/random/boot_id") as file:
-        return f"{file.read().strip()} {os.readlink('/proc/self/ns/pid')}"
+        return f"{file.read().strip()} {os.readlink(f'/proc/self/ns/{seen}')}"
     return None

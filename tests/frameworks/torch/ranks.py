@@ -126,10 +126,14 @@ def data(of: int, length: int) -> bytes:
 LENGTHS = (0, 1, 4088, 4089, 17_000_000)
 
 
-def talk() -> None:
-    """Everything that a communicator does, on four ranks."""
-    comm = TorchAdapter(timeout=60).communicator()
+def talk(star: bool) -> None:
+    """Everything that a communicator does, on four ranks; `star`: over sockets of their own, as on one machine."""
+    comm = TorchAdapter(timeout=60).communicator() if star else TorchCommunicator(60, star=False)
     assert isinstance(comm, TorchCommunicator)
+    assert (comm._star is not None) == star
+    other = comm.duplicate()
+    assert (other._star is not None) == star
+    other.close()
     assert (comm.rank, comm.world_size) == (dist.get_rank(), 4)
     talk_among_all(comm)
     talk_one_to_one(comm)
@@ -170,9 +174,9 @@ def talk_one_to_one(comm: TorchCommunicator) -> None:
         assert np.frombuffer(comm.recv(3), np.int32).tolist() == [0, 1, 2, 3, 4, 5]
 
 
-def be_gone() -> str:
+def be_gone(star: bool) -> str:
     """Rank 3 takes no part; the others must hear so within their time limit, and training's own group goes on."""
-    comm = TorchCommunicator(timeout=2)
+    comm = TorchCommunicator(timeout=2, star=star)
     words = ""
     if comm.rank != 3:
         try:
@@ -200,7 +204,7 @@ class Interrupted(TorchCommunicator):
 
 def be_interrupted() -> str:
     """One rank doesn't take an answer, and goes on: nothing that it hears then may be what it didn't take."""
-    comm = Interrupted(timeout=2)
+    comm = Interrupted(timeout=2, star=False)
     said = ""
     try:
         with suppress(KeyboardInterrupt):

@@ -23,8 +23,9 @@ def test_train_capture_resume(rank_pool, kind, holders) -> None:
         assert count.flat[0] in holders, key
 
 
-def test_communicator(rank_pool) -> None:
-    rank_pool(4).run(ranks.talk)
+@pytest.mark.parametrize("star", [True, False])
+def test_communicator(rank_pool, star: bool) -> None:
+    rank_pool(4).run(ranks.talk, star)
 
 
 def test_who_was_interrupted_never_hears_what_was_told_before(rank_pool) -> None:
@@ -32,8 +33,9 @@ def test_who_was_interrupted_never_hears_what_was_told_before(rank_pool) -> None
     assert "ranks could not gather" in words[1]
 
 
-def test_a_rank_that_is_gone_is_missed(rank_pool) -> None:
-    words = rank_pool(4).run(ranks.be_gone)
+@pytest.mark.parametrize("star", [True, False])
+def test_a_rank_that_is_gone_is_missed(rank_pool, star: bool) -> None:
+    words = rank_pool(4).run(ranks.be_gone, star)
     assert words[3] == ""
     for rank in range(3):
         assert "could not gather" in words[rank]

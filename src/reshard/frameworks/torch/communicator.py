@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from reshard.comm import Communicator, SingleProcess
+from reshard.comm.star import Star
 from reshard.errors import CommunicationError
 
 T = TypeVar("T")
@@ -58,15 +59,19 @@ def connect(timeout: float = DEFAULT_TIMEOUT) -> Communicator:
 class TorchCommunicator:
     """All ranks of torch.distributed, in a gloo group of their own.
 
+    What all agree on goes over sockets of their own where they run on one machine.
+
     Args:
         timeout: seconds that a collective or a message may take.
+        star: whether it may go over such sockets.
 
     Raises:
         CommunicationError: the ranks don't reach each other.
     """
 
-    def __init__(self, timeout: float = DEFAULT_TIMEOUT) -> None:
+    def __init__(self, timeout: float = DEFAULT_TIMEOUT, *, star: bool = True) -> None:
         self._timeout = timeout
+        self._star: Star | None = None
         self._board: StoreBoard | None = None
         self._told = 0
         self.rank: int = torch.distributed.get_rank()
@@ -75,8 +80,12 @@ class TorchCommunicator:
         self._group = self._try(
             "make a group", lambda: torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout), group_desc="reshard")
         )
+        if star:
+            self._star = Star.connect(self, timeout)
 
     def all_gather(self, data: bytes) -> list[bytes]:
+        if self._star is not None:
+            return self._star.all_gather(data)
         # To rank 0 and back: gloo's own gathering to all goes around a ring, with as many steps one after the other as there are ranks.
         self._told = self._told % _LAST_TAG + 1  # before anything that may be interrupted
         first = _buffer(self.world_size, _INLINE)
@@ -100,6 +109,8 @@ class TorchCommunicator:
         return [bytes(part) for part in parts]
 
     def broadcast(self, data: bytes, source: int = 0) -> bytes:
+        if self._star is not None:
+            return self._star.broadcast(data, source)
         self._told = self._told % _LAST_TAG + 1
         head = _head(data if self.rank == source else b"", _INLINE_OF_ALL)
         self._try("broadcast", lambda: self._tell_all(head, source))
@@ -111,6 +122,9 @@ class TorchCommunicator:
         return bytes(result)
 
     def barrier(self) -> None:
+        if self._star is not None:
+            self._star.barrier()
+            return
         self._try("wait for each other", lambda: torch.distributed.barrier(group=self._group))
 
     def send(self, data: bytes | memoryview, target: int) -> None:
@@ -136,7 +150,7 @@ class TorchCommunicator:
         return bytes(result)
 
     def duplicate(self) -> TorchCommunicator:
-        return TorchCommunicator(self._timeout)
+        return TorchCommunicator(self._timeout, star=self._star is not None)
 
     def board(self) -> StoreBoard:
         if self._board is None:
@@ -144,6 +158,8 @@ class TorchCommunicator:
         return self._board
 
     def close(self) -> None:
+        if self._star is not None:
+            self._star.close()
         group, self._group = self._group, None
         if group is not None and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group(group)

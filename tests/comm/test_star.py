@@ -1,0 +1,260 @@
+"""Ranks of one machine over sockets of their own: what they tell each other, who joins, and ranks that go, are late or interrupted."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import pytest
+
+from reshard.comm import Communicator
+from reshard.comm import star as module
+from reshard.comm.star import Star
+from reshard.errors import CommunicationError
+from reshard.testing import run_ranks
+
+# Far beyond what a test may take: who ends earlier has heard of the loss, not waited for the limit.
+LONG = 3000.0
+
+SIZES = (0, 1, 300_000, 5, 3_000_000)
+
+
+def data(of: int, length: int) -> bytes:
+    return bytes([of + 1]) * length
+
+
+def run(world_size: int, work: Callable[[Star], Any], timeout: float = LONG) -> list[Any]:
+    """Each rank in a thread: what the work gives, or the error's text."""
+
+    def rank(comm: Communicator) -> Any:
+        star = Star.connect(comm, timeout)
+        assert star is not None
+        try:
+            return work(star)
+        except CommunicationError as error:
+            return str(error)
+        finally:
+            star.close()
+
+    return run_ranks(world_size, rank)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 5, 17, 64])
+def test_all_hear_what_all_tell(world_size: int) -> None:
+    def work(star: Star) -> None:
+        for turn in range(4):
+            lengths = [SIZES[(rank + turn) % len(SIZES)] // (1 if world_size < 9 else 100) for rank in range(world_size)]
+            mine = data(star.rank, lengths[star.rank])
+            assert star.all_gather(mine) == [data(rank, length) for rank, length in enumerate(lengths)]
+            star.barrier()
+            for source in {0, 1, world_size - 1}:
+                assert star.broadcast(mine, source) == data(source, lengths[source])
+
+    assert run(world_size, work) == [None] * world_size
+
+
+@pytest.mark.parametrize("source", [0, 2])
+def test_nobody_leaves_a_barrier_before_all_have_come(source: int) -> None:
+    come: list[int] = []
+
+    def work(star: Star) -> int:
+        time.sleep(0.05 * ((star.rank - source) % 3))
+        come.append(star.rank)
+        star.barrier()
+        return len(come)
+
+    assert run(3, work) == [3] * 3
+
+
+def opened() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def refuse(*_: object) -> Any:
+    raise OSError(24, "too many open files")
+
+
+def fails_on(rank: int, work: Callable[..., Any]) -> Callable[..., Any]:
+    def call(first: Any, number: int) -> Any:
+        return refuse() if number == rank else work(first, number)
+
+    return call
+
+
+@pytest.mark.parametrize("way", ["other machines", "no machine", "cannot listen", "cannot call", "cannot accept", "too many"])
+def test_where_one_cannot_join_nobody_does(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    here = threading.local()
+    ways: dict[str, tuple[str, Any]] = {
+        "other machines": ("find_host", lambda _: f"machine {here.rank // 2}"),
+        "no machine": ("find_host", lambda _: None),
+        "cannot listen": ("_listen", refuse),
+        "cannot call": ("_call", fails_on(2, module._call)),
+        "cannot accept": ("_accept", refuse),
+        "too many": ("_MOST_RANKS", 2),
+    }
+    monkeypatch.setattr(module, *ways[way])
+
+    def work(comm: Communicator) -> tuple[Star | None, list[bytes]]:
+        here.rank = comm.rank
+        return Star.connect(comm, LONG), comm.all_gather(b"and on")
+
+    before = opened()
+    assert run_ranks(3, work) == [(None, [b"and on"] * 3)] * 3
+    assert opened() == before
+
+
+@pytest.mark.parametrize("says", [b"", b"short", b"x" * 36], ids=["nothing", "too little", "another key"])
+@pytest.mark.parametrize("goes", [True, False])
+def test_strangers_are_sent_away(monkeypatch: pytest.MonkeyPatch, says: bytes, goes: bool) -> None:
+    listen, strangers = module._listen, []
+
+    def listen_and_be_called(name: str, backlog: int) -> socket.socket:
+        listener = listen(name, backlog)
+        stranger = socket.socket(socket.AF_UNIX)
+        stranger.connect(name)
+        stranger.sendall(says)
+        if goes:
+            stranger.close()
+        strangers.append(stranger)
+        return listener
+
+    monkeypatch.setattr(module, "_listen", listen_and_be_called)
+    assert run(3, lambda star: star.all_gather(bytes([star.rank]))) == [[b"\0", b"\1", b"\2"]] * 3
+    for stranger in strangers:
+        if not goes:
+            stranger.settimeout(10)
+            with suppress(ConnectionResetError):  # what it said wasn't read to its end
+                assert stranger.recv(1) == b""
+            stranger.close()
+
+
+@pytest.mark.parametrize("gone", [0, 1, 2])
+@pytest.mark.parametrize("collective", ["all_gather", "broadcast", "barrier"])
+def test_who_is_gone_is_named_at_once(gone: int, collective: str) -> None:
+    """Also while another is late."""
+
+    def work(star: Star) -> str:
+        if star.rank == gone:
+            return "gone"
+        if star.rank == (gone + 1) % 3 and star.rank:
+            time.sleep(0.2)
+        {
+            "all_gather": lambda: star.all_gather(b"x"),
+            "broadcast": lambda: star.broadcast(b"x", gone),
+            "barrier": star.barrier,
+        }[collective]()
+        return "not missed"
+
+    words = run(3, work)
+    for rank in set(range(3)) - {gone}:
+        assert f"rank:     {rank}" in words[rank]
+        assert f"found:    rank {gone}: its connection has ended" in words[rank]
+        assert "next:" in words[rank]
+
+
+def test_a_rank_that_goes_after_it_has_told_is_missed_while_others_are_awaited() -> None:
+    goes = threading.Event()
+
+    def work(star: Star) -> list[bytes] | str:
+        if star.rank == 1:
+            star._send(0, [b"x"])
+            goes.set()
+            return "gone"
+        if star.rank == 2:
+            goes.wait(60)
+            time.sleep(0.2)
+        return star.all_gather(b"x")
+
+    words = run(3, work)
+    assert "found:    rank 1: its connection has ended" in words[0]
+    assert "found:    rank 1: its connection has ended" in words[2]
+
+
+def test_who_is_late_is_named() -> None:
+    late = threading.Event()
+
+    def work(star: Star) -> str:
+        if star.rank == 1:
+            late.wait(60)
+            return "late"
+        try:
+            star.all_gather(b"x")
+        finally:
+            late.set()
+        return "not missed"
+
+    words = run(3, work, timeout=0.3)
+    assert "found:    rank 1: no answer within 0.3 s" in words[0]
+    assert "no answer within 0.3 s" in words[2] or "its connection has ended" in words[2]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("call", range(1, 5))
+def test_an_interrupt_breaks_it_off_for_all_and_for_good(monkeypatch: pytest.MonkeyPatch, victim: int, call: int) -> None:
+    """At the k-th thing that it says or hears: nobody takes what was meant for another collective."""
+    here, read = threading.local(), module._read
+
+    def count() -> None:
+        here.calls = getattr(here, "calls", 0) + 1
+        if here.rank == victim and here.calls == call:
+            raise KeyboardInterrupt
+
+    def interrupted(line: socket.socket, nbytes: int) -> bytes:
+        count()
+        return read(line, nbytes)
+
+    def work(star: Star) -> list[list[bytes]]:
+        here.rank = star.rank
+        monkeypatch.setattr(module, "_read", interrupted)
+        heard: list[list[bytes]] = []
+        expected = pytest.raises(KeyboardInterrupt) if star.rank == victim else pytest.raises(CommunicationError, match=f"rank {victim}")
+        with expected:
+            heard.extend(star.all_gather(bytes([number]) * 70_000) for number in range(4))
+        for collective in (star.barrier, lambda: star.broadcast(b"")):
+            with pytest.raises(CommunicationError, match="they broke off before"):
+                collective()
+        return heard
+
+    for heard in run(3, work):
+        assert len(heard) < 4
+        assert heard == [[bytes([number]) * 70_000] * 3 for number in range(len(heard))]
+
+
+def test_what_is_half_told_is_never_made_whole_by_why_it_broke_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 is interrupted within a message: what it says then isn't taken for its end."""
+    head = module._HEAD.pack(module._ANSWER, 40)
+
+    def work(star: Star) -> str:
+        if star.rank:
+            return star.broadcast(b"").decode()
+        half = star._lines[1]
+
+        class Half:
+            def sendall(self, _: bytes) -> None:
+                half.sendall(head)
+                raise KeyboardInterrupt
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(half, name)
+
+        star._lines[1] = Half()  # type: ignore[assignment]
+        with pytest.raises(KeyboardInterrupt):
+            star.broadcast(b"x" * 40)
+        star._lines[1] = half
+        return "interrupted"
+
+    words = run(3, work)
+    assert words[0] == "interrupted"
+    assert "rank 0: its connection has ended" in words[1]
+    assert "rank 0 was interrupted" in words[2]
+
+
+def test_a_closed_one_lets_go_of_everything() -> None:
+    before = opened()
+    run(4, lambda star: star.barrier())
+    assert opened() == before
