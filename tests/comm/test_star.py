@@ -235,8 +235,8 @@ def test_what_is_half_told_is_never_made_whole_by_why_it_broke_off(monkeypatch: 
         half = star._lines[1]
 
         class Half:
-            def sendall(self, _: bytes) -> None:
-                half.sendall(head)
+            def sendall(self, _: bytes, flags: int) -> None:
+                half.sendall(head, flags)
                 raise KeyboardInterrupt
 
             def __getattr__(self, name: str) -> Any:
@@ -252,6 +252,68 @@ def test_what_is_half_told_is_never_made_whole_by_why_it_broke_off(monkeypatch: 
     assert words[0] == "interrupted"
     assert "rank 0: its connection has ended" in words[1]
     assert "rank 0 was interrupted" in words[2]
+
+
+def test_an_interrupt_while_it_gives_up_leaves_it_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second Ctrl-C keeps it from telling the others: they hear it with what comes next, and mix nothing up."""
+
+    def interrupt(*_: object) -> Any:
+        raise KeyboardInterrupt
+
+    def work(star: Star) -> list[bytes] | str:
+        if star.rank:
+            return star.all_gather(b"first")
+        with monkeypatch.context() as patch:
+            patch.setattr(star, "_tell", interrupt)
+            patch.setattr(star, "_give_up", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                star.all_gather(b"first")
+        return star.all_gather(b"second")
+
+    words = run(3, work)
+    assert "they broke off before" in words[0]
+    for rank in (1, 2):
+        assert "rank 0: its connection has ended" in words[rank]
+
+
+def test_a_forked_process_ends_nothing_and_keeps_nobody_waiting() -> None:
+    """As one that loads data: it lets go of its copy; and where its parent ends before it, the others still hear so."""
+    lines = socket.socketpair()
+    stars = [Star(0, 2, {1: lines[0]}, LONG), Star(1, 2, {0: lines[1]}, LONG)]
+    lets_go, ends = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            for star in stars:
+                star.__del__()
+            os.write(lets_go[1], b"x")
+        finally:
+            os._exit(0)
+    holder = os.fork()
+    if holder == 0:
+        try:
+            os.close(ends[1])
+            os.read(ends[0], 1)  # until the test closes its end
+        finally:
+            os._exit(0)
+    assert os.read(lets_go[0], 1) == b"x"
+    heard: list[list[bytes]] = []
+    other = threading.Thread(target=lambda: heard.append(stars[1].all_gather(b"there")))
+    other.start()
+    assert stars[0].all_gather(b"here") == [b"here", b"there"]
+    other.join(60)
+    assert heard == [[b"here", b"there"]]
+    stars[1].close()
+    with pytest.raises(CommunicationError, match="rank 1: its connection has ended"):
+        stars[0].barrier()
+    for end in (*lets_go, *ends):
+        os.close(end)
+    for process in (child, holder):
+        os.waitpid(process, 0)
+
+
+def test_one_that_could_not_be_made_says_nothing_at_its_end() -> None:
+    Star.__new__(Star).__del__()
 
 
 def test_a_closed_one_lets_go_of_everything() -> None:

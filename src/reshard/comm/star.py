@@ -7,6 +7,7 @@ must be woken, and take turns with those that wait: on cores that ranks share an
 from __future__ import annotations
 
 import hmac
+import os
 import secrets
 import select
 import socket
@@ -29,8 +30,14 @@ _MOST_RANKS = 64
 _HEAD = struct.Struct("<QQ")
 _ANSWER, _FAILURE = 0, 1
 
-# Whoever is still busy with an answer has so long to take why there is no next one.
+# The longest limit (seconds) that Python takes for a socket: some weeks.
+_LONGEST_S = 2e6
+
+# Those that are still busy with an answer have so long (seconds, together) to take why there is no next one.
 _FAREWELL_S = 1.0
+
+# Python makes room for all that is asked for before it knows how much comes: the system keeps hardly more on a connection.
+_PIECE_BYTES = 1 << 20
 
 _KEY_BYTES = 32
 _RANK_BYTES = 4
@@ -66,19 +73,18 @@ class Star:
     """
 
     def __init__(self, rank: int, world_size: int, lines: Mapping[int, socket.socket], timeout: float) -> None:
+        self._lines = dict(lines)
         self.rank = rank
         self._world_size = world_size
-        self._lines = dict(lines)
-        self._timeout = timeout
-        self._is_closed = False
+        self._timeout = min(timeout, _LONGEST_S)
+        # Not before a collective is over is it known that nothing of it is left on a connection, however it ends.
+        self._is_whole = True
         # Ranks to which a part of a message may have gone: nothing may be taken for the rest of it.
         self._half_told: set[int] = set()
-        # The system keeps the time: Python would ask it before every call.
+        self._process = os.getpid()
         self._calls = select.poll()
         for line in self._lines.values():
-            line.settimeout(None)
-            for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
-                line.setsockopt(socket.SOL_SOCKET, option, _timeval(timeout))
+            line.settimeout(self._timeout)
             self._calls.register(line, select.POLLIN)
 
     @classmethod
@@ -149,15 +155,18 @@ class Star:
 
     def close(self) -> None:
         """Let go of the connections; whoever waits at the other end hears so. Not collective."""
-        self._is_closed = True
+        self._is_whole = False
         for line in self._lines.values():
-            # A process that was forked off meanwhile may have it, too.
-            with suppress(OSError):
-                line.shutdown(socket.SHUT_RDWR)
+            # A process that was forked off meanwhile has it, too: it mustn't keep the others waiting, nor end what this one goes on with.
+            if self._process == os.getpid():
+                with suppress(OSError):
+                    line.shutdown(socket.SHUT_RDWR)
             line.close()
 
     def __del__(self) -> None:
-        self.close()
+        # The last resort, for whoever forgot it.
+        with suppress(Exception):
+            self.close()
 
     def _gather(self, what: str, data: bytes) -> list[bytes]:
         with self._whole(what):
@@ -173,8 +182,10 @@ class Star:
     @contextmanager
     def _whole(self, what: str) -> Iterator[None]:
         """All of a collective: after a part of it nobody knows what comes next on a connection."""
-        if self._is_closed:
+        if not self._is_whole:
+            self.close()
             raise self._error(what, "the connections with them are closed: they broke off before")
+        self._is_whole = False
         try:
             yield
         except _BrokenError as broken:
@@ -183,17 +194,20 @@ class Star:
         except BaseException:
             self._give_up(f"rank {self.rank} was interrupted")
             raise
+        self._is_whole = True
 
     def _give_up(self, why: str) -> None:
-        if self.rank == 0:
-            # The others have no other way to learn which rank it was.
-            message = _HEAD.pack(_FAILURE, len(why.encode())) + why.encode()
-            for rank, line in self._lines.items():
-                if rank not in self._half_told:
-                    with suppress(OSError):
-                        line.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(_FAREWELL_S))
-                        line.sendall(message)
-        self.close()
+        try:
+            if self.rank == 0:  # the others have no other way to learn which rank it was
+                message = _HEAD.pack(_FAILURE, len(why.encode())) + why.encode()
+                latest = time.monotonic() + _FAREWELL_S
+                for rank, line in self._lines.items():
+                    if rank not in self._half_told:
+                        with suppress(OSError):
+                            line.settimeout(max(0.0, latest - time.monotonic()))
+                            line.sendall(message, socket.MSG_NOSIGNAL)
+        finally:
+            self.close()
 
     def _error(self, what: str, found: str) -> CommunicationError:
         return CommunicationError(
@@ -229,7 +243,7 @@ class Star:
         message = b"".join([_HEAD.pack(_ANSWER, sum(map(len, parts))), *parts])
         self._half_told.add(rank)
         try:
-            self._lines[rank].sendall(message)
+            self._lines[rank].sendall(message, socket.MSG_NOSIGNAL)
         except OSError as error:
             if self.rank and isinstance(error, BrokenPipeError | ConnectionResetError):
                 self._receive(rank)  # it has left, and may have said why
@@ -250,16 +264,12 @@ class Star:
             raise _broken(rank, error, self._timeout) from error
 
 
-def _timeval(seconds: float) -> bytes:
-    return struct.pack("@ll", int(seconds), int(seconds % 1 * 1e6))
-
-
 class _BrokenError(Exception):
     """A collective can't go on; why."""
 
 
 def _broken(rank: int, error: OSError | EOFError, timeout: float) -> _BrokenError:
-    is_late = isinstance(error, BlockingIOError)
+    is_late = isinstance(error, TimeoutError)
     is_over = isinstance(error, EOFError | BrokenPipeError | ConnectionResetError)
     return _BrokenError(
         f"rank {rank}: " + (f"no answer within {timeout:g} s" if is_late else "its connection has ended" if is_over else str(error))
@@ -279,19 +289,19 @@ def _read(line: socket.socket, nbytes: int) -> bytes:
 
     Raises:
         EOFError: the connection ends before.
-        OSError: it fails.
+        OSError: it fails; TimeoutError: nothing comes within its limit.
     """
-    data = line.recv(nbytes, socket.MSG_WAITALL) if nbytes else b""
-    if len(data) == nbytes:
+    data = line.recv(min(nbytes, _PIECE_BYTES)) if nbytes else b""
+    if len(data) == nbytes:  # nearly always
         return data
     parts = [data]
-    left = nbytes
-    while parts[-1]:
+    left = nbytes - len(data)
+    while left:
+        if not parts[-1]:
+            raise EOFError
+        parts.append(line.recv(min(left, _PIECE_BYTES)))
         left -= len(parts[-1])
-        if not left:
-            return b"".join(parts)
-        parts.append(line.recv(left, socket.MSG_WAITALL))
-    raise EOFError
+    return b"".join(parts)
 
 
 def _split(data: bytes, number: int) -> list[bytes]:
@@ -319,7 +329,7 @@ def _call(first: _Place, rank: int) -> socket.socket:
     try:
         line.setblocking(False)  # a listener that was made for all has room for all
         line.connect(first.name)
-        line.sendall(first.key + rank.to_bytes(_RANK_BYTES, "little"))
+        line.sendall(first.key + rank.to_bytes(_RANK_BYTES, "little"), socket.MSG_NOSIGNAL)
     except OSError:
         line.close()
         raise

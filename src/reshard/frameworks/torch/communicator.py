@@ -81,7 +81,11 @@ class TorchCommunicator:
             "make a group", lambda: torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout), group_desc="reshard")
         )
         if star:
-            self._star = Star.connect(self, timeout)
+            try:
+                self._star = Star.connect(self, timeout)
+            except BaseException:
+                self.close()
+                raise
 
     def all_gather(self, data: bytes) -> list[bytes]:
         if self._star is not None:
