@@ -62,6 +62,32 @@ def test_a_tree_of_several_levels() -> None:
     assert run(size, work) == [True] * size
 
 
+@pytest.mark.parametrize("victim", [0, 2])
+def test_an_interrupt_breaks_it_off_for_all(victim: int) -> None:
+    """Nobody takes an answer for that of another collective."""
+
+    def interrupt(*_: object) -> bytes:
+        raise KeyboardInterrupt
+
+    def work(comm: SocketCommunicator) -> str:
+        heard: list[list[bytes]] = []
+        comm.barrier()
+        if comm.rank == victim:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(comm, "tell_down", interrupt)
+                with pytest.raises(KeyboardInterrupt):
+                    comm.all_gather(bytes([0]))
+        else:
+            with pytest.raises(CommunicationError, match="could not gather"):
+                heard.extend(comm.all_gather(bytes([number])) for number in range(3))
+            assert heard == [[bytes([number])] * 4 for number in range(len(heard))]
+        with pytest.raises(CommunicationError, match="broken"):
+            comm.all_gather(b"second")
+        return "heard"
+
+    assert run(4, work, timeout=50.0) == ["heard"] * 4
+
+
 def test_all_hear_at_once_of_a_rank_that_goes() -> None:
     began = time.monotonic()
 

@@ -10,9 +10,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+import numpy as np
 import pytest
 
-from reshard.comm import Communicator
+from reshard.comm import Communicator, meeting
 from reshard.comm import star as module
 from reshard.comm.star import Star
 from reshard.errors import CommunicationError
@@ -93,11 +94,11 @@ def test_where_one_cannot_join_nobody_does(monkeypatch: pytest.MonkeyPatch, way:
         "other machines": ("find_host", lambda _: f"machine {here.rank // 2}"),
         "no machine": ("find_host", lambda _: None),
         "cannot listen": ("_listen", refuse),
-        "cannot call": ("_call", fails_on(2, module._call)),
+        "cannot call": ("_call", fails_on(2, meeting._call)),
         "cannot accept": ("_accept", refuse),
         "too many": ("_MOST_RANKS", 2),
     }
-    monkeypatch.setattr(module, *ways[way])
+    monkeypatch.setattr(module if way == "too many" else meeting, *ways[way])
 
     def work(comm: Communicator) -> tuple[Star | None, list[bytes]]:
         here.rank = comm.rank
@@ -111,7 +112,7 @@ def test_where_one_cannot_join_nobody_does(monkeypatch: pytest.MonkeyPatch, way:
 @pytest.mark.parametrize("says", [b"", b"short", b"x" * 36], ids=["nothing", "too little", "another key"])
 @pytest.mark.parametrize("goes", [True, False])
 def test_strangers_are_sent_away(monkeypatch: pytest.MonkeyPatch, says: bytes, goes: bool) -> None:
-    listen, strangers = module._listen, []
+    listen, strangers = meeting._listen, []
 
     def listen_and_be_called(name: str, backlog: int) -> socket.socket:
         listener = listen(name, backlog)
@@ -123,7 +124,7 @@ def test_strangers_are_sent_away(monkeypatch: pytest.MonkeyPatch, says: bytes, g
         strangers.append(stranger)
         return listener
 
-    monkeypatch.setattr(module, "_listen", listen_and_be_called)
+    monkeypatch.setattr(meeting, "_listen", listen_and_be_called)
     assert run(3, lambda star: star.all_gather(bytes([star.rank]))) == [[b"\0", b"\1", b"\2"]] * 3
     for stranger in strangers:
         if not goes:
@@ -162,7 +163,7 @@ def test_a_rank_that_goes_after_it_has_told_is_missed_while_others_are_awaited()
 
     def work(star: Star) -> list[bytes] | str:
         if star.rank == 1:
-            star._send(0, [b"x"])
+            star._lines[0].sendall(module._message(b"x"))
             goes.set()
             return "gone"
         if star.rank == 2:
@@ -175,54 +176,153 @@ def test_a_rank_that_goes_after_it_has_told_is_missed_while_others_are_awaited()
     assert "found:    rank 1: its connection has ended" in words[2]
 
 
-def test_who_is_late_is_named() -> None:
-    late = threading.Event()
+@pytest.mark.parametrize("first", [0, 2])
+def test_who_is_late_is_named(first: int) -> None:
+    """Whichever of the others came first, and so gives up first."""
+    over = threading.Event()
 
     def work(star: Star) -> str:
         if star.rank == 1:
-            late.wait(60)
+            over.wait(60)
+            return "late"
+        if star.rank != first:
+            time.sleep(1.0 if first else 0.2)
+        try:
+            star.all_gather(b"x")
+        finally:
+            if star.rank == 0:
+                over.set()
+        return "not missed"
+
+    words = run(3, work, timeout=1.0)
+    if first == 0:
+        assert "found:    rank 1: no answer within 1 s" in words[0]
+    else:
+        assert "found:    rank 2: its connection has ended; rank 1 had not come either" in words[0]
+        assert "found:    rank 0: no answer within 1 s, nor of a rank that it waits for" in words[2]
+
+
+def test_the_others_wait_for_rank_0_to_say_who_is_late() -> None:
+    over = threading.Event()
+
+    def work(star: Star) -> str:
+        if star.rank == 1:
+            over.wait(60)
             return "late"
         try:
             star.all_gather(b"x")
         finally:
-            late.set()
+            if star.rank == 0:
+                over.set()
         return "not missed"
 
-    words = run(3, work, timeout=0.3)
-    assert "found:    rank 1: no answer within 0.3 s" in words[0]
-    assert "no answer within 0.3 s" in words[2] or "its connection has ended" in words[2]
+    words = run(3, work, timeout=3.0)
+    for rank in (0, 2):
+        assert "found:    rank 1: no answer within 3 s" in words[rank]
+
+
+@pytest.mark.parametrize("way", ["says nothing", "takes nothing"])
+def test_the_limit_is_one_for_all_of_a_collective(way: str) -> None:
+    """A rank that stops within a message holds nobody for longer, however much has come of it."""
+    here, there = socket.socketpair()
+    star = Star(0, 2, {1: here}, 0.5)
+    stop = threading.Event()
+
+    def drip() -> None:
+        there.sendall(module._HEAD.pack(module._ANSWER, 1000 if way == "says nothing" else 0))
+        while not stop.wait(0.1) and way == "says nothing":
+            with suppress(OSError):
+                there.sendall(b"x")
+
+    other = threading.Thread(target=drip)
+    other.start()
+    began = time.monotonic()
+    with pytest.raises(CommunicationError, match=r"rank 1: no answer within 0\.5 s"):
+        star.all_gather(b"x" * (5_000_000 if way == "takes nothing" else 1))
+    took = time.monotonic() - began
+    stop.set()
+    other.join(60)
+    there.close()
+    assert took < 30, "the limit began anew with every byte"
 
 
 @pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("way", ["_exactly", "_send"])
+@pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("call", range(1, 5))
-def test_an_interrupt_breaks_it_off_for_all_and_for_good(monkeypatch: pytest.MonkeyPatch, victim: int, call: int) -> None:
-    """At the k-th thing that it says or hears: nobody takes what was meant for another collective."""
-    here, read = threading.local(), module._read
+def test_an_interrupt_breaks_it_off_for_all_and_for_good(
+    monkeypatch: pytest.MonkeyPatch, victim: int, way: str, after: bool, call: int
+) -> None:
+    """Before or after the k-th thing that it says or hears: nobody takes what was meant for another collective."""
+    here, original = threading.local(), getattr(Star, way)
 
-    def count() -> None:
+    def interrupted(star: Star, *arguments: Any) -> Any:
         here.calls = getattr(here, "calls", 0) + 1
-        if here.rank == victim and here.calls == call:
+        strikes = star.rank == victim and here.calls == call
+        if strikes and not after:
             raise KeyboardInterrupt
-
-    def interrupted(line: socket.socket, nbytes: int) -> bytes:
-        count()
-        return read(line, nbytes)
+        result = original(star, *arguments)
+        if strikes:
+            raise KeyboardInterrupt
+        return result
 
     def work(star: Star) -> list[list[bytes]]:
-        here.rank = star.rank
-        monkeypatch.setattr(module, "_read", interrupted)
         heard: list[list[bytes]] = []
         expected = pytest.raises(KeyboardInterrupt) if star.rank == victim else pytest.raises(CommunicationError, match=f"rank {victim}")
         with expected:
-            heard.extend(star.all_gather(bytes([number]) * 70_000) for number in range(4))
+            heard.extend(star.all_gather(bytes([number]) * 70_000) for number in range(5))
         for collective in (star.barrier, lambda: star.broadcast(b"")):
-            with pytest.raises(CommunicationError, match="they broke off before"):
+            with pytest.raises(CommunicationError, match=f"an earlier one failed: rank {victim}"):
                 collective()
         return heard
 
+    monkeypatch.setattr(Star, way, interrupted)
     for heard in run(3, work):
-        assert len(heard) < 4
+        assert len(heard) < 5
         assert heard == [[bytes([number]) * 70_000] * 3 for number in range(len(heard))]
+
+
+def test_a_rank_s_own_mistake_is_told_as_such() -> None:
+    def work(star: Star) -> str:
+        with pytest.raises(CommunicationError, match=r"found: +rank 3\n +expected: +one of 3"):
+            star.broadcast(b"", 3)
+        if star.rank == 0:
+            with pytest.raises(TypeError):
+                star._gather("gather", "text")  # type: ignore[arg-type]
+            return "told"
+        star.all_gather(b"")
+        return "not told"
+
+    words = run(3, work)
+    assert words[0] == "told"
+    for rank in (1, 2):
+        assert "found:    rank 0: TypeError" in words[rank]
+
+
+def test_memory_that_changes_or_has_wide_items_is_told_as_bytes() -> None:
+    def work(star: Star) -> None:
+        mine = bytearray(b"first")
+        heard, told = star.all_gather(mine), star.broadcast(mine, star.rank and 0)
+        mine[:] = b"other"
+        assert heard == [b"first"] * 3
+        assert told == b"first"
+        assert star.all_gather(memoryview(np.arange(3))) == [np.arange(3).tobytes()] * 3  # type: ignore[arg-type]
+
+    assert run(3, work) == [None] * 3
+
+
+def test_one_that_is_closed_says_so() -> None:
+    here, there = socket.socketpair()
+    star = Star(0, 2, {1: here}, LONG)
+    closing = threading.Timer(0.2, star.close)
+    closing.start()
+    with pytest.raises(CommunicationError, match="this one was closed meanwhile"):  # by another thread
+        star.barrier()
+    closing.join()
+    other = Star(1, 2, {0: there}, LONG)
+    other.close()
+    with pytest.raises(CommunicationError, match=r"found: +this one is closed"):
+        other.barrier()
 
 
 def test_what_is_half_told_is_never_made_whole_by_why_it_broke_off(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,7 +371,7 @@ def test_an_interrupt_while_it_gives_up_leaves_it_broken(monkeypatch: pytest.Mon
         return star.all_gather(b"second")
 
     words = run(3, work)
-    assert "they broke off before" in words[0]
+    assert "another was under way, or was interrupted" in words[0]
     for rank in (1, 2):
         assert "rank 0: its connection has ended" in words[rank]
 

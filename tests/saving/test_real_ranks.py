@@ -118,6 +118,28 @@ def test_asynchronous_saves_leave_no_files_and_no_threads(rank_pool: Callable[[i
     assert reshard.Checkpoint(tmp_path).iteration == 12
 
 
+def end_torch_first(root: Path) -> int:
+    import torch
+    import torch.distributed as dist
+
+    model = torch.nn.Linear(8, 8)
+    manager = reshard.CheckpointManager(root, async_save="copy")
+    manager.save(1, model=model)
+    dist.destroy_process_group()
+    manager.save(2, model=model)
+    manager.close()
+    return reshard.Checkpoint(root).iteration
+
+
+def test_a_save_goes_on_after_torch_distributed_has_ended(rank_pool: Callable[[int], RankPool], tmp_path: Path) -> None:
+    """On one machine, where its ranks agree over sockets of their own."""
+    pool = rank_pool(2)
+    try:
+        assert pool.run_settled(end_torch_first, tmp_path / "root", timeout=60) == [2] * 2
+    finally:
+        pool.restart()
+
+
 def test_who_ends_torch_distributed_before_the_manager_is_told_so() -> None:
     from reshard.frameworks.torch.communicator import TorchCommunicator
 

@@ -280,6 +280,11 @@ class SocketCommunicator:
                 found=str(error) or "a connection ended",
                 fix="look at the other ranks' messages first: one of them may have ended; then start the run again",
             ) from error
+        except BaseException:
+            # Interrupted: what it didn't take would be taken for the answer of another collective.
+            self._hang_up()
+            self._state = "broken"
+            raise
 
     def _hang_up(self) -> None:
         for way in ("tree", "pairs"):

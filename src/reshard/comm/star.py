@@ -6,21 +6,17 @@ must be woken, and take turns with those that wait: on cores that ranks share an
 
 from __future__ import annotations
 
-import hmac
 import os
-import secrets
 import select
 import socket
 import struct
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 
-import msgspec
-
 from reshard.comm.communicator import Communicator
-from reshard.comm.neighbours import find_host
+from reshard.comm.meeting import meet
 from reshard.errors import CommunicationError
 
 # Rank 0 hears and tells one after the other: of more, a tree's steps would take less time.
@@ -30,43 +26,31 @@ _MOST_RANKS = 64
 _HEAD = struct.Struct("<QQ")
 _ANSWER, _FAILURE = 0, 1
 
-# The longest limit (seconds) that Python takes for a socket: some weeks.
+# The longest limit (seconds): `poll` takes milliseconds in 32 bits. Some weeks.
 _LONGEST_S = 2e6
 
-# Those that are still busy with an answer have so long (seconds, together) to take why there is no next one.
+# Rank 0 alone knows who is late. The others wait so much longer for its word, as a part of the limit, and at most so many seconds.
+_GRACE = 0.1
+_MOST_GRACE_S = 5.0
+
+# Ranks that are still busy with an answer have so long (seconds, together) to take why there is no next one.
 _FAREWELL_S = 1.0
 
 # Python makes room for all that is asked for before it knows how much comes: the system keeps hardly more on a connection.
 _PIECE_BYTES = 1 << 20
 
-_KEY_BYTES = 32
-_RANK_BYTES = 4
-
-
-class _Place(msgspec.Struct, array_like=True, frozen=True):
-    """Where a rank runs, and where rank 0 listens.
-
-    Attributes:
-        host: the machine, and what of its network the process can see; empty where nothing tells.
-        name: of rank 0's socket; empty of the others, and where there is none.
-        key: what only ranks of the job know.
-    """
-
-    host: str
-    name: str = ""
-    key: bytes = b""
-
 
 class Star:
-    """The collectives of a job whose ranks all run on one machine.
+    """The collectives of a job whose ranks all run on one machine; as a communicator's, over connections with rank 0.
 
-    After an error, and after an interrupt within one, there is no next collective: all ranks hear so.
+    After an error, or an interrupt within a collective, there is no next one: the others hear so at once, at the latest when this one is
+    closed. Who is gone is noticed by the end of its connection; a process that it has forked off, and that lives on, holds that open.
 
     Args:
         rank: this process's.
         world_size: the number of ranks.
         lines: the connections by the rank at their other end: of rank 0 with all others, of those with rank 0. They are its own now.
-        timeout: seconds that an answer may take.
+        timeout: seconds that a collective may take.
 
     Attributes:
         rank: this process's.
@@ -76,16 +60,18 @@ class Star:
         self._lines = dict(lines)
         self.rank = rank
         self._world_size = world_size
-        self._timeout = min(timeout, _LONGEST_S)
-        # Not before a collective is over is it known that nothing of it is left on a connection, however it ends.
-        self._is_whole = True
+        self._timeout = timeout
+        self._limit = min(timeout + (min(_GRACE * timeout, _MOST_GRACE_S) if rank else 0.0), _LONGEST_S)
+        self._deadline = 0.0
+        # Why there can be no collective now. Not before one is over is it known that nothing of it is left on a connection.
+        self._why = ""
         # Ranks to which a part of a message may have gone: nothing may be taken for the rest of it.
         self._half_told: set[int] = set()
         self._process = os.getpid()
-        self._calls = select.poll()
+        self._poll = select.poll()
+        self._ranks = {line.fileno(): other for other, line in self._lines.items()}
         for line in self._lines.values():
-            line.settimeout(self._timeout)
-            self._calls.register(line, select.POLLIN)
+            self._poll.register(line, select.POLLIN)
 
     @classmethod
     def connect(cls, comm: Communicator, timeout: float) -> Star | None:
@@ -94,68 +80,67 @@ class Star:
 
         Args:
             comm: over which they find each other.
-            timeout: seconds that an answer may take.
+            timeout: seconds that a collective may take.
 
         Raises:
             CommunicationError: over `comm` they don't.
         """
-        if comm.world_size > _MOST_RANKS:
-            return None
-        host = find_host("net") or ""
-        with ExitStack() as opened:
-            listener, mine = None, _Place(host)
-            if comm.rank == 0 and host:
-                with suppress(OSError):
-                    name = f"\0reshard-{secrets.token_hex(16)}"
-                    listener = opened.enter_context(_listen(name, comm.world_size))
-                    mine = _Place(host, name, secrets.token_bytes(_KEY_BYTES))
-            places = [msgspec.msgpack.decode(told, type=_Place) for told in comm.all_gather(msgspec.msgpack.encode(mine))]
-            first = places[0]
-            if not first.name or any(place.host != host for place in places):
-                return None
-            lines: dict[int, socket.socket] = {}
-            if listener is None:
-                with suppress(OSError):
-                    lines[0] = opened.enter_context(_call(first, comm.rank))
-            # Whoever has called needn't be waited for any more.
-            called = comm.all_gather(b"called" if lines else b"")
-            if listener is not None and all(called[1:]):
-                with suppress(OSError):
-                    lines = _accept(listener, comm.world_size, first.key)
-                for line in lines.values():
-                    opened.enter_context(line)
-            if not comm.broadcast(b"all" if lines else b""):
-                return None
-            star = cls(comm.rank, comm.world_size, lines, timeout)
-            if listener is not None:
-                listener.close()
-            opened.pop_all()
-            return star
+        lines = meet(comm) if comm.world_size <= _MOST_RANKS else None
+        return None if lines is None else cls(comm.rank, comm.world_size, lines, timeout)
 
     def all_gather(self, data: bytes) -> list[bytes]:
-        """As a communicator's."""
-        return self._gather("gather", data)
+        """Every rank's bytes, in rank order.
+
+        Raises:
+            CommunicationError: a rank is gone or late, or this one is closed.
+        """
+        return self._gather("gather", bytes(data))
 
     def barrier(self) -> None:
-        """As a communicator's."""
+        """Returns when every rank has called it.
+
+        Raises:
+            CommunicationError: as `all_gather`.
+        """
         self._gather("wait for each other", b"")
 
     def broadcast(self, data: bytes, source: int = 0) -> bytes:
-        """As a communicator's."""
-        with self._whole("broadcast"):
+        """The bytes of one rank, on every rank.
+
+        Raises:
+            CommunicationError: as `all_gather`, or there is no such rank.
+        """
+        if not 0 <= source < self._world_size:
+            raise CommunicationError(
+                "no such rank to hear from", rank=self.rank, found=f"rank {source}", expected=f"one of {self._world_size}"
+            )
+        data = bytes(data)
+        with self._collective("broadcast"):
             if self.rank == source and source:
-                self._send(0, [data])
+                self._send(0, _message(data))
                 return data
             if self.rank:
                 return self._receive(0)
             if source:
                 ((_, data),) = self._hear([source])
-            self._tell((rank for rank in range(1, self._world_size) if rank != source), [data])
+            self._tell((rank for rank in range(1, self._world_size) if rank != source), _message(data))
             return data
 
     def close(self) -> None:
         """Let go of the connections; whoever waits at the other end hears so. Not collective."""
-        self._is_whole = False
+        self._why = self._why or "this one is closed"
+        try:
+            self._hang_up()
+        except KeyboardInterrupt:
+            self._hang_up()  # all the same: the others would wait
+            raise
+
+    def __del__(self) -> None:
+        # The last resort, for whoever forgot it.
+        with suppress(Exception):
+            self.close()
+
+    def _hang_up(self) -> None:
         for line in self._lines.values():
             # A process that was forked off meanwhile has it, too: it mustn't keep the others waiting, nor end what this one goes on with.
             if self._process == os.getpid():
@@ -163,43 +148,43 @@ class Star:
                     line.shutdown(socket.SHUT_RDWR)
             line.close()
 
-    def __del__(self) -> None:
-        # The last resort, for whoever forgot it.
-        with suppress(Exception):
-            self.close()
-
     def _gather(self, what: str, data: bytes) -> list[bytes]:
-        with self._whole(what):
+        with self._collective(what):
             if self.rank:
-                self._send(0, [data])
+                self._send(0, _message(data))
                 return _split(self._receive(0), self._world_size)
             heard = {0: data, **dict(self._hear(range(1, self._world_size)))}
             parts = [heard[rank] for rank in range(self._world_size)]
             lengths = struct.pack(f"<{len(parts)}Q", *map(len, parts))
-            self._tell(range(1, self._world_size), [lengths, *parts])
+            self._tell(range(1, self._world_size), _message(lengths, *parts))
             return parts
 
     @contextmanager
-    def _whole(self, what: str) -> Iterator[None]:
-        """All of a collective: after a part of it nobody knows what comes next on a connection."""
-        if not self._is_whole:
-            self.close()
-            raise self._error(what, "the connections with them are closed: they broke off before")
-        self._is_whole = False
+    def _collective(self, what: str) -> Iterator[None]:
+        """All of one: after a part of it nobody knows what comes next on a connection."""
+        if self._why:
+            self._hang_up()
+            raise self._error(what, self._why)
+        self._why = "another was under way, or was interrupted"
+        self._deadline = time.monotonic() + self._limit
         try:
             yield
         except _BrokenError as broken:
             self._give_up(str(broken))
             raise self._error(what, str(broken)) from broken.__cause__
+        except Exception as error:
+            self._give_up(f"rank {self.rank}: {type(error).__name__}: {error}")
+            raise
         except BaseException:
             self._give_up(f"rank {self.rank} was interrupted")
             raise
-        self._is_whole = True
+        self._why = ""
 
     def _give_up(self, why: str) -> None:
         try:
+            self._why = f"an earlier one failed: {why}"
             if self.rank == 0:  # the others have no other way to learn which rank it was
-                message = _HEAD.pack(_FAILURE, len(why.encode())) + why.encode()
+                message = _message(why.encode(), kind=_FAILURE)
                 latest = time.monotonic() + _FAREWELL_S
                 for rank, line in self._lines.items():
                     if rank not in self._half_told:
@@ -218,93 +203,110 @@ class Star:
         )
 
     def _hear(self, ranks: Iterable[int]) -> Iterator[tuple[int, bytes]]:
-        """What ranks tell, in the order in which they come; of one that is gone at once, whoever else is still awaited."""
-        awaited = {self._lines[rank].fileno(): rank for rank in ranks}
-        deadline = time.monotonic() + self._timeout
+        """What ranks tell, in the order in which it comes. The end of any rank, also of one that isn't awaited, ends the wait at once.
+
+        Raises:
+            _BrokenError: a rank is gone or late.
+        """
+        awaited = set(ranks)
         while awaited:
-            called = self._calls.poll(max(0.0, deadline - time.monotonic()) * 1000)
-            if not called:
-                late = ", ".join(map(str, sorted(awaited.values())))
-                raise _BrokenError(f"rank{'s' if len(awaited) > 1 else ''} {late}: no answer within {self._timeout:g} s")
-            for descriptor, _ in called:
-                if descriptor not in awaited:  # it has nothing to say before it is told
-                    rank = next(rank for rank, line in self._lines.items() if line.fileno() == descriptor)
-                    raise _BrokenError(f"rank {rank}: its connection has ended")
-                rank = awaited.pop(descriptor)
-                yield rank, self._receive(rank)
+            events = self._poll.poll(max(0.0, self._deadline - time.monotonic()) * 1000)
+            if not events:
+                raise _BrokenError(f"{_words(awaited)}: no answer within {self._timeout:g} s")
+            for descriptor, _ in events:
+                rank = self._ranks[descriptor]
+                try:
+                    if rank not in awaited:  # it has nothing to say before it is told
+                        raise _BrokenError(f"rank {rank}: its connection has ended")
+                    data = self._receive(rank)
+                except _BrokenError as broken:
+                    others = awaited - {rank}  # it may have left because one of them is late
+                    raise _BrokenError(f"{broken}; {_words(others)} had not come either" if others else str(broken)) from broken.__cause__
+                awaited.remove(rank)
+                yield rank, data
 
-    def _tell(self, ranks: Iterable[int], parts: Sequence[bytes]) -> None:
-        """Tell ranks the same. Where one is gone the others hear it all the same."""
-        failed = [failure for rank in ranks if (failure := _failure_of(lambda rank=rank: self._send(rank, parts))) is not None]
-        if failed:
-            raise failed[0]
+    def _tell(self, ranks: Iterable[int], message: bytes) -> None:
+        """Tell ranks the same. Where one is gone the others hear it all the same.
 
-    def _send(self, rank: int, parts: Sequence[bytes]) -> None:
-        message = b"".join([_HEAD.pack(_ANSWER, sum(map(len, parts))), *parts])
+        Raises:
+            _BrokenError: one is gone.
+        """
+        failures = [failure for rank in ranks if (failure := self._failure_to_send(rank, message)) is not None]
+        if failures:
+            raise failures[0]
+
+    def _failure_to_send(self, rank: int, message: bytes) -> _BrokenError | None:
+        try:
+            self._send(rank, message)
+        except _BrokenError as error:
+            return error
+        return None
+
+    def _send(self, rank: int, message: bytes) -> None:
+        line = self._lines[rank]
         self._half_told.add(rank)
         try:
-            self._lines[rank].sendall(message, socket.MSG_NOSIGNAL)
+            line.settimeout(self._left())
+            line.sendall(message, socket.MSG_NOSIGNAL)
         except OSError as error:
             if self.rank and isinstance(error, BrokenPipeError | ConnectionResetError):
                 self._receive(rank)  # it has left, and may have said why
-            raise _broken(rank, error, self._timeout) from error
+            raise self._broken(rank, error) from error
         self._half_told.discard(rank)
 
     def _receive(self, rank: int) -> bytes:
-        kind, nbytes = _HEAD.unpack(self._exactly(rank, _HEAD.size))
-        data = self._exactly(rank, nbytes)
+        try:
+            kind, nbytes = _HEAD.unpack(self._exactly(rank, _HEAD.size))
+            data = self._exactly(rank, nbytes)
+        except (OSError, EOFError) as error:
+            raise self._broken(rank, error) from error
         if kind != _ANSWER:
             raise _BrokenError(data.decode(errors="replace"))
         return data
 
     def _exactly(self, rank: int, nbytes: int) -> bytes:
-        try:
-            return _read(self._lines[rank], nbytes)
-        except (OSError, EOFError) as error:
-            raise _broken(rank, error, self._timeout) from error
+        """So many bytes from a rank.
+
+        Raises:
+            EOFError: its connection ends before.
+            OSError: it fails; TimeoutError: the limit is over.
+        """
+        line, parts, left = self._lines[rank], [], nbytes
+        while left:
+            line.settimeout(self._left())
+            parts.append(line.recv(min(left, _PIECE_BYTES)))
+            if not parts[-1]:
+                raise EOFError
+            left -= len(parts[-1])
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _left(self) -> float:
+        """Seconds of the limit."""
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        return left
+
+    def _broken(self, rank: int, error: OSError | EOFError) -> _BrokenError:
+        if self._lines[rank].fileno() < 0:
+            return _BrokenError("this one was closed meanwhile")
+        is_over = isinstance(error, EOFError | BrokenPipeError | ConnectionResetError)
+        late = f"no answer within {self._timeout:g} s" + (", nor of a rank that it waits for" if self.rank else "")
+        return _BrokenError(
+            f"rank {rank}: " + (late if isinstance(error, TimeoutError) else "its connection has ended" if is_over else str(error))
+        )
 
 
 class _BrokenError(Exception):
     """A collective can't go on; why."""
 
 
-def _broken(rank: int, error: OSError | EOFError, timeout: float) -> _BrokenError:
-    is_late = isinstance(error, TimeoutError)
-    is_over = isinstance(error, EOFError | BrokenPipeError | ConnectionResetError)
-    return _BrokenError(
-        f"rank {rank}: " + (f"no answer within {timeout:g} s" if is_late else "its connection has ended" if is_over else str(error))
-    )
-
-
-def _failure_of(action: Callable[[], None]) -> _BrokenError | None:
-    try:
-        action()
-    except _BrokenError as error:
-        return error
-    return None
-
-
-def _read(line: socket.socket, nbytes: int) -> bytes:
-    """So many bytes.
-
-    Raises:
-        EOFError: the connection ends before.
-        OSError: it fails; TimeoutError: nothing comes within its limit.
-    """
-    data = line.recv(min(nbytes, _PIECE_BYTES)) if nbytes else b""
-    if len(data) == nbytes:  # nearly always
-        return data
-    parts = [data]
-    left = nbytes - len(data)
-    while left:
-        if not parts[-1]:
-            raise EOFError
-        parts.append(line.recv(min(left, _PIECE_BYTES)))
-        left -= len(parts[-1])
-    return b"".join(parts)
+def _message(*parts: bytes, kind: int = _ANSWER) -> bytes:
+    return b"".join([_HEAD.pack(kind, sum(map(len, parts))), *parts])
 
 
 def _split(data: bytes, number: int) -> list[bytes]:
+    """The parts that lie one after the other behind their lengths."""
     lengths = struct.unpack_from(f"<{number}Q", data)
     ends = [8 * number]
     for length in lengths:
@@ -312,49 +314,6 @@ def _split(data: bytes, number: int) -> list[bytes]:
     return [data[begin:end] for begin, end in pairwise(ends)]
 
 
-def _listen(name: str, backlog: int) -> socket.socket:
-    """A socket under a name that is no file's, and ends with it."""
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        listener.bind(name)
-        listener.listen(backlog)
-    except OSError:
-        listener.close()
-        raise
-    return listener
-
-
-def _call(first: _Place, rank: int) -> socket.socket:
-    line = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        line.setblocking(False)  # a listener that was made for all has room for all
-        line.connect(first.name)
-        line.sendall(first.key + rank.to_bytes(_RANK_BYTES, "little"), socket.MSG_NOSIGNAL)
-    except OSError:
-        line.close()
-        raise
-    return line
-
-
-def _accept(listener: socket.socket, world_size: int, key: bytes) -> dict[int, socket.socket]:
-    """The connections with all others, who have called; strangers are sent away.
-
-    Raises:
-        OSError: there are fewer, or the system has no room for them.
-    """
-    with ExitStack() as opened:
-        lines: dict[int, socket.socket] = {}
-        listener.setblocking(False)
-        while len(lines) < world_size - 1:
-            line, _ = listener.accept()
-            told = b""
-            line.setblocking(False)
-            with suppress(OSError):
-                told = line.recv(len(key) + _RANK_BYTES)
-            rank = int.from_bytes(told[len(key) :], "little")
-            if hmac.compare_digest(told[: len(key)], key) and 0 < rank < world_size and rank not in lines:
-                lines[rank] = opened.enter_context(line)
-            else:
-                line.close()
-        opened.pop_all()
-        return lines
+def _words(ranks: Iterable[int]) -> str:
+    listed = sorted(ranks)
+    return f"rank{'s' if len(listed) > 1 else ''} {', '.join(map(str, listed))}"

@@ -59,7 +59,8 @@ def connect(timeout: float = DEFAULT_TIMEOUT) -> Communicator:
 class TorchCommunicator:
     """All ranks of torch.distributed, in a gloo group of their own.
 
-    What all agree on goes over sockets of their own where they run on one machine.
+    What all agree on goes over sockets of their own where they run on one machine; it does so also after `destroy_process_group()`, so that
+    a save that is under way then isn't lost.
 
     Args:
         timeout: seconds that a collective or a message may take.
