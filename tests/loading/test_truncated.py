@@ -102,8 +102,9 @@ def test_a_cut_after_the_headers_were_read_is_everyones_error(
     root, files = saved
     first, second = rank_pool(2).run(load, root, axis, balanced, READS)
     assert first == second
-    assert first.startswith(("ShortFileError", "DataFileError"))
-    assert "ends before" in first
+    # A read at that very moment gives zeros, and what they were is found out when the file is closed.
+    assert first.startswith("ShortFileError")
+    assert "ends before" in first or "was cut short" in first
     for path, data in files.items():
         assert str(path) in first
         assert path.stat().st_size < len(data)
@@ -118,4 +119,4 @@ def test_a_cut_while_a_box_is_copied_kills_nobody(rank_pool: Callable[[int], Ran
         rank_pool(1).restart()
     assert not isinstance(outcome, Failure), outcome.text
     # Where the file is leased the cut comes after the load; where it isn't, it isn't mapped, and its end is seen.
-    assert outcome == "" or "ends before" in outcome
+    assert outcome == "" or "ends before" in outcome or "was cut short" in outcome

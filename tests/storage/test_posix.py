@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from reshard.errors import NoSpaceError, StorageError
+from reshard.errors import DataFileError, NoSpaceError, ShortFileError, StorageError
 from reshard.storage import PosixStorage
-from reshard.storage.posix import storage_error
+from reshard.storage.posix_files import PosixReadable, PosixWritable
+from reshard.storage.system_errors import storage_error
 
 HOLDER = """
 import sys, time
@@ -56,9 +57,7 @@ def test_a_full_device_is_no_space(tmp_path):
 def test_a_write_to_a_full_device_raises_no_space():
     if not os.path.exists("/dev/full"):
         pytest.skip("the machine has no /dev/full")
-    from reshard.storage.posix import _PosixWritable
-
-    with _PosixWritable("/dev/full", os.open("/dev/full", os.O_WRONLY)) as file, pytest.raises(NoSpaceError, match="No space left"):
+    with PosixWritable("/dev/full", os.open("/dev/full", os.O_WRONLY)) as file, pytest.raises(NoSpaceError, match="No space left"):
         file.write_at(0, memoryview(b"x" * 4096))
 
 
@@ -219,3 +218,46 @@ def test_a_file_that_somebody_writes_is_not_mapped(tmp_path: Path) -> None:
     path.write_bytes(bytes(8192))
     with open(path, "r+b"), PosixStorage().open_read(str(path)) as file:
         assert file.map(0, 8192) is None
+
+
+def opened(tmp_path: Path, size: int = 5) -> PosixReadable:
+    path = tmp_path / "file"
+    path.write_bytes(b"12345")
+    file = PosixStorage().open_read(str(path))
+    assert isinstance(file, PosixReadable)
+    os.truncate(path, size)
+    return file
+
+
+def test_a_file_that_was_cut_short_while_it_was_open_says_so_when_it_is_closed(tmp_path):
+    file = opened(tmp_path, 3)
+    with pytest.raises(ShortFileError, match="cut short") as caught:
+        file.close()
+    assert (caught.value.file, caught.value.found) == (f"{tmp_path}/file", "3 bytes")
+    assert "5 bytes" in str(caught.value.expected)
+    file.close()
+    with pytest.raises(StorageError, match="Bad file descriptor"):
+        file.read_into(0, memoryview(bytearray(1)))
+
+
+def test_a_file_that_grew_while_it_was_open_is_none_the_worse(tmp_path):
+    with opened(tmp_path, 7) as file:
+        assert file.size == 5
+
+
+def test_that_a_file_was_cut_short_explains_why_its_bytes_are_wrong(tmp_path):
+    wrong = DataFileError("the bytes of a tensor are not as they were saved")
+    with pytest.raises(ShortFileError, match="cut short") as caught, opened(tmp_path, 3):
+        raise wrong
+    assert caught.value.__context__ is wrong
+    with pytest.raises(DataFileError, match="not as they were saved"), opened(tmp_path):
+        raise wrong
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), StorageError("can't read the file"), ShortFileError("the file ends before")])
+def test_any_other_error_is_told_whatever_became_of_the_file(tmp_path, error):
+    file = opened(tmp_path, 3)
+    with pytest.raises(type(error)) as caught, file:
+        raise error
+    assert caught.value is error
+    file.close()

@@ -24,20 +24,22 @@ class UsedFile:
         self._turn = Lock()
 
     def during(self, work: Callable[[], Amount]) -> Callable[[], Amount]:
-        """The same work, that uses the file until it is done."""
+        """The same work, that uses the file until it is done.
+
+        Work that fails goes on using it: whoever opened the file closes it with the error, and the file may say why.
+        """
         with self._turn:
             self._users += 1
 
         def using() -> Amount:
-            try:
-                return work()
-            finally:
-                self.let_go()
+            amount = work()
+            self.let_go()
+            return amount
 
         return using
 
     def let_go(self) -> None:
-        """One use less."""
+        """One use less. Raises ShortFileError as closing the file does, where it was the last."""
         with self._turn:
             self._users -= 1
             is_last = not self._users

@@ -8,193 +8,20 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import mmap
 import os
 import shutil
 import stat as modes
-import threading
 import weakref
 from collections.abc import Sequence
 from contextlib import suppress
-from types import TracebackType
 
-import numpy as np
-
-from reshard.errors import NoSpaceError, ReshardError, ShortFileError, StorageError
-from reshard.storage.storage import Entry, Lock, ReadableFile, WritableFile, scatter_by_reading
-from reshard.storage.system_calls import RENAME_EXCHANGE, RENAME_NOREPLACE, UNSUPPORTED, is_leased, lease, preadv, rename2
+from reshard.errors import StorageError
+from reshard.storage.posix_files import PosixReadable, PosixWritable
+from reshard.storage.storage import Entry, Lock, ReadableFile, WritableFile
+from reshard.storage.system_calls import RENAME_EXCHANGE, RENAME_NOREPLACE, UNSUPPORTED, rename2
+from reshard.storage.system_errors import Saying, storage_error
 
 _NOT_THERE = (FileNotFoundError, NotADirectoryError)
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
-_FIXES = {
-    errno.EACCES: "give the user that runs this the right to read and write there, or choose another directory",
-    errno.EPERM: "give the user that runs this the right to read and write there, or choose another directory",
-    errno.EROFS: "the file system is mounted read-only: choose another directory",
-    errno.EIO: "the device reports an input/output error: look at the system's log",
-    errno.ESTALE: "the network file system lost the file: look at the server, then try again",
-    errno.ENOSPC: "free some space there, or choose another directory",
-    errno.EDQUOT: "the quota is used up: free some space there, or choose another directory",
-}
-
-
-def storage_error(error: OSError, what: str, path: str) -> ReshardError:
-    """What the operating system said, as an error of the tree.
-
-    Args:
-        error: its words.
-        what: what was tried, without the path ("can't create the file").
-        path: what it was tried on.
-    """
-    kind = NoSpaceError if error.errno in _FULL else StorageError
-    fix = _FIXES.get(error.errno) if error.errno is not None else None
-    return kind(what, file=path, found=error.strerror or str(error), fix=fix)
-
-
-class _Saying:
-    """Errors of the system become errors of the storage. Around each read, for which a generator would cost more than the read may."""
-
-    __slots__ = ("_path", "_what")
-
-    def __init__(self, what: str, path: str) -> None:
-        self._what, self._path = what, path
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if isinstance(error, OSError):
-            raise storage_error(error, self._what, self._path) from error
-
-
-def _rest_of(pieces: np.ndarray, done: int) -> np.ndarray:
-    """What is left of pieces when the first bytes of them are full."""
-    ends = np.cumsum(pieces[:, 1])
-    first = int(np.searchsorted(ends, done, "right"))
-    rest = pieces[first:].copy()
-    if len(rest):
-        filled = done - (int(ends[first - 1]) if first else 0)
-        rest[0] += (filled, -filled)
-    return rest
-
-
-class _Descriptor:
-    """A file descriptor that closes once."""
-
-    def __init__(self, path: str, descriptor: int) -> None:
-        self.path = path
-        self._descriptor = descriptor
-
-    def close(self) -> None:
-        descriptor, self._descriptor = self._descriptor, -1
-        if descriptor >= 0:
-            with _Saying("can't close the file", self.path):
-                os.close(descriptor)
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
-
-
-class _PosixReadable(_Descriptor):
-    def __init__(self, path: str, descriptor: int, size: int) -> None:
-        super().__init__(path, descriptor)
-        self.size = size
-        # Whether the file is leased; None before it is asked for.
-        self._is_leased: bool | None = None
-        self._guard = threading.Lock()
-
-    def _cannot_shrink(self) -> bool:
-        """Whether nobody can cut the file short within the next seconds: a lease on it makes who wants to write wait, until it is closed.
-
-        Once somebody waits, the answer is no: the system takes a lease away after a while (`fs.lease-break-time`, 45 s).
-        """
-        with self._guard:
-            if self._is_leased is None:
-                self._is_leased = lease(self._descriptor)
-            elif self._is_leased:
-                self._is_leased = is_leased(self._descriptor)
-            return self._is_leased
-
-    def read_into(self, offset: int, buffer: memoryview) -> None:
-        rest = buffer.cast("B") if buffer.nbytes else buffer
-        done = 0
-        with _Saying("can't read the file", self.path):
-            while done < buffer.nbytes:
-                count = os.preadv(self._descriptor, [rest[done:]], offset + done)
-                if count == 0:
-                    raise ShortFileError(
-                        "the file ends before the bytes that should be in it",
-                        file=self.path,
-                        found=f"{max(0, offset + done)} bytes at most",
-                        expected=f"{buffer.nbytes} bytes from offset {offset}",
-                    )
-                done += count
-
-    def scatter(self, offset: int, pieces: np.ndarray, nbytes: int) -> None:
-        call = preadv()
-        if call is None:
-            scatter_by_reading(self, offset, pieces)
-            return
-        # Not in `_Saying`, since there may be thousands of short reads.
-        try:
-            done = call(self._descriptor, pieces, offset)
-            while 0 < done < nbytes:
-                pieces = _rest_of(pieces, done)
-                offset += done
-                nbytes -= done
-                done = call(self._descriptor, pieces, offset)
-        except OSError as error:
-            raise storage_error(error, "can't read the file", self.path) from error
-        if done < nbytes:
-            raise ShortFileError(
-                "the file ends before the bytes that should be in it",
-                file=self.path,
-                found=f"{offset} bytes at most",
-                expected=f"{nbytes} bytes from offset {offset}",
-            )
-
-    def map(self, offset: int, nbytes: int) -> memoryview | None:
-        if not nbytes:
-            return None
-        begin = offset - offset % mmap.ALLOCATIONGRANULARITY
-        with _Saying("can't map the file", self.path):
-            # Before its size is looked at: what is cut off while it is copied would kill the process.
-            if not self._cannot_shrink():
-                return None
-            size = os.fstat(self._descriptor).st_size
-            if size < offset + nbytes:
-                raise ShortFileError(
-                    "the file ends before the bytes that should be in it",
-                    file=self.path,
-                    found=f"{size} bytes",
-                    expected=f"{nbytes} bytes from offset {offset}",
-                )
-            try:
-                window = mmap.mmap(self._descriptor, offset - begin + nbytes, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ, offset=begin)
-            except OSError:
-                return None  # some file systems can't map
-            # What isn't in memory yet is asked for at once. To have all pages mapped now, too, costs more than the faults do, of which
-            # each maps the pages around it.
-            window.madvise(mmap.MADV_WILLNEED)
-        # The mapping goes with the last view of it.
-        return memoryview(window)[offset - begin :]
-
-    def __enter__(self) -> _PosixReadable:
-        return self
-
-
-class _PosixWritable(_Descriptor):
-    def write_at(self, offset: int, data: memoryview) -> None:
-        rest = memoryview(data).cast("B") if data.nbytes else data
-        done = 0
-        with _Saying("can't write the file", self.path):
-            while done < data.nbytes:
-                done += os.pwrite(self._descriptor, rest[done:], offset + done)
-
-    def sync(self) -> None:
-        with _Saying("can't make the file durable", self.path):
-            os.fsync(self._descriptor)
-
-    def __enter__(self) -> _PosixWritable:
-        return self
 
 
 class _PosixLock:
@@ -224,7 +51,7 @@ class _PosixLock:
     def is_held(self) -> bool:
         if self._descriptor < 0:
             return False
-        with _Saying("can't look at the lock file", self._path):
+        with Saying("can't look at the lock file", self._path):
             return _is_still(self._path, self._descriptor)
 
     def release(self) -> None:
@@ -256,27 +83,27 @@ class PosixStorage:
 
     def list(self, path: str) -> Sequence[Entry]:
         entries = []
-        with _Saying("can't list the directory", path), os.scandir(path) as scan:
+        with Saying("can't list the directory", path), os.scandir(path) as scan:
             for item in scan:
                 with suppress(*_NOT_THERE):  # removed since, or a symbolic link that leads nowhere
                     entries.append(_entry(item.name, _status(item)))
         return sorted(entries, key=lambda entry: entry.name)
 
     def links_out(self, path: str) -> Sequence[str]:
-        with _Saying("can't list the directory", path), os.scandir(path) as scan:
+        with Saying("can't list the directory", path), os.scandir(path) as scan:
             links = sorted(item.name for item in scan if item.is_symlink())
         inside = os.path.join(os.path.realpath(path), "") if links else ""
         return [name for name in links if not os.path.realpath(os.path.join(path, name)).startswith(inside)]
 
     def open_read(self, path: str) -> ReadableFile:
-        with _Saying("can't open the file", path):
+        with Saying("can't open the file", path):
             # Without waiting: a named pipe in the place of a file would hold the process for ever.
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
             status = os.fstat(descriptor)
         if not modes.S_ISREG(status.st_mode):
             os.close(descriptor)
             raise StorageError("not a file", file=path, found="a directory" if modes.S_ISDIR(status.st_mode) else "a device or a pipe")
-        return _PosixReadable(path, descriptor, status.st_size)
+        return PosixReadable(path, descriptor, status.st_size)
 
     def read_bytes(self, path: str) -> bytes:
         with self.open_read(path) as file:
@@ -285,7 +112,7 @@ class PosixStorage:
         return bytes(data)
 
     def create(self, path: str, size: int) -> WritableFile:
-        with _Saying("can't create the file", path):
+        with Saying("can't create the file", path):
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
             try:
                 # Only the size: `posix_fallocate` would write zeros over the whole file where the file system can't reserve.
@@ -293,7 +120,7 @@ class PosixStorage:
             except BaseException:
                 os.close(descriptor)
                 raise
-        return _PosixWritable(path, descriptor)
+        return PosixWritable(path, descriptor)
 
     def write_bytes(self, path: str, data: bytes) -> None:
         with self.create(path, len(data)) as file:
@@ -301,11 +128,11 @@ class PosixStorage:
             file.sync()
 
     def make_directory(self, path: str) -> None:
-        with _Saying("can't make the directory", path):
+        with Saying("can't make the directory", path):
             os.makedirs(path, exist_ok=True)
 
     def sync_directory(self, path: str) -> None:
-        with _Saying("can't make the directory durable", path):
+        with Saying("can't make the directory durable", path):
             descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
                 os.fsync(descriptor)
@@ -317,7 +144,7 @@ class PosixStorage:
                 os.close(descriptor)
 
     def rename(self, source: str, target: str) -> None:
-        with _Saying(f"can't rename to {target}", source):
+        with Saying(f"can't rename to {target}", source):
             if rename2(source, target, RENAME_NOREPLACE):
                 return
             if os.path.lexists(target):
@@ -325,19 +152,19 @@ class PosixStorage:
             os.rename(source, target)
 
     def replace(self, source: str, target: str) -> None:
-        with _Saying(f"can't put the file in the place of {target}", source):
+        with Saying(f"can't put the file in the place of {target}", source):
             os.replace(source, target)
 
     def exchange(self, first: str, second: str) -> bool:
-        with _Saying(f"can't exchange with {second}", first):
+        with Saying(f"can't exchange with {second}", first):
             return rename2(first, second, RENAME_EXCHANGE)
 
     def remove(self, path: str) -> None:
-        with _Saying("can't remove the file", path):
+        with Saying("can't remove the file", path):
             os.unlink(path)
 
     def remove_tree(self, path: str) -> None:
-        with _Saying("can't remove the directory", path):
+        with Saying("can't remove the directory", path):
             try:
                 if os.path.islink(path):
                     # What it leads to lies elsewhere, and was put there by someone else.
@@ -349,14 +176,14 @@ class PosixStorage:
                     raise
 
     def free_bytes(self, path: str) -> int | None:
-        with _Saying("can't ask for free space", path):
+        with Saying("can't ask for free space", path):
             status = os.statvfs(path)
         # Some network file systems don't know their size and say 0 for everything.
         return status.f_bavail * status.f_frsize if status.f_blocks else None
 
     def lock(self, path: str, owner: str) -> Lock | str:
         while True:
-            with _Saying("can't open the lock file", path):
+            with Saying("can't open the lock file", path):
                 descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

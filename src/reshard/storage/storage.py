@@ -70,12 +70,19 @@ class ReadableFile(Protocol):
         ...
 
     def close(self) -> None:
-        """Let go of the file; fine when it is closed."""
+        """Let go of the file; fine when it is closed.
+
+        Raises:
+            ShortFileError: it is shorter than when it was opened. A read at the moment in which a file is cut short may give zeros in the
+                place of its bytes, and no error: this says so. The file is closed all the same.
+        """
         ...
 
     def __enter__(self) -> ReadableFile: ...
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """As `close`; that the file was cut short takes the place of an error that found its bytes wrong. Any other goes on as it is."""
+        ...
 
 
 def memory_at(address: int, nbytes: int) -> memoryview:

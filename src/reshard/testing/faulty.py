@@ -195,7 +195,7 @@ class _FaultyReadable:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
+        self._inner.__exit__(kind, error, trace)
 
 
 class _FaultyWritable:
