@@ -79,6 +79,7 @@ class TensorView:
         Raises:
             UsageError: the region lies outside the tensor.
             DataFileError: a file is missing or damaged, doesn't hold what metadata promises, or bytes of it are not as they were saved.
+            ShortFileError: a file is cut short, perhaps while it is read.
         """
         region = Region.whole(self.shape) if region is None else region
         if not region.fits(self.shape):
@@ -94,6 +95,7 @@ class TensorView:
 
         Raises:
             DataFileError: as `read`.
+            ShortFileError: likewise.
         """
         for chunk, common, entry in self.locate(region):
             self._fill(out[common.relative_to(region).slices] if out.ndim else out, chunk, common.relative_to(chunk.region), entry)

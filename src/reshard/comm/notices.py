@@ -75,3 +75,7 @@ class BoardClient:
                 found=str(error) or "the connection ended",
                 fix="look at rank 0 and the launcher: one of them has ended",
             ) from error
+        except BaseException:
+            # Interrupted: an answer that wasn't taken would be taken for that of the next question.
+            self._connection.close()
+            raise

@@ -272,8 +272,7 @@ class SocketCommunicator:
         try:
             return action()
         except (EOFError, OSError, msgspec.MsgspecError) as error:
-            self._hang_up()
-            self._state = "broken"
+            self._break_off()
             raise CommunicationError(
                 f"ranks could not {what}",
                 rank=self.rank,
@@ -282,8 +281,15 @@ class SocketCommunicator:
             ) from error
         except BaseException:
             # Interrupted: what it didn't take would be taken for the answer of another collective.
+            self._break_off()
+            raise
+
+    def _break_off(self) -> None:
+        self._state = "broken"
+        try:
             self._hang_up()
-            self._state = "broken"
+        except KeyboardInterrupt:
+            self._hang_up()  # all the same: the others would wait
             raise
 
     def _hang_up(self) -> None:

@@ -11,6 +11,7 @@ import select
 import socket
 import struct
 import time
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import pairwise
@@ -29,9 +30,10 @@ _ANSWER, _FAILURE = 0, 1
 # The longest limit (seconds): `poll` takes milliseconds in 32 bits. Some weeks.
 _LONGEST_S = 2e6
 
-# Rank 0 alone knows who is late. The others wait so much longer for its word, as a part of the limit, and at most so many seconds.
+# Rank 0 alone knows who is late. The others wait so much longer for its word, as a part of the limit, and at most so many seconds: so much
+# later than another it may come and still be the one that says it. Who waits for rank 0 itself hears so much later that it is late.
 _GRACE = 0.1
-_MOST_GRACE_S = 5.0
+_MOST_GRACE_S = 60.0
 
 # Ranks that are still busy with an answer have so long (seconds, together) to take why there is no next one.
 _FAREWELL_S = 1.0
@@ -44,7 +46,7 @@ class Star:
     """The collectives of a job whose ranks all run on one machine; as a communicator's, over connections with rank 0.
 
     After an error, or an interrupt within a collective, there is no next one: the others hear so at once, at the latest when this one is
-    closed. Who is gone is noticed by the end of its connection; a process that it has forked off, and that lives on, holds that open.
+    closed. Who is gone is noticed by the end of its connection, of which a process that it has forked off lets go at once.
 
     Args:
         rank: this process's.
@@ -65,13 +67,23 @@ class Star:
         self._deadline = 0.0
         # Why there can be no collective now. Not before one is over is it known that nothing of it is left on a connection.
         self._why = ""
+        self._is_closed = False
         # Ranks to which a part of a message may have gone: nothing may be taken for the rest of it.
         self._half_told: set[int] = set()
         self._process = os.getpid()
         self._poll = select.poll()
         self._ranks = {line.fileno(): other for other, line in self._lines.items()}
         for line in self._lines.values():
+            line.setblocking(False)
             self._poll.register(line, select.POLLIN)
+        find = weakref.WeakMethod(self.close)
+
+        def in_child() -> None:
+            close = find()
+            if close is not None:
+                close()
+
+        os.register_at_fork(after_in_child=in_child)
 
     @classmethod
     def connect(cls, comm: Communicator, timeout: float) -> Star | None:
@@ -117,7 +129,7 @@ class Star:
         data = bytes(data)
         with self._collective("broadcast"):
             if self.rank == source and source:
-                self._send(0, _message(data))
+                self._tell([0], _message(data))
                 return data
             if self.rank:
                 return self._receive(0)
@@ -128,7 +140,7 @@ class Star:
 
     def close(self) -> None:
         """Let go of the connections; whoever waits at the other end hears so. Not collective."""
-        self._why = self._why or "this one is closed"
+        self._is_closed = True
         try:
             self._hang_up()
         except KeyboardInterrupt:
@@ -151,7 +163,7 @@ class Star:
     def _gather(self, what: str, data: bytes) -> list[bytes]:
         with self._collective(what):
             if self.rank:
-                self._send(0, _message(data))
+                self._tell([0], _message(data))
                 return _split(self._receive(0), self._world_size)
             heard = {0: data, **dict(self._hear(range(1, self._world_size)))}
             parts = [heard[rank] for rank in range(self._world_size)]
@@ -162,9 +174,9 @@ class Star:
     @contextmanager
     def _collective(self, what: str) -> Iterator[None]:
         """All of one: after a part of it nobody knows what comes next on a connection."""
-        if self._why:
+        if self._why or self._is_closed:
             self._hang_up()
-            raise self._error(what, self._why)
+            raise self._error(what, self._why or "this one is closed")
         self._why = "another was under way, or was interrupted"
         self._deadline = time.monotonic() + self._limit
         try:
@@ -184,13 +196,10 @@ class Star:
         try:
             self._why = f"an earlier one failed: {why}"
             if self.rank == 0:  # the others have no other way to learn which rank it was
-                message = _message(why.encode(), kind=_FAILURE)
-                latest = time.monotonic() + _FAREWELL_S
-                for rank, line in self._lines.items():
-                    if rank not in self._half_told:
-                        with suppress(OSError):
-                            line.settimeout(max(0.0, latest - time.monotonic()))
-                            line.sendall(message, socket.MSG_NOSIGNAL)
+                message = _message(why.encode(errors="replace"), kind=_FAILURE)
+                self._deadline = time.monotonic() + _FAREWELL_S
+                with suppress(_BrokenError):
+                    self._tell([rank for rank in self._lines if rank not in self._half_told], message)
         finally:
             self.close()
 
@@ -210,14 +219,14 @@ class Star:
         """
         awaited = set(ranks)
         while awaited:
-            events = self._poll.poll(max(0.0, self._deadline - time.monotonic()) * 1000)
+            events = self._poll.poll(self._left() * 1000)
             if not events:
-                raise _BrokenError(f"{_words(awaited)}: no answer within {self._timeout:g} s")
+                raise _BrokenError(f"{_words(awaited)}: {self._late()}")
             for descriptor, _ in events:
                 rank = self._ranks[descriptor]
                 try:
                     if rank not in awaited:  # it has nothing to say before it is told
-                        raise _BrokenError(f"rank {rank}: its connection has ended")
+                        raise self._broken(rank, EOFError())
                     data = self._receive(rank)
                 except _BrokenError as broken:
                     others = awaited - {rank}  # it may have left because one of them is late
@@ -226,33 +235,46 @@ class Star:
                 yield rank, data
 
     def _tell(self, ranks: Iterable[int], message: bytes) -> None:
-        """Tell ranks the same. Where one is gone the others hear it all the same.
+        """Tell ranks the same, each as fast as it takes it. Where one is gone or late the others hear it all the same.
 
         Raises:
-            _BrokenError: one is gone.
+            _BrokenError: one is gone or late.
         """
-        failures = [failure for rank in ranks if (failure := self._failure_to_send(rank, message)) is not None]
-        if failures:
-            raise failures[0]
+        told = dict.fromkeys(ranks, 0)
+        broken: list[_BrokenError] = []
+        while told:
+            for rank, nbytes in list(told.items()):
+                told[rank] = self._give(rank, message, nbytes, broken)
+            told = {rank: nbytes for rank, nbytes in told.items() if nbytes < len(message)}
+            # Waited for only where it has to be: less room than the system asks for before it speaks of any may be enough.
+            if told and not self._wait(told, select.POLLOUT):
+                broken.append(_BrokenError(f"{_words(told)}: {self._late()}"))
+                break
+        if broken:
+            raise broken[0]
 
-    def _failure_to_send(self, rank: int, message: bytes) -> _BrokenError | None:
-        try:
-            self._send(rank, message)
-        except _BrokenError as error:
-            return error
-        return None
-
-    def _send(self, rank: int, message: bytes) -> None:
-        line = self._lines[rank]
+    def _give(self, rank: int, message: bytes, told: int, broken: list[_BrokenError]) -> int:
+        """How many bytes of a message a rank has taken, when it took so many before; all, when it is gone, which is noted."""
         self._half_told.add(rank)
         try:
-            line.settimeout(self._left())
-            line.sendall(message, socket.MSG_NOSIGNAL)
+            told += self._lines[rank].send(memoryview(message)[told:], socket.MSG_NOSIGNAL)
+        except BlockingIOError:
+            pass
         except OSError as error:
-            if self.rank and isinstance(error, BrokenPipeError | ConnectionResetError):
-                self._receive(rank)  # it has left, and may have said why
-            raise self._broken(rank, error) from error
-        self._half_told.discard(rank)
+            broken.append(self._last_word(rank, error) or self._broken(rank, error))
+            return len(message)
+        if told in (0, len(message)):
+            self._half_told.discard(rank)
+        return told
+
+    def _last_word(self, rank: int, error: OSError) -> _BrokenError | None:
+        """Why rank 0 has left, if it has said so."""
+        if self.rank and isinstance(error, BrokenPipeError | ConnectionResetError):
+            try:
+                self._receive(rank)
+            except _BrokenError as said:
+                return said
+        return None
 
     def _receive(self, rank: int) -> bytes:
         try:
@@ -269,32 +291,43 @@ class Star:
 
         Raises:
             EOFError: its connection ends before.
-            OSError: it fails; TimeoutError: the limit is over.
+            OSError: it fails; TimeoutError: the limit is over, and no more of them are there.
         """
-        line, parts, left = self._lines[rank], [], nbytes
+        parts, left = [], nbytes
         while left:
-            line.settimeout(self._left())
-            parts.append(line.recv(min(left, _PIECE_BYTES)))
+            try:
+                parts.append(self._lines[rank].recv(min(left, _PIECE_BYTES)))
+            except BlockingIOError:
+                if not self._wait([rank], select.POLLIN):
+                    raise TimeoutError from None
+                continue
             if not parts[-1]:
                 raise EOFError
             left -= len(parts[-1])
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
+    def _wait(self, ranks: Iterable[int], event: int) -> bool:
+        """Whether the connection with one of some ranks gives or takes something before the limit is over."""
+        poll = select.poll()
+        for descriptor in (self._lines[rank].fileno() for rank in ranks):
+            if descriptor < 0:  # it was closed: what is done with it next says so
+                return True
+            poll.register(descriptor, event)
+        return bool(poll.poll(self._left() * 1000))
+
     def _left(self) -> float:
-        """Seconds of the limit."""
-        left = self._deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError
-        return left
+        """Seconds of the limit; none when it is over: what is there by then is taken all the same, since its sender isn't late."""
+        return max(0.0, self._deadline - time.monotonic())
 
     def _broken(self, rank: int, error: OSError | EOFError) -> _BrokenError:
-        if self._lines[rank].fileno() < 0:
+        if self._is_closed:  # by another thread
             return _BrokenError("this one was closed meanwhile")
         is_over = isinstance(error, EOFError | BrokenPipeError | ConnectionResetError)
-        late = f"no answer within {self._timeout:g} s" + (", nor of a rank that it waits for" if self.rank else "")
-        return _BrokenError(
-            f"rank {rank}: " + (late if isinstance(error, TimeoutError) else "its connection has ended" if is_over else str(error))
-        )
+        why = self._late() if isinstance(error, TimeoutError) else "its connection has ended" if is_over else str(error)
+        return _BrokenError(f"rank {rank}: {why}")
+
+    def _late(self) -> str:
+        return f"no answer within {self._timeout:g} s" + (", nor of a rank that it waits for" if self.rank else "")
 
 
 class _BrokenError(Exception):

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import groupby
 from queue import SimpleQueue
 
 import numpy as np
@@ -250,10 +249,12 @@ class _Exchange:
             end += nbytes
         data = self._buffer(epoch, end)
         with ExitStack() as files:
-            pending = []
-            for file, group in groupby(runs, key=lambda run: run[0]):
-                source = files.enter_context(self._storage.open_read(join(self._directory, file)))
-                pending += [pool.submit(_read_into, source, begin, data[at : at + nbytes]) for _, begin, at, nbytes in group]
+            # All before anything is read: one that can't be opened closes the others.
+            sources = {
+                file: files.enter_context(self._storage.open_read(join(self._directory, file)))
+                for file in dict.fromkeys(run[0] for run in runs)
+            }
+            pending = [pool.submit(_read_into, sources[file], begin, data[at : at + nbytes]) for file, begin, at, nbytes in runs]
             for future in pending:
                 future.exception()  # the files stay open until nobody reads them
             for future in pending:

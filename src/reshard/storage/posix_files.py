@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import threading
+from contextlib import suppress
 from types import TracebackType
 
 import numpy as np
@@ -138,8 +139,10 @@ class PosixReadable(_Descriptor):
     def close(self) -> None:
         if self._descriptor < 0:
             return
+        size = self.size
         try:
-            with Saying("can't look at the file", self.path):
+            # A network file system may have lost it by now: then what its reads said stands.
+            with suppress(OSError):
                 size = os.fstat(self._descriptor).st_size
         finally:
             super().close()
@@ -149,7 +152,7 @@ class PosixReadable(_Descriptor):
                 file=self.path,
                 found=f"{size} bytes",
                 expected=f"{self.size} bytes, as when it was opened",
-                fix="see what else writes there; the file is damaged now: restore it from a copy, or resume from another iteration",
+                fix="see what else writes there; then restore the file from a copy, or load another checkpoint",
             )
 
     def __enter__(self) -> PosixReadable:

@@ -163,11 +163,13 @@ class TorchCommunicator:
         return self._board
 
     def close(self) -> None:
-        if self._star is not None:
-            self._star.close()
-        group, self._group = self._group, None
-        if group is not None and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group(group)
+        try:
+            if self._star is not None:
+                self._star.close()
+        finally:
+            group, self._group = self._group, None
+            if group is not None and torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group(group)
 
     def _tell_all(self, message: torch.Tensor, source: int) -> None:
         """One rank's short message for all."""
