@@ -10,8 +10,11 @@ import msgspec
 from reshard.comm.single import LocalBoard
 from reshard.errors import CommunicationError
 
-_Question = tuple[str, list[int | None], bytes | None]
-"""A topic, of which ranks (None: the shared notice), and what to leave there; None to read."""
+_Question = tuple[int, str, list[int | None], bytes | None]
+"""Its number, a topic, of which ranks (None: the shared notice), and what to leave there; None to read."""
+
+_Answer = tuple[int, list[bytes | None]]
+"""The question's number, and what was read."""
 
 
 class BoardServer:
@@ -28,11 +31,12 @@ class BoardServer:
         """Answer a rank's questions until it hangs up."""
         try:
             while True:
-                topic, places, data = msgspec.msgpack.decode(connection.recv_bytes(), type=_Question)
+                number, topic, places, data = msgspec.msgpack.decode(connection.recv_bytes(), type=_Question)
                 if data is not None:
                     for place in places:
                         self._notices[topic, place] = data
-                connection.send_bytes(msgspec.msgpack.encode([] if data is not None else [self._notices.get((topic, p)) for p in places]))
+                read = [] if data is not None else [self._notices.get((topic, place)) for place in places]
+                connection.send_bytes(msgspec.msgpack.encode((number, read)))
         except (EOFError, OSError, msgspec.MsgspecError):
             connection.close()
 
@@ -51,23 +55,29 @@ class BoardClient:
         self._rank = rank
         self._timeout = timeout
         self._turn = threading.Lock()
+        self._asked = 0
 
     def post(self, topic: str, data: bytes, *, shared: bool = False) -> None:
-        self._ask((topic, [None if shared else self._rank], data))
+        self._ask(topic, [None if shared else self._rank], data)
 
     def read(self, topic: str, rank: int | None) -> bytes | None:
-        return self._ask((topic, [rank], None))[0]
+        return self._ask(topic, [rank], None)[0]
 
     def read_all(self, topic: str, world_size: int) -> list[bytes | None]:
-        return self._ask((topic, list(range(world_size)), None))
+        return self._ask(topic, list(range(world_size)), None)
 
-    def _ask(self, question: _Question) -> list[bytes | None]:
+    def _ask(self, topic: str, places: list[int | None], data: bytes | None) -> list[bytes | None]:
         try:
             with self._turn:
-                self._connection.send_bytes(msgspec.msgpack.encode(question))
-                if not self._connection.poll(self._timeout):
-                    raise TimeoutError(f"no answer within {self._timeout:g} s")
-                return msgspec.msgpack.decode(self._connection.recv_bytes(), type=list[bytes | None])
+                self._asked += 1
+                self._connection.send_bytes(msgspec.msgpack.encode((self._asked, topic, places, data)))
+                while True:
+                    if not self._connection.poll(self._timeout):
+                        raise TimeoutError(f"no answer within {self._timeout:g} s")
+                    number, read = msgspec.msgpack.decode(self._connection.recv_bytes(), type=_Answer)
+                    # Whoever was interrupted has left an answer behind.
+                    if number == self._asked:
+                        return read
         except (EOFError, OSError, msgspec.MsgspecError) as error:
             raise CommunicationError(
                 "the job's notices can't be reached",
@@ -75,7 +85,3 @@ class BoardClient:
                 found=str(error) or "the connection ended",
                 fix="look at rank 0 and the launcher: one of them has ended",
             ) from error
-        except BaseException:
-            # Interrupted: an answer that wasn't taken would be taken for that of the next question.
-            self._connection.close()
-            raise

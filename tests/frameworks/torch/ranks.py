@@ -176,7 +176,7 @@ def talk_one_to_one(comm: TorchCommunicator) -> None:
 
 def be_gone(star: bool) -> str:
     """Rank 3 takes no part; the others must hear so within their time limit, and training's own group goes on."""
-    comm = TorchCommunicator(timeout=2, star=star)
+    comm = TorchCommunicator(timeout=6, star=star)
     words = ""
     if comm.rank != 3:
         try:
@@ -204,7 +204,7 @@ class Interrupted(TorchCommunicator):
 
 def be_interrupted() -> str:
     """One rank doesn't take an answer, and goes on: nothing that it hears then may be what it didn't take."""
-    comm = Interrupted(timeout=2, star=False)
+    comm = Interrupted(timeout=6, star=False)
     said = ""
     try:
         with suppress(KeyboardInterrupt):
