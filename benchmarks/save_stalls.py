@@ -21,8 +21,9 @@ from benchmarks.save_cases import COPY, DCP_ASYNC, DEFERRED, IDLE, IDLE_COPIES, 
 from benchmarks.save_ranks import SaveSample
 from benchmarks.states import FSDP, TENSOR_PARALLEL, Strategy, TensorSpec
 
-# Of what a process holds; and the seconds between two of them.
+# Of what a process holds, at least and, where it is more than before, at most; and the seconds between two of them.
 _READINGS = 3
+_MOST_READINGS = 600
 _BETWEEN = 0.003
 
 _SLOTS = (("exp_avg", "adam_m"), ("exp_avg_sq", "adam_v"))
@@ -169,7 +170,9 @@ def endless(directory: Path, saves: int, tensors: Sequence[TensorSpec]) -> list[
             manager.save(number, model=model, optimizer=optimizer)
             manager.wait()
             gc.collect()
-            found.append(Residue(number, memory_of("RssAnon"), lasting("/proc/self/fd"), lasting("/proc/self/task")))
+            files = lasting("/proc/self/fd", found[-1].files if found else 0)
+            threads = lasting("/proc/self/task", found[-1].threads if found else 0)
+            found.append(Residue(number, memory_of("RssAnon"), files, threads))
         # A rank that loads connects to the store once more, which rank 0 may serve: everybody counts before anybody loads.
         dist.barrier()
         spoil(memory)
@@ -178,12 +181,17 @@ def endless(directory: Path, saves: int, tensors: Sequence[TensorSpec]) -> list[
     return found
 
 
-def lasting(directory: str) -> int:
+def lasting(directory: str, before: int = 0) -> int:
     """How many entries a directory of the process has: the least of some readings. What is just ending (a thread that has done its work, a
     connection that somebody else closes) is no residue; what is left behind is in every reading.
+
+    Args:
+        directory: of `/proc/self`.
+        before: how many there were after the last save: of more than that some may still be ending.
     """
-    least = len(os.listdir(directory))
-    for _ in range(_READINGS - 1):
+    least, readings = len(os.listdir(directory)), 1
+    while readings < _READINGS or (before and least > before and readings < _MOST_READINGS):
         time.sleep(_BETWEEN)
         least = min(least, len(os.listdir(directory)))
+        readings += 1
     return least

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -43,19 +42,19 @@ class RankPool:
         context = multiprocessing.get_context("forkserver")
         os.environ["OMP_NUM_THREADS"] = "1"
         context.set_forkserver_preload(PRELOAD)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
         pairs = [context.Pipe() for _ in range(self.world_size)]
         self._ends = [mine for mine, _ in pairs]
         self._processes = [
-            context.Process(target=_serve, args=(rank, self.world_size, port, theirs), daemon=True)
-            for rank, (_, theirs) in enumerate(pairs)
+            context.Process(target=_serve, args=(rank, self.world_size, theirs), daemon=True) for rank, (_, theirs) in enumerate(pairs)
         ]
         for process in self._processes:
             process.start()
         for _, theirs in pairs:
             theirs.close()
+        # Rank 0 says where it listens: a port that is looked for before may be another process's when it is taken.
+        port = self._ends[0].recv()
+        for end in self._ends[1:]:
+            end.send(port)
 
     def run(self, function: Callable[..., Any], *arguments: Any, timeout: float = 240) -> list[Any]:
         """Call `function(*arguments)` on every rank; their results, in rank order.
@@ -113,11 +112,15 @@ class RankPool:
             process.join()
 
 
-def _serve(rank: int, world_size: int, port: int, end: Connection) -> None:
+def _serve(rank: int, world_size: int, end: Connection) -> None:
     import torch.distributed as dist
 
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size))
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
+    port = end.recv() if rank else 0
+    store = dist.TCPStore("127.0.0.1", port, world_size, is_master=rank == 0, wait_for_workers=False)
+    if rank == 0:
+        end.send(store.port)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     while True:
         try:
             function, arguments = end.recv()

@@ -8,6 +8,7 @@ import gc
 import mmap
 import os
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -360,9 +361,12 @@ def test_a_rank_that_leaves_waits_for_who_is_writing() -> None:
         fcntl.flock(written, fcntl.LOCK_SH)
         leaves = threading.Thread(target=door.close)
         leaves.start()
+        deadline = time.monotonic() + 60
+        while os.fstat(written.fileno()).st_size:  # nobody else begins
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
         leaves.join(0.2)
         assert leaves.is_alive()
-        assert os.fstat(written.fileno()).st_size == 0  # nobody else begins
         fcntl.flock(written, fcntl.LOCK_UN)
         leaves.join(60)
         assert not leaves.is_alive()

@@ -212,8 +212,8 @@ def test_a_second_save_waits_for_the_first_one(tmp_path: Path) -> None:
     with reshard.CheckpointManager(tmp_path, async_save=True, storage=gate) as manager:
         manager.save(1, model=weights(1))
         assert gate.reached.wait(60)
-        threading.Timer(0.2, gate.opened.set).start()
         before = time.monotonic()
+        threading.Timer(0.2, gate.opened.set).start()
         manager.save(2, model=weights(2))
         assert time.monotonic() - before > 0.1
     assert same(loaded(tmp_path, 1), weights(1))
@@ -360,6 +360,7 @@ def test_status_names_the_rank_that_is_behind(tmp_path: Path) -> None:
             manager.save(1, model=weights(1))
             text = ""
             if comm.rank == 0:
+                assert gates[1].reached.wait(60)
                 deadline = time.monotonic() + 60
                 while manager.status().behind != 1 or "committing" not in str(manager.status()):
                     assert time.monotonic() < deadline, str(manager.status())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
@@ -87,14 +88,22 @@ def test_what_was_not_begun_before_an_interrupt_never_is(background: Background[
 
 def test_an_interrupt_anywhere_in_a_wait_keeps_nobody_from_waiting(background: Background[int]) -> None:
     def interrupted(point: int) -> bool:
-        may_end = threading.Event()
+        may_end, is_over = threading.Event(), threading.Event()
         background.start(lambda: int(may_end.wait(60)))
+        piece = background._piece
+        assert piece is not None
 
-        def wait() -> None:
+        def let_end() -> None:
+            while not piece.over._waiting and not is_over.is_set():
+                time.sleep(0.001)
             may_end.set()
-            background.wait()
 
-        came = interrupted_at(point, wait, [module, latch])
+        # Not before it is waited for: then there is nothing to wait for.
+        helper = threading.Thread(target=let_end)
+        helper.start()
+        came = interrupted_at(point, background.wait, [module, latch])
+        is_over.set()
+        helper.join(60)
         background.wait()
         assert not background.is_busy
         return came

@@ -84,9 +84,9 @@ def test_who_waits_returns_when_the_others_part_is_copied_too(copies: Callable[[
     assert begun.wait(60)
     waiting = threading.Thread(target=made.wait)
     waiting.start()
+    assert made.wanted.wait(60)
     waiting.join(0.2)
     assert waiting.is_alive()
-    assert made.wanted.is_set
     may_end.set()
     waiting.join(60)
     finishing.join(60)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -49,7 +50,11 @@ class Ranks:
         self.answers.pop(rank, None)
         thread = threading.Thread(target=work, daemon=True)
         thread.start()
-        thread.join(0.05)
+        turn: Any = self.each[rank]._turn
+        deadline = time.monotonic() + 30
+        while thread.is_alive() and not turn._waiters:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
         return thread
 
     def settled(self, *threads: threading.Thread) -> dict[int, bool | BaseException]:
@@ -291,7 +296,7 @@ def test_a_rank_that_hangs_lets_the_others_go_without_a_save() -> None:
     release = threading.Event()
 
     def work(comm: Communicator) -> str:
-        with reshard.GracefulStop(comm, timeout=1.5, signals=()) as stop:
+        with reshard.GracefulStop(comm, timeout=5, signals=()) as stop:
             for step in range(1, 1000):
                 if comm.rank == 1 and step == 3:
                     stop.request("enough", urgent=True)

@@ -39,16 +39,20 @@ def test_the_signal_is_there_before_the_main_thread_is_back_in_python() -> None:
     assert signal.set_wakeup_fd(-1) == -1
 
 
-def _sleep() -> None:
+def _sleep(write: int) -> None:
+    os.write(write, b"x")
     time.sleep(60)
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_signal_to_a_forked_child_is_none_of_the_runs() -> None:
     with reshard.GracefulStop(SingleProcess()) as stop:
-        child = multiprocessing.get_context("fork").Process(target=_sleep)
+        read, write = os.pipe()
+        child = multiprocessing.get_context("fork").Process(target=_sleep, args=(write,))
         child.start()
-        time.sleep(0.1)
+        assert os.read(read, 1) == b"x"
+        os.close(read)
+        os.close(write)
         child.terminate()
         child.join()
         assert child.exitcode == -signal.SIGTERM

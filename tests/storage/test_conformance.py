@@ -109,8 +109,9 @@ def test_a_mapped_window_shows_the_bytes_and_is_checked_against_the_size(place):
             window = file.map(offset, nbytes)
             assert window is None or bytes(window) == data[offset : offset + nbytes]
             assert window is None or window.readonly
-        with pytest.raises(StorageError, match="ends before"):
-            file.map(len(data) - 1, 2)
+        if file.map(0, 1) is not None:
+            with pytest.raises(StorageError, match="ends before"):
+                file.map(len(data) - 1, 2)
 
 
 def test_one_open_file_serves_many_threads(place):

@@ -18,6 +18,7 @@ import yaml
 import reshard
 from reshard.training.metrics import read_metrics
 from reshard.training.outcome import EXIT_STOPPED, read_outcome
+from tests.family import alive
 from tests.processes import Failure, RankPool
 from tests.training import ranks
 from tests.training.test_launch import gone, group_members
@@ -163,7 +164,7 @@ def test_under_torchrun_the_others_end_before_they_are_killed(tmp_path: Path, pr
             time.sleep(0.5)
             os.kill(first, signal.SIGTERM)
         began = time.monotonic()
-        while Path(f"/proc/{first}").exists() and Path(f"/proc/{first}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+        while alive([first]):
             assert time.monotonic() - began < 28, "torchrun would have to kill it"
             time.sleep(0.05)
     assert not (tmp_path / "stopped.json").exists() or not read_outcome(tmp_path / "stopped.json").saved  # type: ignore[union-attr]
