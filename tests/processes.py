@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from tests.traced import let_all_trace
+
 # What the fork server imports once, so that each rank starts in well under a second instead of importing for some ten.
 PRELOAD = [
     "torch",
@@ -116,6 +118,7 @@ def _serve(rank: int, world_size: int, end: Connection) -> None:
     import torch.distributed as dist
 
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size))
+    let_all_trace()
     port = end.recv() if rank else 0
     store = dist.TCPStore("127.0.0.1", port, world_size, is_master=rank == 0, wait_for_workers=False)
     if rank == 0:

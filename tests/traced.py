@@ -64,9 +64,14 @@ class Trace:
         return strace
 
 
-def stop_to_be_traced() -> None:
-    """Stop this process until somebody has attached to it; any process of this user may, also where only parents are allowed to."""
+def let_all_trace() -> None:
+    """Any process of this user may attach to this one, or write into it, also where only parents are allowed to."""
     ctypes.CDLL(None).prctl(_PR_SET_PTRACER, ctypes.c_ulong(_PR_SET_PTRACER_ANY))
+
+
+def stop_to_be_traced() -> None:
+    """Stop this process until somebody has attached to it; any process of this user may."""
+    let_all_trace()
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
